@@ -1,0 +1,526 @@
+"""
+Images in, batches out: built-in dead leaves, folders, zips and CIFAR-10, in an order that is a formula and not a state.
+
+The training stream is endless: its position p belongs to epoch e = p // n and is entry p % n of a permutation of the n
+images drawn from (seed, e); a coin drawn from (seed, e, index) says whether the picture is mirrored. Step s takes positions
+[s*B, (s+1)*B), B the GLOBAL batch, and rank r of W the r-th of W equal slices. So a run resumes exactly from its step alone,
+and neither the number of processes nor of workers changes what is seen. No batch is short, even if n < B.
+
+Dead leaves: opaque discs fall on one another, radii with density r^-3. The picture then looks alike at every scale, and its
+power spectrum falls like f^-2 as that of photographs does (Lee, Mumford & Huang, IJCV 2001).
+
+Images are uint8 (3, size, size) up to the device, then float32 in [-1, 1]; label = index of the sorted class folder, 0 without
+classes. Dataset items are (image, label, index, bad); `bad`: the asked image was unreadable, this is the next one in order.
+Only `pack` writes files (and CIFAR-10's download); nothing is ever extracted from a zip.
+"""
+import argparse
+import io
+import itertools
+import os
+import struct
+import sys
+import zipfile
+import zlib
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+HELD_OUT_SEED = 2603          # one split for every stage and every --seed: what the autoencoder trained on is never held out
+HELD_OUT_FIRST = 2 ** 40      # built-in images from here on are the held-out ones
+
+# ---- one picture ------------------------------------------------------------------------------------------------------------
+
+def to_rgb(image):
+    """
+    Any PIL image as 8-bit RGB, upright (EXIF orientation applied).
+    16-bit grey is scaled by 255/65535; transparency is laid over white, for what lies under it is arbitrary.
+    raises   ValueError for pixels without a defined range (floats, 32-bit integers above 65535)
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("float pixels have no defined range")
+    if image.mode.startswith("I"):                                     # I;16, I;16B, ..., and I, which older PIL gives for them
+        grey = np.asarray(image).astype(np.int64)                                                          # (H, W)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("grey values outside 0..65535")
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")  # nearest: 65535 = 255 * 257
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def center_crop(image, size):
+    """
+    ADM's crop (guided-diffusion, image_datasets.py): halve with a box filter while the shorter side is >= 2*size, bicubic until
+    it is size, then the central square. The same pixels as the reference statistics of ADM, DiT and SiT.
+    image    PIL image;  returns  PIL image, size x size
+    raises   ValueError for a strip more than 100 times longer than wide (resized whole, it would fill the memory)
+    """
+    if max(image.size) > 100 * min(image.size):
+        raise ValueError(f"{image.width}x{image.height} is too elongated to crop a square")
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    if min(image.size) != size:
+        scale = size / min(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+# ---- built-in pictures ------------------------------------------------------------------------------------------------------
+
+def _covered(centre, half, size):
+    """For every k, the pixels of a line whose centres are within half[k] of centre[k], one after the other: (k, pixel)."""
+    first = np.maximum(np.ceil(centre - half - np.float32(0.5)), 0).astype(np.int32)
+    count = np.maximum(np.minimum(np.ceil(centre + half - np.float32(0.5)), size).astype(np.int32) - first, 0)
+    k = np.repeat(np.arange(len(count), dtype=np.int32), count)
+    return k, np.arange(len(k), dtype=np.int32) - np.repeat(np.cumsum(count, dtype=np.int32) - count - first, count)
+
+
+def dead_leaves(size, rng, r_min=1.25, r_max=0.4, cover=2.5):
+    """
+    One picture of shaded discs that hide each other.
+    rng      numpy Generator: the only source of chance
+    r_min    smallest radius in pixels;  r_max  largest as a fraction of the side (density r^-3 between)
+    cover    mean number of discs over a pixel, the background not counted; exp(-cover) of the picture shows the background
+    returns  (3, size, size) uint8
+    """
+    f32, r_max = np.float32, r_max * size
+    ratio = (r_min / r_max) ** 2
+    area = 2 * np.pi * r_min ** 2 * np.log(r_max / r_min) / (1 - ratio)                   # mean area of a disc
+    side = size + 2 * r_max                                                               # centres also fall outside the frame
+    x, y, r = rng.random((3, int(cover * side ** 2 / area) + 1), dtype=f32)
+    x, y, r = x * side - r_max, y * side - r_max, r_min / np.sqrt(1 - r * (1 - ratio))    # (N,), inverse of the law's CDF
+    x[0], y[0], r[0] = size / 2, size / 2, 4 * size                                       # the background is a leaf as well
+    seen = (np.abs(x - size / 2) < size / 2 + r) & (np.abs(y - size / 2) < size / 2 + r)
+    x, y, r = x[seen], y[seen], r[seen]                                                   # (n,), the last one lies on top
+
+    n, k = len(r), 5                                                   # palette: neighbours of one hue and its complement
+    hue = rng.random() + np.array([0, 0.05, -0.07, 0.12, 0.5]) + 0.03 * rng.standard_normal(k)
+    saturation, value = 0.9 * rng.beta(2, 2.5, k), rng.permutation(np.linspace(0.2, 0.95, k))
+    pick, jitter = rng.choice(k, n, p=rng.dirichlet(np.full(k, 2.0))), rng.standard_normal((3, n), dtype=f32)
+    h = hue[pick] + 0.015 * jitter[0]
+    s = np.clip(saturation[pick] + 0.08 * jitter[1], 0, 1)
+    v = np.clip(value[pick] + 0.08 * jitter[2], 0.05, 1)
+    ramp = np.clip(np.abs((6 * h + np.array([[0], [4], [2]])) % 6 - 3) - 1, 0, 1)         # (3, n), HSV to RGB
+    rgb = (v * (1 - s + s * ramp)).astype(f32)
+    angle, waves, ripple = rng.random((3, n), dtype=f32)
+    wave_x, wave_y = (2 + 6 * waves) * np.cos(2 * np.pi * angle), (2 + 6 * waves) * np.sin(2 * np.pi * angle)
+    ripple, light = 0.18 * ripple ** 2, 2 * np.pi * rng.random()                          # most discs are nearly plain
+    light_x, light_y = f32(0.22 * np.cos(light)), f32(0.22 * np.sin(light))               # one lamp for the whole picture
+
+    disc, rows = _covered(y, r + f32(0.5), size)                       # every row of every disc, half a pixel of soft edge
+    grid = np.arange(size, dtype=f32) + f32(0.5)                       # pixel centres
+    half = np.sqrt(np.maximum((r[disc] + f32(0.5)) ** 2 - (grid[rows] - y[disc]) ** 2, 0))
+    run, columns = _covered(x[disc], half, size)                       # every pixel of every row
+    disc, pixel = disc[run], rows[run] * size + columns                # (M,), disc ascending: lower leaves first
+
+    image, open_ = np.zeros((3, size * size), f32), np.ones(size * size, f32)             # open_: share not yet painted
+    grid_x, grid_y, todo = np.tile(grid, size), np.repeat(grid, size), np.arange(size * size)
+    for layer in range(3):                                             # from the top: soft edges let the next leaf through
+        owner = np.zeros(size * size, np.int32)
+        owner[pixel] = disc                                            # repeated pixels: the last, topmost leaf stays
+        o = owner[todo]
+        radius = r[o]
+        dx, dy = (grid_x[todo] - x[o]) / radius, (grid_y[todo] - y[o]) / radius           # (T,), in radii, from the leaf's centre
+        d2 = dx * dx + dy * dy
+        alpha = np.clip((1 - np.sqrt(d2)) * radius + f32(0.5), 0, 1) if layer < 2 else f32(1)
+        shade = 1 + dx * light_x + dy * light_y - f32(0.2) * d2 * d2 + ripple[o] * np.cos(dx * wave_x[o] + dy * wave_y[o])
+        image[:, todo] += np.minimum(rgb[:, o] * shade, 1) * (alpha * open_[todo])
+        open_[todo] *= 1 - alpha
+        todo = np.flatnonzero(open_)
+        below = disc < owner[pixel]
+        disc, pixel = disc[below], pixel[below]
+    return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8).reshape(3, size, size)
+
+
+class DeadLeaves:
+    """
+    Built-in images: picture i is dead_leaves drawn from (seed, first + i), the same on every rank and in every run.
+    size  pixels, 8 or more;  count  number of pictures;  items (uint8 (3, size, size), 0, i, False)
+    """
+    classes, unreadable = [], frozenset()
+
+    def __init__(self, size, count, seed=0, first=0):
+        self.size, self.count, self.seed, self.first = size, count, seed, first
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return torch.from_numpy(dead_leaves(self.size, np.random.default_rng((self.seed, self.first + i)))), 0, i, False
+
+# ---- where pictures come from: .names (sorted, relative, posix) and .image(row) -> PIL --------------------------------------
+
+def _is_picture(name):
+    parts = PurePosixPath(name).parts
+    return name.lower().endswith(EXTENSIONS) and not any(p == "__MACOSX" or (p[0] == "." and p != "..") for p in parts)
+
+
+class Folder:
+    """Every image file under a folder, links followed. Hidden files are not looked at."""
+
+    def __init__(self, spec):
+        self.root = Path(spec)
+
+        def refuse(error):                                             # os.walk would pass over a closed folder in silence
+            raise ValueError(f"--data {spec}: cannot list {error.filename} ({error.strerror})")
+
+        found = (Path(folder, f).relative_to(self.root).as_posix()
+                 for folder, _, files in os.walk(self.root, onerror=refuse, followlinks=True) for f in files)
+        self.names = np.array(sorted(filter(_is_picture, found)))      # an array: workers share it, a list they would copy
+
+    def image(self, row):
+        return Image.open(io.BytesIO((self.root / self.names[row]).read_bytes()))
+
+
+class Zip:
+    """
+    Every image in a zip, read where it lies. Four arrays replace zipfile's objects (1.28M of those hold 0.7 GB per process), and
+    each read opens the file anew: no handle is shared over a fork.
+    """
+
+    def __init__(self, spec):
+        self.path = Path(spec)
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                entries = {e.filename: e for e in archive.infolist() if _is_picture(e.filename)}
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ValueError(f"--data {spec}: not a readable zip ({error})") from None
+        entries = [entries[name] for name in sorted(entries)]
+        self.names = np.array([e.filename for e in entries])
+        for e in entries:
+            if e.filename[0] in "/\\" or ".." in e.filename.replace("\\", "/").split("/"):
+                raise ValueError(f"--data {spec}: unsafe name {e.filename!r} in the zip; pack it anew with relative names")
+            if e.flag_bits & 1 or e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"--data {spec}: {e.filename} is encrypted or neither stored nor deflated; pack it anew")
+        self.offset = np.array([e.header_offset for e in entries])
+        self.length = np.array([e.compress_size for e in entries])
+        self.deflated = np.array([e.compress_type == zipfile.ZIP_DEFLATED for e in entries])
+        self.crc = np.array([e.CRC for e in entries])
+
+    def image(self, row):
+        with open(self.path, "rb") as f:
+            f.seek(self.offset[row])
+            f.seek(sum(struct.unpack("<26xHH", f.read(30))), os.SEEK_CUR)   # local header: 30 bytes, then name and extra field
+            data = f.read(self.length[row])
+        if self.deflated[row]:
+            data = zlib.decompress(data, -zlib.MAX_WBITS)
+        if zlib.crc32(data) != self.crc[row]:
+            raise ValueError("wrong checksum in the zip")
+        return Image.open(io.BytesIO(data))
+
+
+class Cifar10:
+    """CIFAR-10 as train/CLASS/ and test/CLASS/, kept in ./data beside ./out: what a run fetches and writes is in one place."""
+
+    def __init__(self, spec):
+        from torchvision.datasets import CIFAR10
+
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        try:
+            if not together or torch.distributed.get_rank() == 0:
+                CIFAR10("data", download=True)                         # rank 0 alone; fetches nothing that is there already
+            if together:
+                torch.distributed.barrier()
+            parts = {"train": CIFAR10("data", train=True), "test": CIFAR10("data", train=False)}
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"--data {spec}: {error}; unpack {CIFAR10.url} into data/, or give a folder or zip") from None
+        pictures = {f"{part}/{d.classes[label]}/{i:05d}.png": pixels
+                    for part, d in parts.items() for i, (pixels, label) in enumerate(zip(d.data, d.targets))}
+        self.names = sorted(pictures)
+        self.pixels = [pictures[name] for name in self.names]
+
+    def image(self, row):
+        return Image.fromarray(self.pixels[row])
+
+
+def open_source(spec):
+    """The source that --data names. raises FileNotFoundError or ValueError, one line that starts with `--data {spec}:`."""
+    path = Path(spec)
+    if spec == "cifar10":
+        source = Cifar10(spec)
+    elif not path.exists():
+        raise FileNotFoundError(f"--data {spec}: no such folder or zip; give one, or 'cifar10', or nothing for built-in images")
+    elif path.is_dir():
+        source = Folder(spec)
+    elif path.suffix.lower() == ".zip":
+        source = Zip(spec)
+    else:
+        raise ValueError(f"--data {spec}: neither a folder nor a .zip nor 'cifar10'")
+    if len(source.names) == 0:
+        raise ValueError(f"--data {spec}: no images in it (looked for {' '.join(EXTENSIONS)})")
+    return source
+
+
+class ImageSet:
+    """
+    Chosen rows of a source, cropped to size.
+    items    (uint8 (3, size, size), label, index, bad); after an unreadable image comes the next readable one with ITS index and
+             label. When more than 1% of the source fail in a row, an empty picture comes instead: `_load` stops the run at it.
+    """
+
+    def __init__(self, spec, source, rows, labels, classes, size):
+        self.spec, self.source, self.size, self.classes = spec, source, size, classes
+        self.rows, self.labels = rows, labels                          # (n,), (n,) int64
+        self.total, self.unreadable = len(source.names), set()         # met so far by this process, see _note
+
+    def __len__(self):
+        return len(self.rows)
+
+    def name(self, i):
+        return str(self.source.names[self.rows[i]])
+
+    def read(self, i):
+        """Picture i, (3, size, size) uint8; raises whatever its decoder raises."""
+        image = center_crop(to_rgb(self.source.image(self.rows[i])), self.size)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    def __getitem__(self, i):
+        n = len(self)
+        if not 0 <= i < n:
+            raise IndexError(i)
+        tries = min(self.total // 100 + 1, n)
+        for j in range(i, i + tries):
+            try:
+                return self.read(j % n), int(self.labels[j % n]), j % n, j > i
+            except Exception:                                          # decoders raise anything; the main process says which
+                continue
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, (i + tries) % n, True
+
+
+def open_data(spec, size, val_images=500, seed=0, builtin_images=10_000):
+    """
+    What --data names, as (train_set, val_set).
+    spec     "" or None: built-in; a folder or .zip, flat or with one folder per class (its subfolders count with it); 'cifar10'
+    val_set  never overlaps train_set. `val` (else `test`) where the top level is exactly that and `train`; otherwise a tenth of
+             the images, at most 5000, by a permutation that depends on nothing else. Its first val_images, in shuffled order.
+    seed, builtin_images    of the built-in images only
+    raises   FileNotFoundError or ValueError, one line that starts with `--data {spec}:`
+    """
+    if size < 8 or val_images < 0:
+        raise ValueError(f"--data {spec or 'built-in'}: needs a size >= 8 and val_images >= 0, got {size} and {val_images}")
+    if not spec:
+        return DeadLeaves(size, builtin_images, seed), DeadLeaves(size, val_images, seed, first=HELD_OUT_FIRST)
+    source = open_source(spec)
+    parts = [name.split("/") for name in source.names]
+    while all(len(p) > 1 and p[0] == parts[0][0] for p in parts):      # one folder around everything is a wrapper, not a class
+        parts = [p[1:] for p in parts]
+    tops = [p[0] for p in parts]
+    split = "train" in tops and len(set(tops)) > 1 and set(tops) <= {"train", "val", "test"} and min(map(len, parts)) > 1
+    if split:
+        parts = [p[1:] for p in parts]
+    depth = np.array([len(p) > 1 for p in parts])
+    if depth.any() and not depth.all():
+        a, b = source.names[int(depth.argmin())], source.names[int(depth.argmax())]
+        raise ValueError(f"--data {spec}: images beside class folders ({a} and {b}); give every image a class folder, or none")
+    classes = sorted({p[0] for p in parts}) if depth.all() else []
+    label_of = {c: k for k, c in enumerate(classes)}
+    labels = np.array([label_of.get(p[0], 0) for p in parts])
+
+    rng, tops = np.random.default_rng(HELD_OUT_SEED), np.array(tops)
+    if split:
+        train = np.flatnonzero(tops == "train")
+        held_out = rng.permutation(np.flatnonzero(tops == ("val" if "val" in tops else "test")))
+    elif len(parts) > 1:
+        order, k = rng.permutation(len(parts)), min(max(len(parts) // 10, 1), 5000)
+        held_out, train = order[:k], np.sort(order[k:])
+    else:
+        raise ValueError(f"--data {spec}: a single image; two are the least, for one is held out")
+    return tuple(ImageSet(spec, source, rows, labels[rows], classes, size) for rows in (train, held_out[:val_images]))
+
+# ---- batches ----------------------------------------------------------------------------------------------------------------
+
+@lru_cache(maxsize=4)
+def _epoch(n, seed, epoch):
+    """(permutation (n,) int64, mirrored by index (n,) bool)."""
+    rng = np.random.default_rng((seed, epoch))
+    return rng.permutation(n), rng.random(n) < 0.5
+
+
+def stream_entries(n, start, stop, seed=0):
+    """
+    Positions start .. stop-1 of the endless training stream over n images: a pure function, for whoever needs to know the mirror.
+    returns  indices (stop-start,) int64, mirrored (stop-start,) bool
+    """
+    position = np.arange(start, stop)
+    indices, mirrored = np.empty(len(position), np.int64), np.empty(len(position), bool)
+    for epoch in range(start // n, (stop - 1) // n + 1):
+        order, mirror = _epoch(n, seed, epoch)
+        here = position // n == epoch
+        indices[here] = order[position[here] % n]
+        mirrored[here] = mirror[indices[here]]
+    return indices, mirrored
+
+
+def _note(dataset, i, j):
+    """
+    Picture j came where i was asked: i, i+1, ... j-1 are unreadable. Remember them, name each once on stderr.
+    raises   ValueError when they pass 1% of the source, or are all there is
+    """
+    n, unreadable = len(dataset), dataset.unreadable
+    new = {k % n for k in range(i, i + (j - i - 1) % n + 1)} - unreadable
+    unreadable |= new
+    if len(unreadable) > dataset.total / 100 or len(unreadable) == n:
+        first = ", ".join(dataset.name(k) for k in sorted(unreadable)[:5])
+        raise ValueError(f"--data {dataset.spec}: {len(unreadable)} of {dataset.total} images so far cannot be read, "
+                         f"more than 1%; repair or remove them, beginning with {first}")
+    for k in sorted(new):
+        try:
+            dataset.read(k)
+            reason = "readable on second try"
+        except Exception as error:
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        print(f"--data {dataset.spec}: skipping {dataset.name(k)}: {reason}", file=sys.stderr, flush=True)
+
+
+def _load(dataset, entries, workers, device):
+    """For what entries() yields, (indices (b,), mirrored (b,)) and the same at every call: images, labels, indices, bad."""
+    device = torch.device(device)
+    loader = DataLoader(dataset, batch_sampler=(indices.tolist() for indices, _ in entries()), num_workers=workers,
+                        pin_memory=device.type == "cuda",
+                        generator=torch.Generator())                   # or it would draw from, and move, the global generator
+    for (asked, mirrored), (images, labels, indices, bad) in zip(entries(), loader):
+        for k in torch.nonzero(bad).flatten().tolist():
+            _note(dataset, int(asked[k]), int(indices[k]))
+        mirrored = torch.from_numpy(mirrored).to(device)[:, None, None, None]
+        images = images.to(device, non_blocking=True)                                      # (b, 3, H, W) uint8
+        images = torch.where(mirrored, images.flip(-1), images).float().div_(127.5).sub_(1)
+        yield images, labels.to(device, non_blocking=True), indices, bad
+
+
+def _share(batch_size, world):
+    if batch_size < world or batch_size % world:
+        raise ValueError(f"--batch_size {batch_size}: the global batch does not divide into {world} processes")
+    return batch_size // world
+
+
+def train_batches(dataset, batch_size, start_step=0, seed=0, rank=0, world=1, workers=0, device="cpu"):
+    """
+    The training stream from start_step on, without an end (so its workers persist).
+    batch_size   the GLOBAL batch B; this rank receives b = B / world
+    yields   images (b, 3, H, W) float32 in [-1, 1] and labels (b,) int64 on device, indices (b,) int64 on the CPU: they look
+             things up in memory maps. Mirrored or not: stream_entries(n, s*B + rank*b, s*B + (rank+1)*b, seed)
+    raises   ValueError at once if B does not divide; while running if this rank has met more than 1% of unreadable images
+    """
+    b, n = _share(batch_size, world), len(dataset)
+
+    def entries():
+        starts = itertools.count(start_step * batch_size + rank * b, batch_size)
+        return (stream_entries(n, start, start + b, seed) for start in starts)
+
+    def batches():
+        for step, (images, labels, indices, _) in enumerate(_load(dataset, entries, workers, device), start_step):
+            epochs = (step + 1) * batch_size // n
+            if dataset.unreadable and epochs > step * batch_size // n:
+                print(f"--data {dataset.spec}: {len(dataset.unreadable)} of {dataset.total} images unreadable "
+                      f"after epoch {epochs}", file=sys.stderr, flush=True)
+            yield images, labels, indices
+
+    return batches()
+
+
+def val_batches(dataset, batch_size, rank=0, world=1, workers=0, device="cpu"):
+    """
+    One pass in order, nothing mirrored, every readable image exactly once over all ranks; yields what train_batches yields.
+    The last batch may be short and ranks may get different numbers of batches: reduce over ranks after the loop, not in it.
+    An unreadable image is left out here, not replaced.
+    """
+    b, n = _share(batch_size, world), len(dataset)
+
+    def entries():
+        shares = (np.arange(start, min(start + b, n)) for start in range(rank * b, n, batch_size))
+        return ((indices, np.zeros(len(indices), bool)) for indices in shares)
+
+    def batches():
+        for images, labels, indices, bad in _load(dataset, entries, workers, device):
+            if bad.any():
+                images, labels, indices = images[~bad], labels[~bad], indices[~bad]
+            if len(indices):
+                yield images, labels, indices
+
+    return batches()
+
+# ---- packing ----------------------------------------------------------------------------------------------------------------
+
+def _png(item):
+    """Dataset item -> (PNG bytes, index, bad): runs in the workers."""
+    file = io.BytesIO()
+    Image.fromarray(item[0].permute(1, 2, 0).numpy()).save(file, "PNG")
+    return file.getvalue(), item[2], item[3]
+
+
+def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
+    """
+    Crop a set once into a zip of PNGs under the old relative names, so that classes and splits survive; same input, same bytes.
+    spec     as --data; "" packs `count` built-in images
+    returns  (number of images written, number left out)
+    raises   FileNotFoundError or ValueError with one line; then neither `out` nor a partial file is left
+    """
+    out = Path(out)
+    if out.suffix.lower() != ".zip":
+        raise ValueError(f"--out {out}: must end in .zip")
+    if out.exists() and spec and Path(spec).exists() and out.samefile(spec):
+        raise ValueError(f"--out {out}: is the set itself; the original is never written to")
+    if out.exists() and not overwrite:
+        raise ValueError(f"--out {out}: exists already; choose another name or pass --overwrite")
+    if size < 8:
+        raise ValueError(f"--size {size}: must be 8 or more")
+    if spec:
+        source = open_source(spec)
+        names = [str(PurePosixPath(name).with_suffix(".png")) for name in source.names]
+        dataset = ImageSet(spec, source, np.arange(len(names)), np.zeros(len(names), np.int64), [], size)
+    else:
+        names = [f"{i:06d}.png" for i in range(count)]
+        dataset = DeadLeaves(size, count)
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"--data {spec}: {times} images would become {name}; rename all but one")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:                 # PNG is compressed already
+            loader = DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_png)
+            for i, (png, j, bad) in enumerate(tqdm(loader, unit="image")):
+                if bad:
+                    _note(dataset, i, j)
+                    continue
+                entry = zipfile.ZipInfo(names[i])                      # dated 1980
+                entry.external_attr = 0o644 << 16                      # without it an extracted file is closed to everyone
+                archive.writestr(entry, png)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return len(dataset) - len(dataset.unreadable), len(dataset.unreadable)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = parser.add_subparsers(dest="command", required=True).add_parser("pack", help="crop a set once into a zip of PNGs")
+    command.add_argument("--data", default="", help="folder, .zip or 'cifar10'; nothing: built-in images")
+    command.add_argument("--size", type=int, default=256, help="side in pixels")
+    command.add_argument("--out", required=True, help="the .zip to write")
+    command.add_argument("--count", type=int, default=10_000, help="number of built-in images, when --data is not given")
+    command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode; 0 = this one")
+    command.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    args = parser.parse_args()
+    try:
+        written, skipped = pack(args.data, args.size, args.out, args.count, args.workers, args.overwrite)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    megabytes = Path(args.out).stat().st_size / 1e6
+    print(f"{args.out}: {written} images of {args.size}x{args.size}, {megabytes:.1f} MB; {skipped} unreadable ones left out")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,410 @@
+"""
+Frequencies of images and latents. An autoencoder's latent is easy to diffuse when its power spectrum is a flattened copy of the
+image's (ESM) and when each of its frequencies decodes to the same frequency of the image (DSM); this file holds the transforms,
+spectra, masks and filters in which those two sentences are written. Numbering: arXiv:2603.14645 v1.
+
+    PSD of photographs     P(f) ~ f^-alpha, alpha about 2; flattened by gamma: f^gamma * P(f)                (Sec. 3.2, ESM)
+    Prop. 3.1              learnable power at frequency f: S * SNR / (1 + SNR), SNR = alpha_bar * S / (1 - alpha_bar)
+    Prop. 3.2              RMSC^2 = energy of the normalised tokens outside DC / T
+    Eq. 6                  DoG = G_sigma1 - G_sigma2, sigma1 < sigma2: a band-pass without DC
+    Fig. 10, A.4           triangular masks on 8x8 blocks; low-pass in the DCT = downsampling
+
+Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), not normalised; tokens (B, T, D). Orthonormal DCT-II, index (u, v) = (vertical,
+horizontal), DC at (0, 0). Everything here runs outside autocast in float32 (float64 stays float64), and accepts bf16 input.
+A DCT, a resize and a blur are each a small matrix from the left and from the right; the matrices are cached, there is no FFT.
+"""
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def full_precision(function):
+    """Decorator: the first argument becomes float32 (float64 stays), and autocast is off inside, so that no spectrum is made in bf16."""
+    @functools.wraps(function)
+    def wrapped(x, *args, **kwargs):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x if x.dtype == torch.float64 else x.float(), *args, **kwargs)
+    return wrapped
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The DCT
+
+@functools.lru_cache(maxsize=None)
+def dct_matrix(n, device="cpu", dtype=torch.float32):
+    """
+    Orthonormal DCT-II: D[u, i] = sqrt((1 if u == 0 else 2) / n) cos(pi (2i + 1) u / 2n).
+    n        signal length
+    returns  (n, n), rows are frequencies, D @ D.T = I; cached per device and dtype, so do not write into it
+    """
+    i = torch.arange(n, dtype=torch.float64)
+    D = math.sqrt(2 / n) * torch.cos(math.pi / (2 * n) * i[:, None] * (2 * i + 1))         # (n, n), row u, column i
+    D[0] /= math.sqrt(2)
+    return D.to(device, dtype)
+
+
+@full_precision
+def dct2(x):
+    """2-D DCT of the last two dimensions: (..., H, W) -> (..., H, W) coefficients, energy kept (Parseval)."""
+    return dct_matrix(x.shape[-2], x.device, x.dtype) @ x @ dct_matrix(x.shape[-1], x.device, x.dtype).T
+
+
+@full_precision
+def idct2(coefficients):
+    """The inverse of dct2: (..., H, W) -> (..., H, W)."""
+    x = coefficients
+    return dct_matrix(x.shape[-2], x.device, x.dtype).T @ x @ dct_matrix(x.shape[-1], x.device, x.dtype)
+
+
+def _tiles(x, block):                                                                      # (B, C, H, W) -> (B, C, H/b, W/b, b, b)
+    B, C, H, W = x.shape
+    if H % block or W % block:
+        raise ValueError(f"a side of {H}x{W} is not a multiple of the {block}x{block} DCT blocks; crop it or change the block")
+    return x.reshape(B, C, H // block, block, W // block, block).transpose(3, 4)
+
+
+def _untile(tiles):                                                                        # (B, C, H/b, W/b, b, b) -> (B, C, H, W)
+    B, C, rows, columns, block, _ = tiles.shape
+    return tiles.transpose(3, 4).reshape(B, C, rows * block, columns * block)
+
+
+@full_precision
+def block_dct2(x, block=8):
+    """DCT of every block x block tile, as in JPEG: (B, C, H, W) -> (B, C, H/block, W/block, block, block). ValueError if it does not tile."""
+    return dct2(_tiles(x, block))
+
+
+@full_precision
+def block_idct2(coefficients):
+    """The inverse of block_dct2: (B, C, H/block, W/block, block, block) -> (B, C, H, W)."""
+    return _untile(idct2(coefficients))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Low-pass masks (DSM) and downsampling (Scale Equivariance): two ways to say the same thing
+
+def triangle_mask(n, block=8):
+    """
+    The mask of Fig. 10: the n last anti-diagonals of a DCT block are removed.
+    n        0 .. 2*block-1: 0 keeps everything, 2*block-2 only DC, 2*block-1 nothing
+    returns  (block, block) bool, True = kept, that is u + v < 2*block - 1 - n
+    """
+    if not 0 <= n <= 2 * block - 1:
+        raise ValueError(f"mask n={n} is outside 0..{2 * block - 1}: a {block}x{block} block has {2 * block - 1} anti-diagonals")
+    u = torch.arange(block)
+    return u[:, None] + u[None, :] < 2 * block - 1 - n
+
+
+@functools.lru_cache(maxsize=None)
+def _lowpass_matrix(n, block, device, dtype):
+    """DCT, mask and inverse DCT of a flattened tile are one symmetric projection, (b*b, b*b); so is applying it, one matmul a tile."""
+    D = dct_matrix(block, "cpu", torch.float64)
+    basis = torch.kron(D, D)[triangle_mask(n, block).flatten()]                            # (kept, b*b), orthonormal rows
+    return (basis.T @ basis).to(device, dtype)
+
+
+@full_precision
+def lowpass(x, n, block=8):
+    """
+    Drop the last n anti-diagonals of the DCT of every block x block tile (Fig. 10).
+    x        (B, C, H, W) image or latent, any range; H and W multiples of block
+    n        0 .. 2*block-1, see triangle_mask; 2*block-2 keeps each tile's mean
+    returns  (B, C, H, W) float32, a projection: a second pass changes nothing; may leave [-1, 1]
+    raises   ValueError if a side is not a multiple of block
+    """
+    tiles = _tiles(x, block)                                                               # (B, C, H/b, W/b, b, b)
+    if n == 0:                                                                             # keeps everything: nothing to compute
+        return x
+    return _untile((tiles.flatten(-2) @ _lowpass_matrix(n, block, x.device, x.dtype)).view(tiles.shape))
+
+
+@full_precision
+def downsample_dct(x, k):
+    """
+    Ideal downsampling (A.4): keep the top-left 1/k of the DCT in each direction and invert it at the small size.
+    x        (B, C, H, W), H and W multiples of k (else ValueError)
+    returns  (B, C, H/k, W/k); the division by k keeps the mean, since an orthonormal DC grows with the side
+    """
+    H, W = x.shape[-2:]
+    if H % k or W % k:
+        raise ValueError(f"downsample_dct: {H}x{W} does not divide by {k}")
+    return idct2(dct2(x)[..., :H // k, :W // k]) / k
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Power spectra (ESM)
+
+def power_spectrum(x):
+    """Squared DCT coefficients, averaged over channels: (B, C, H, W) -> (B, H, W)."""
+    return dct2(x).square().mean(dim=1)
+
+
+@functools.lru_cache(maxsize=None)
+def _radial_bins(H, W, n_bins, device, dtype):
+    """(H*W, n_bins) averaging matrix: its column b is 1/count on the coefficients of bin b, 0 elsewhere and in empty bins."""
+    u, v = torch.arange(H, dtype=torch.float64), torch.arange(W, dtype=torch.float64)
+    radius = (u[:, None] ** 2 + v[None, :] ** 2).sqrt().flatten()                          # (H*W,)
+    index = (radius / radius.max().clamp_min(1) * n_bins).long().clamp_max(n_bins - 1)     # the last bin is closed
+    members = F.one_hot(index, n_bins).double()
+    return (members / members.sum(0).clamp_min(1)).to(device, dtype)
+
+
+@full_precision
+def radial_profile(P, n_bins=16):
+    """
+    Mean power in rings of equal width around DC.
+    P        (B, H, W) power spectrum; ring of (u, v): floor(r / r_max * n_bins), r = sqrt(u^2 + v^2), last ring closed
+    returns  (B, n_bins); a ring without a coefficient (sides much below n_bins) is 0
+    """
+    return P.flatten(1) @ _radial_bins(*P.shape[-2:], n_bins, P.device, P.dtype)
+
+
+@full_precision
+def spectrum_distribution(x, n_bins=16, gamma=0.0, remove_dc=True):
+    """
+    The descriptor that ESM compares: where in frequency the power of x lies.
+    x        (B, C, H, W) image or latent
+    gamma    flattening: ring b (from 1) is multiplied by b^gamma, which lowers the power law's exponent by about gamma
+    returns  (B, n_bins), sums to 1 (uniform for a constant x). Not invariant to the scale of x: log(1 + P) is close to P for small
+             latents (the largest ring decides) and to log P for large ones (all rings count alike)
+    """
+    if remove_dc:
+        x = x - x.mean(dim=(-2, -1), keepdim=True)                                         # moves the DC coefficient to 0, no other
+    ring = torch.arange(1, n_bins + 1, device=x.device, dtype=x.dtype)
+    S = torch.log1p(radial_profile(power_spectrum(x), n_bins) * ring ** gamma)
+    return (S + 1e-6) / (S + 1e-6).sum(dim=1, keepdim=True)                                # 1e-6: a constant x stays finite
+
+
+def _blur_matrix(n, sigma, radius, reflect):
+    """(n, n) matrix of a normalised Gaussian of 2*radius+1 taps; at the border it reflects (abc|cba without repeating c) or sees zeros."""
+    offset = torch.arange(-radius, radius + 1)
+    taps = torch.exp(-0.5 * (offset.double() / sigma) ** 2)
+    source = torch.arange(n)[:, None] + offset[None, :]                                    # (n, taps), may lie outside 0..n-1
+    weight = (taps / taps.sum()).expand(n, -1)
+    if reflect:
+        period = max(2 * (n - 1), 1)
+        source = (source % period + period) % period
+        source = torch.where(source < n, source, period - source)                          # folds as often as it must
+    else:
+        weight = weight * ((source >= 0) & (source < n))
+    return torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, source.clamp(0, n - 1), weight)
+
+
+@functools.lru_cache(maxsize=None)
+def _resize_matrix(n, m, blur, device, dtype):
+    """(m, n) matrix of the bicubic resize (align_corners=False, no antialiasing) of one axis, after the 7-tap Gaussian if blur."""
+    rows = F.interpolate(torch.eye(n, dtype=torch.float64)[None, None], size=(m, n), mode="bicubic", align_corners=False)[0, 0]
+    return (rows @ _blur_matrix(n, 1.2, 3, reflect=False) if blur else rows).to(device, dtype)
+
+
+@full_precision
+def match_resolution(x, size):
+    """
+    What an image goes through before its spectrum is compared with a latent's (the authors' code).
+    x        (B, C, H, W)
+    size     (h, w) of the latent
+    returns  (B, C, h, w): bicubic, align_corners=False, no antialiasing; when the reduction is 16 or more, a 7x7 Gaussian of sigma
+             1.2 with zero padding goes before it. Both are separable and linear, hence one matrix an axis
+    """
+    (H, W), (h, w) = x.shape[-2:], size
+    blur = H >= 16 * h and H > h
+    return (_resize_matrix(H, h, blur, x.device, x.dtype) @ x @ _resize_matrix(W, w, blur, x.device, x.dtype).T)
+
+
+def fit_power_law(profile):
+    """
+    The exponent alpha of P(f) ~ f^-alpha, by least squares on log-log rings.
+    profile  (..., n_bins) radial profile; f is a ring's middle; ring 0 holds DC and is left out, as are empty rings
+    returns  (...) alpha, float32; 0 for a white spectrum, about 2 for photographs
+    """
+    profile = profile.detach().float()[..., 1:]
+    f = torch.arange(1, profile.shape[-1] + 1, device=profile.device) + 0.5
+    weight = (profile > 0) / f                                                             # linear rings crowd at high f: every octave
+    weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-30)                        # is to count alike
+    log_P = profile.clamp_min(1e-30).log()
+    log_f = f.log() - (weight * f.log()).sum(-1, keepdim=True)
+    return -(weight * log_f * log_P).sum(-1) / (weight * log_f ** 2).sum(-1).clamp_min(1e-30)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# What diffusion can learn of a spectrum (Prop. 3.1)
+
+def wiener_gain(S, alpha_bar):
+    """
+    Gain of the best linear denoiser at a frequency of power S when z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps: SNR / (1 + SNR).
+    S        tensor of powers >= 0, any shape
+    alpha_bar  in (0, 1), number or tensor
+    returns  like S, in [0, 1)
+    """
+    snr = alpha_bar * S / (1 - alpha_bar)
+    return snr / (1 + snr)
+
+
+def learnable_power(S, alpha_bar):
+    """Prop. 3.1: by how much the best linear denoiser lowers the error below predicting 0, S * SNR / (1 + SNR). Arguments as above."""
+    return S * wiener_gain(S, alpha_bar)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Tokens and features (Prop. 3.2, Eq. 6)
+
+@full_precision
+def rmsc(tokens):
+    """
+    Root mean square contrast of L2-normalised tokens: how much their directions differ over space.
+    tokens   (B, T, D)
+    returns  (B,), sqrt(mean_t ||x_t - mean||^2), 0 when all tokens point the same way, at most 1
+    """
+    x = F.normalize(tokens, dim=-1)
+    return (x - x.mean(dim=1, keepdim=True)).square().sum(-1).mean(1).sqrt()
+
+
+@full_precision
+def directional_energy(tokens):
+    """
+    Squared norms of the DCT coefficients, along T, of the L2-normalised tokens.
+    tokens   (B, T, D)
+    returns  (B, T), index 0 is DC, sums to T; Prop. 3.2: rmsc(tokens)**2 == directional_energy(tokens)[:, 1:].sum(1) / T
+    """
+    x = F.normalize(tokens, dim=-1)
+    return (dct_matrix(x.shape[1], x.device, x.dtype) @ x).square().sum(-1)
+
+
+@functools.lru_cache(maxsize=None)
+def _reflect_blur(n, sigma, device, dtype):
+    return _blur_matrix(n, sigma, max(1, math.ceil(4 * sigma)), reflect=True).to(device, dtype)
+
+
+@full_precision
+def gaussian_blur(x, sigma):
+    """
+    Gaussian blur, reflect padding, 4-sigma kernel; constants pass unchanged.
+    x        (B, C, H, W), any size (a kernel longer than the side reflects more than once)
+    sigma    in pixels (tokens), >= 0; 0 is the identity
+    """
+    if sigma < 0:
+        raise ValueError(f"gaussian_blur: sigma={sigma} must be at least 0")
+    if sigma == 0:
+        return x
+    return _reflect_blur(x.shape[-2], sigma, x.device, x.dtype) @ x @ _reflect_blur(x.shape[-1], sigma, x.device, x.dtype).T
+
+
+def dog(x, sigma1, sigma2):
+    """
+    Difference of Gaussians (Eq. 6): G_sigma1 * x - G_sigma2 * x, a band-pass that removes constants.
+    x        (B, C, H, W); sigmas in pixels (tokens), 0 <= sigma1 < sigma2, else ValueError
+    """
+    if not 0 <= sigma1 < sigma2:
+        raise ValueError(f"dog: needs 0 <= sigma1 < sigma2, got sigma1={sigma1}, sigma2={sigma2}")
+    return gaussian_blur(x, sigma1) - gaussian_blur(x, sigma2)
+
+
+@full_precision
+def spatial_norm(tokens, alpha=0.6):
+    """
+    iREPA's target filter: (x - alpha * mean) / (std + 1e-6), mean and std over the T tokens of each channel.
+    tokens   (B, T, D) -> (B, T, D); alpha=0 keeps the common offset, 1 removes it. The std is the population's, so that T = 1 is finite
+    """
+    return (tokens - alpha * tokens.mean(dim=1, keepdim=True)) / (tokens.std(dim=1, keepdim=True, correction=0) + 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# python spectral.py --plot out.png
+
+def plot(image, path, title):
+    """Six panels that teach the ideas above. image (1, 3, H, W) in [-1, 1], H and W multiples of 8; writes a PNG to path."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    H, W = image.shape[-2:]
+    n_bins = 32
+    frequency = (torch.arange(n_bins) + 0.5) / n_bins                                      # 1 = the highest frequency of the DCT grid
+    profile = radial_profile(power_spectrum(image), n_bins)[0]
+    alpha = fit_power_law(profile).item()
+    figure = plt.figure(figsize=(16, 9), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1))
+    axes = top.subplots(1, 4)
+
+    ax = axes[0]
+    ax.imshow((image[0].permute(1, 2, 0) * 0.5 + 0.5).clamp(0, 1))
+    ax.set(title=title, xticks=[], yticks=[])
+
+    ax = axes[1]
+    fit = frequency ** -alpha
+    fit = fit * torch.exp((profile[1:].log() - fit[1:].log()).mean())
+    ax.loglog(frequency, profile, "o-", ms=3, label="radial PSD of the image")
+    ax.loglog(frequency[1:], fit[1:], "k--", label=f"fit: $f^{{-{alpha:.2f}}}$")
+    ax.set(title="Images follow a power law", xlabel="frequency (1 = corner of the DCT grid)", ylabel="power")
+    ax.legend()
+
+    ax = axes[2]
+    small = match_resolution(image, (H // 8, W // 8))
+    for gamma in (0.0, 0.6, 1.0, 1.4):
+        target = spectrum_distribution(small, 16, gamma)[0]
+        ax.plot(range(1, 17), target, "o-", ms=3, label=f"$\\gamma$ = {gamma}")
+    ax.axhline(1 / 16, color="gray", ls=":", label="white")
+    ax.set(title="ESM: the target, flattened by $\\gamma$", xlabel="ring (1 = low frequency)", ylabel="share of log(1 + power)", ylim=(0, None))
+    ax.legend()
+
+    ax = axes[3]
+    S = profile / profile[1:].mean()                                                       # power 1 on average, as a normalised latent
+    for alpha_bar in (0.999, 0.9, 0.5, 0.1, 0.01):
+        ax.loglog(frequency[1:], learnable_power(S, alpha_bar)[1:], label=f"$\\bar\\alpha_t$ = {alpha_bar}")
+    ax.loglog(frequency[1:], S[1:], "k--", label="all the power there is")
+    ax.set(title="Prop. 3.1: power a denoiser can learn", xlabel="frequency", ylabel="learnable power")
+    ax.legend(fontsize=8)
+
+    left, right = bottom.subfigures(1, 2, width_ratios=(3, 1))
+    axes = left.subplots(2, 4, height_ratios=(1, 2.2))
+    left.suptitle("DSM: cut the n last anti-diagonals of every 8x8 DCT block, in the image and in the latent (dark = kept)")
+    for column, n in enumerate((0, 8, 10, 12)):
+        axes[0, column].imshow(triangle_mask(n), cmap="Blues", vmin=0, vmax=1.4)
+        axes[0, column].set(title=f"n = {n}: {int(triangle_mask(n).sum())} of 64 kept", xticks=[], yticks=[])
+        detail = lowpass(image, n)[0, :, H // 8:H * 5 // 8, W // 4:W * 3 // 4]
+        axes[1, column].imshow((detail.permute(1, 2, 0) * 0.5 + 0.5).clamp(0, 1))
+        axes[1, column].set(xticks=[], yticks=[])
+
+    ax = right.subplots()
+    grid = 16                                                                              # DINOv2 tokens of a 256 px image
+    omega = torch.arange(grid) / (2 * grid)                                                # cycles per token of DCT row u
+    response = lambda sigma: torch.exp(-2 * (math.pi * sigma * omega) ** 2)
+    for sigma1, sigma2 in ((0.5, 1.0), (0.5, 2.0), (1.0, 2.0), (1.0, 4.0)):
+        ax.plot(range(grid), response(sigma1) - response(sigma2), "o-", ms=3, label=f"$\\sigma$ = {sigma1}, {sigma2}")
+    ax.set(title="Eq. 6: DoG on a 16x16 token grid", xlabel="DCT frequency u (0 = DC)", ylabel="gain")
+    ax.legend()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main():
+    import argparse
+    import sys
+
+    parser = argparse.ArgumentParser(description="Draw the ideas of spectral.py for one image.")
+    parser.add_argument("--image", default=None, help="an image file; without it a photograph that comes with matplotlib")
+    parser.add_argument("--size", type=int, default=256, help="pixels a side after a centre crop, a multiple of 8")
+    parser.add_argument("--plot", required=True, metavar="OUT.png", help="where the figure goes")
+    args = parser.parse_args()
+
+    import numpy as np
+    from matplotlib import cbook
+    from PIL import Image, ImageOps, UnidentifiedImageError
+    try:
+        if args.size < 64 or args.size % 8:
+            raise ValueError(f"--size {args.size}: must be a multiple of 8, at least 64")
+        image = Image.open(args.image or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")
+    except (OSError, ValueError) as error:                                                 # no such file, or not an image
+        message = f"--image {args.image}: not an image that PIL can read" if isinstance(error, UnidentifiedImageError) else error
+        print(f"spectral.py: {message}", file=sys.stderr)
+        raise SystemExit(2)
+    image = ImageOps.fit(image, (args.size, args.size), Image.Resampling.BICUBIC)
+    image = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1   # (1, 3, size, size) in [-1, 1]
+    plot(image, args.plot, f"{args.size} x {args.size} pixels")
+    print(f"fitted exponent {fit_power_law(radial_profile(power_spectrum(image), 32)).item():.2f}; wrote {args.plot}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""What each loss of losses.py promises: zeros, gradients, invariances, and the pairs' shapes."""
+import os
+
+import pytest
+import torch
+import torch.nn as nn
+
+import losses
+from losses import (PatchDiscriminator, PerceptualLoss, adaptive_weight, dsm_pair, eq_pair, esm_loss, hinge_d_loss, hinge_g_loss, kl_loss,
+                    scale_images, scale_pair)
+from spectral import lowpass, spectrum_distribution
+
+close = torch.testing.assert_close
+
+
+def test_kl_loss_equals_torch_distributions():
+    """Summed over dimensions, averaged over the batch; 0 for the standard normal."""
+    mean, logvar = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
+    q = torch.distributions.Normal(mean, (0.5 * logvar).exp())
+    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(0, 1)).sum((1, 2, 3)).mean()
+    close(kl_loss(mean, logvar), expected, rtol=1e-4, atol=1e-4)
+    assert kl_loss(torch.zeros(2, 3), torch.zeros(2, 3)) == 0
+
+
+# ---- ESM
+
+def test_esm_is_zero_on_its_own_target_and_positive_elsewhere():
+    """A latent that equals the image has the image's spectrum: 0 at gamma 0, more at any other gamma, more for white noise."""
+    images = torch.randn(3, 3, 16, 24).cumsum(2).cumsum(3) / 50                            # smooth, H != W
+    assert esm_loss(images, images, gamma=0.0).abs() < 1e-6
+    assert esm_loss(images, images, gamma=1.0) > 1e-2
+    assert esm_loss(images, torch.randn(3, 4, 16, 24), gamma=0.0) > 1e-2
+
+
+def test_esm_value_by_its_definition():
+    """KL(target || latent) summed over rings, averaged over samples."""
+    images, latents = torch.randn(2, 3, 32, 48), torch.randn(2, 4, 16, 24)
+    small = torch.nn.functional.interpolate(images, (16, 24), mode="bicubic", align_corners=False)
+    p, q = spectrum_distribution(small, 16, 0.6), spectrum_distribution(latents, 16)
+    close(esm_loss(images, latents, gamma=0.6), torch.distributions.kl_divergence(
+        torch.distributions.Categorical(p), torch.distributions.Categorical(q)).mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_esm_gradient_reaches_the_latents_only_and_points_downhill():
+    """Descending the loss on free latents lowers it; the images get no gradient."""
+    images = (torch.randn(2, 3, 64, 64).cumsum(2).cumsum(3) / 50).requires_grad_()
+    latents = torch.randn(2, 4, 16, 16, requires_grad=True)
+    before = esm_loss(images, latents)
+    before.backward()
+    assert images.grad is None and latents.grad.abs().sum() > 0
+    assert esm_loss(images, latents - 5 * latents.grad) < before
+
+
+def test_esm_sees_the_latents_scale():
+    """Because of log(1 + P) the loss moves when z is rescaled; this is the authors' definition, pinned here on purpose."""
+    images, latents = torch.randn(2, 3, 64, 64).cumsum(2).cumsum(3) / 50, torch.randn(2, 4, 16, 16).cumsum(3)
+    values = [esm_loss(images, latents * scale).item() for scale in (0.1, 1.0, 10.0)]
+    assert max(values) > 1.2 * min(values)
+
+
+def test_esm_is_finite_in_bf16_and_on_constant_images():
+    """Constant images and constant latents have no power at all; bf16 latents keep a finite gradient."""
+    flat, noise = torch.full((2, 3, 64, 64), 0.3), torch.randn(2, 4, 8, 8)
+    for images, latents in ((flat, noise), (flat, torch.zeros_like(noise)), (torch.randn(2, 3, 64, 64), torch.ones_like(noise))):
+        latents = latents.bfloat16().requires_grad_()
+        loss = esm_loss(images.bfloat16(), latents)
+        loss.backward()
+        assert loss.isfinite() and loss.dtype == torch.float32 and latents.grad.isfinite().all()
+
+
+# ---- pairs
+
+def test_dsm_pair_masks_both_sides():
+    """Alg. 2: the same mask on image and latent; n = 0 changes neither."""
+    images, latents = torch.randn(2, 3, 32, 64), torch.randn(2, 4, 8, 16)
+    target, z = dsm_pair(images, latents, 10)
+    close(target, lowpass(images, 10))
+    close(z, lowpass(latents, 10))
+    target, z = dsm_pair(images, latents, 0)
+    assert torch.equal(target, images) and torch.equal(z, latents)
+
+
+def test_scale_pair_halves_both_sides():
+    """k = 2 without antialiasing is the mean of 2 x 2 cells; k = 1 changes nothing; a latent that does not divide is refused."""
+    images, latents = torch.randn(2, 3, 32, 48), torch.randn(2, 4, 8, 12)
+    target, z = scale_pair(images, latents, 2)
+    close(z, torch.nn.functional.avg_pool2d(latents, 2))
+    close(target, torch.nn.functional.avg_pool2d(images, 2))
+    assert torch.equal(scale_pair(images, latents, 1)[1], latents)
+    with pytest.raises(ValueError, match="8x10"):
+        scale_pair(torch.randn(1, 3, 32, 40), torch.randn(1, 4, 8, 10), 4)
+
+
+def test_eq_pair_scales_and_turns_both_sides():
+    """Sizes stay f : 1 when the latent's side is rounded; a quarter turn swaps the sides and moves the same corner on both."""
+    images, latents = torch.zeros(1, 3, 64, 96), torch.zeros(1, 4, 8, 12)
+    images[..., :32, :32], latents[..., :4, :4] = 1, 1                                     # the top-left corner, f = 8
+    target, z = eq_pair(images, latents, 1.0, rot=1)
+    assert target.shape[-2:] == (96, 64) and z.shape[-2:] == (12, 8)
+    assert target[0, 0, -32:, :32].min() == 1 and z[0, 0, -4:, :4].min() == 1              # now at the bottom left
+    assert target.sum() == images.sum() and z.sum() == latents.sum()
+    target, z = eq_pair(images, latents, 11 / 32, rot=2)
+    assert z.shape[-2:] == (3, 4) and target.shape[-2:] == (24, 32)
+    assert target[0, 0, -1, -1] == 1 and z[0, 0, -1, -1] == 1                              # now at the bottom right
+    assert target[0, 0, 0, 0] == 0 and z[0, 0, 0, 0] == 0
+
+
+def test_scale_images_gives_whole_latent_cells():
+    """64 x 96 at f = 8, scale 11/32: 3 x 4 cells."""
+    assert scale_images(torch.randn(1, 3, 64, 96), 11 / 32, 8).shape == (1, 3, 24, 32)
+
+
+# ---- GAN
+
+def test_discriminator_architecture():
+    """Parameters counted layer by layer, a 70 x 70 receptive field, logits of H/8 - 2."""
+    disc = PatchDiscriminator()
+    convs = [(3, 64, True), (64, 128, False), (128, 256, False), (256, 512, False), (512, 1, True)]
+    expected = sum(i * o * 16 + o * bias for i, o, bias in convs) + 2 * (128 + 256 + 512)
+    assert sum(p.numel() for p in disc.parameters()) == expected
+    disc.eval()
+    x = torch.randn(1, 3, 96, 128, requires_grad=True)
+    logits = disc(x)
+    assert logits.shape == (1, 1, 10, 14)
+    logits[0, 0, 5, 7].backward()
+    seen = x.grad[0].abs().sum(0) > 0
+    assert seen.any(1).sum() == 70 and seen.any(0).sum() == 70
+
+
+def test_hinge_losses_by_hand():
+    """relu(1 - real) + relu(1 + fake); -fake."""
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 1.0])
+    close(hinge_d_loss(real, fake), torch.tensor(0.25 + 1.0))
+    close(hinge_g_loss(fake), torch.tensor(1.0))
+
+
+def test_adaptive_weight_balances_the_gradients():
+    """weight * |grad gan| = |grad rec| at the last layer, up to the 1e-4 that keeps it finite."""
+    layer = nn.Parameter(torch.randn(5, 7))
+    x = torch.randn(7)
+    rec, gan = (layer @ x).square().sum(), 0.01 * (layer @ x).sin().sum()
+    weight = adaptive_weight(rec, gan, layer)
+    rec_grad, = torch.autograd.grad(rec, layer, retain_graph=True)
+    gan_grad, = torch.autograd.grad(gan, layer, retain_graph=True)
+    close(weight, rec_grad.norm() / (gan_grad.norm() + 1e-4))
+    assert not weight.requires_grad
+
+
+def test_adaptive_weight_is_finite_when_a_gradient_is_zero():
+    """No GAN gradient: the clamp, 1e4 at most; no reconstruction gradient: 0; neither: 0."""
+    layer = nn.Parameter(torch.randn(4, 4) * 100)
+    zero, large = (layer * 0).sum(), layer.square().sum()
+    assert adaptive_weight(large, zero, layer) == 1e4
+    assert adaptive_weight(zero, large, layer) == 0
+    assert adaptive_weight(zero, zero, layer) == 0
+
+
+# ---- LPIPS
+
+def test_lpips_without_network_says_where_the_file_belongs(tmp_path, monkeypatch):
+    """URL, file name, place and the flag that does without, in one line."""
+    import urllib.error
+    import urllib.request
+
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    monkeypatch.setattr(torch.hub, "urlopen", offline)
+    with pytest.raises(FileNotFoundError) as error:
+        PerceptualLoss()
+    message = str(error.value)
+    place = os.path.join(str(tmp_path), "hub", "checkpoints", "vgg16-397923af.pth")
+    assert "https://download.pytorch.org/models/vgg16-397923af.pth" in message and place in message
+    assert "--lpips_weight 0" in message and "\n" not in message
+
+
+def test_lpips_real_path_with_a_planted_file(tmp_path, monkeypatch):
+    """A random VGG-16 in TORCH_HOME goes through torchvision and lpips: 0 for equal images, a gradient to the image and to nothing else."""
+    from torchvision.models import vgg16
+    checkpoints = tmp_path / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    torch.save(vgg16().state_dict(), checkpoints / "vgg16-397923af.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    perceptual = PerceptualLoss().train()
+    a, b = torch.randn(1, 3, 32, 48).clamp(-1, 1), torch.randn(1, 3, 32, 48).clamp(-1, 1).requires_grad_()
+    assert perceptual(a, a) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = perceptual(b, a)
+    loss.backward()
+    assert loss > 0 and loss.dtype == torch.float32 and b.grad.abs().sum() > 0
+    assert not any(p.requires_grad for p in perceptual.parameters()) and not perceptual.lpips.training
+    close(perceptual(b, a), loss.detach(), rtol=0, atol=0)                                 # no dropout: the same answer twice

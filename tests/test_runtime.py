@@ -1,0 +1,130 @@
+"""The machinery: noise that does not depend on the number of processes, atomic files, the log, one-line errors, presets."""
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import runtime
+from conftest import ROOT
+
+
+def test_step_seeds_are_distinct_and_repeatable():
+    """A function of (seed, step): equal again, different for every neighbour."""
+    seeds = {runtime.step_seed(seed, step) for seed in range(20) for step in range(200)}
+    assert len(seeds) == 4000 and runtime.step_seed(3, 5) == runtime.step_seed(3, 5)
+
+
+def test_sharded_noise_is_the_same_on_any_number_of_processes():
+    """The shares of 4 processes, put together, are the noise of one."""
+    draw = lambda rank, world: runtime.sharded_randn((8 // world, 4, 3, 5), torch.Generator().manual_seed(7), rank, world)
+    assert torch.equal(torch.cat([draw(rank, 4) for rank in range(4)]), draw(0, 1))
+
+
+def test_interrupted_write_keeps_the_old_file(tmp_path):
+    """An error in the middle of a write leaves the previous checkpoint whole and no temporary file."""
+    path = tmp_path / "ckpt.pt"
+    runtime.save_checkpoint(path, dict(stage="ae", step=1, x=torch.ones(3)))
+
+    def breaks(file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        runtime.write_atomic(path, breaks)
+    assert os.listdir(tmp_path) == ["ckpt.pt"] and runtime.load_checkpoint(path, "ae")["step"] == 1
+
+
+def test_load_checkpoint_names_the_culprit(tmp_path):
+    """No file, not a checkpoint, another stage: one line each, with the path."""
+    path = tmp_path / "ckpt.pt"
+    with pytest.raises(FileNotFoundError, match="ckpt.pt: no such checkpoint"):
+        runtime.load_checkpoint(path, "ae")
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="ckpt.pt: not a readable checkpoint"):
+        runtime.load_checkpoint(path, "ae")
+    torch.save(dict(stage="diffusion"), path)
+    with pytest.raises(ValueError, match="stage 'diffusion', expected stage 'ae'"):
+        runtime.load_checkpoint(path, "ae")
+
+
+def test_open_run_protects_what_is_there(tmp_path):
+    """A run is continued or replaced only when asked, and contradicting flags are named one by one."""
+    args = dict(lr=1.0, steps=10, seed=0)
+    assert runtime.open_run(tmp_path, "ae", args, resume=True, overwrite=False) is None    # nothing yet: a fresh start
+    runtime.save_checkpoint(tmp_path / "ckpt.pt", dict(stage="ae", step=5, args=args))
+    with pytest.raises(ValueError, match="--resume to continue"):
+        runtime.open_run(tmp_path, "ae", args, resume=False, overwrite=False)
+    assert runtime.open_run(tmp_path, "ae", args, resume=False, overwrite=True) is None
+    assert runtime.open_run(tmp_path, "ae", dict(args, steps=20), resume=True, overwrite=False, free=("steps",))["step"] == 5
+    with pytest.raises(ValueError, match=r"--lr 2.0 \(was 1.0\), --seed 1 \(was 0\)"):
+        runtime.open_run(tmp_path, "ae", dict(args, lr=2.0, seed=1), resume=True, overwrite=False)
+
+
+def test_log_continues_without_gaps_or_repeats(tmp_path):
+    """On resume at step 4, later lines and a half-written one go; earlier ones stay as they were."""
+    path = tmp_path / "log.jsonl"
+    log = runtime.RunLog(path)
+    for step in range(6):
+        log.write(step, loss=step / 10)
+    log.file.write('{"step": 6, "lo')
+    log.file.close()
+    log = runtime.RunLog(path, start_step=4)
+    log.write(4, loss=0.4)
+    log.file.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
+
+
+def test_ema_arithmetic():
+    """decay_t = min(decay, (1 + t) / (10 + t)); integer buffers follow the first value; a scalar model by hand."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    ema = runtime.EMA(model, decay=0.5)
+    torch.nn.init.ones_(model.weight)
+    expected = 0.0
+    for step in range(20):
+        ema.update(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * 1.0
+        assert abs(ema.shadow["weight"].item() - expected) < 1e-6
+
+
+def test_presets_set_defaults_and_flags_win(monkeypatch):
+    """--preset replaces defaults, an explicit flag replaces the preset's."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--preset", choices=("a", "b"), default="a")
+    parser.add_argument("--lr", type=float, default=1.0)
+    parser.add_argument("--steps", type=int, default=1)
+    monkeypatch.setattr(sys, "argv", ["x", "--preset", "b", "--steps", "7"])
+    args = runtime.parse_args(parser, dict(a={}, b=dict(lr=2.0, steps=3)))
+    assert (args.lr, args.steps) == (2.0, 7)
+
+
+def test_average_gradients_over_two_processes(tmp_path):
+    """Two gloo processes: the mean of the gradients, several buckets, parameters without a gradient left out."""
+    script = tmp_path / "two.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, runtime
+rank, world, device = runtime.start_processes("cpu")
+p = [torch.nn.Parameter(torch.zeros(3, 5)), torch.nn.Parameter(torch.zeros(9 * 2 ** 20)), torch.nn.Parameter(torch.zeros(2))]
+p[0].grad, p[1].grad = torch.full((3, 5), float(rank)), torch.full((9 * 2 ** 20,), 1.0 + rank)
+runtime.average_gradients(p)
+assert p[0].grad.eq(0.5).all() and p[1].grad.eq(1.5).all() and p[2].grad is None
+assert runtime.all_mean(dict(a=torch.tensor(rank), b=1.0)) == dict(a=0.5, b=1.0)
+runtime.stop_processes()
+""")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    result = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def test_own_errors_are_one_line_and_library_errors_keep_their_traceback(tmp_path):
+    """ValueErrors of this project end with exit code 2 and one line; a bug inside a library stays visible."""
+    with pytest.raises(SystemExit) as exit, runtime.one_line_errors():
+        runtime.load_checkpoint(tmp_path / "none.pt", "ae")
+    assert exit.value.code == 2
+    with pytest.raises(ValueError), runtime.one_line_errors():
+        json.loads("{")

@@ -1,0 +1,324 @@
+"""
+Stage 1: train an autoencoder whose latent spectrum is shaped.
+
+    python train_ae.py --preset quick --reg dsm                               a laptop, minutes, nothing downloaded
+    torchrun --nproc_per_node=8 train_ae.py --reg esm --gamma 1.0 --data DIR  the paper's scale
+
+The argparse defaults are Table 5 for CelebA 256 (f16d16). A run lives in --out: ckpt.pt, log.jsonl, reconstructions.png.
+The batch size is the GLOBAL batch over all processes, and the learning rate is never rescaled.
+"""
+import argparse
+import contextlib
+import dataclasses
+import io
+import math
+import random
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import runtime
+from data import open_data, train_batches, val_batches
+from evaluate import figure_rows, pca_rgb, psnr, ssim
+from losses import (DSM_MASKS, SCALES, PatchDiscriminator, PerceptualLoss, adaptive_weight, dsm_pair, eq_pair, esm_loss, hinge_d_loss,
+                    hinge_g_loss, kl_loss, scale_images, scale_pair)
+from spectral import fit_power_law, lowpass, match_resolution, power_spectrum, radial_profile
+from vae import CONFIGS, AutoencoderKL
+
+PRESETS = {
+    "celeba-f16d16": {},                                                                   # the argparse defaults
+    "celeba-f8d4": dict(model="f8d4"),
+    "imagenet-f16d16": dict(batch_size=128, steps=600_000),
+    "quick": dict(model="f4d4-tiny", image_size=64, steps=400, batch_size=16, lr=1e-3, warmup_steps=40, lpips_weight=0.0, gan_weight=0.0,
+                  eval_every=100, log_every=10, val_images=128, workers=1),
+}
+PAIRS = ("dsm", "se", "eq")                                                                # methods that change what is decoded
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    # what is run
+    parser.add_argument("--preset", choices=PRESETS, default="celeba-f16d16", help="a named group of defaults; explicit flags win")
+    parser.add_argument("--out", default=None, help="folder of the run (default: out/ae/<preset>-<reg>)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data order and every draw, >= 0")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: cuda when there is a GPU")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default=None, help="of the networks (default: bf16 on cuda, fp32 on cpu)")
+    # data
+    parser.add_argument("--data", default=None, help="folder, .zip, or cifar10 (default: built-in dead-leaves images)")
+    parser.add_argument("--image_size", type=int, default=256, help="pixels a side")
+    parser.add_argument("--val_images", type=int, default=1000, help="held-out images")
+    parser.add_argument("--workers", type=int, default=8, help="loader processes per training process")
+    # model and regulariser
+    parser.add_argument("--model", choices=CONFIGS, default="f16d16", help="autoencoder: f = reduction, d = latent channels")
+    parser.add_argument("--reg", nargs="+", choices=("none", "kl", "esm", "dsm", "se", "eq"), default=["kl"],
+                        help="one or several: SD-VAE's KL, ESM, DSM, Scale Equivariance, EQ-VAE; none = reconstruction only")
+    parser.add_argument("--gamma", type=float, default=1.0, help="ESM: flattening exponent of the target, >= 0")
+    parser.add_argument("--esm_weight", type=float, default=0.01)
+    parser.add_argument("--dsm_masks", type=int, nargs="+", default=list(DSM_MASKS), help="DSM: anti-diagonals cut, 0..14 each (Table 8)")
+    parser.add_argument("--kl_weight", type=float, default=1e-6, help="used by --reg kl and eq only")
+    # reconstruction
+    parser.add_argument("--lpips_weight", type=float, default=0.5, help="0 = off (needs no VGG weights)")
+    parser.add_argument("--gan_weight", type=float, default=0.5, help="0 = off")
+    parser.add_argument("--gan_start", type=int, default=50_000, help="first step with the discriminator")
+    parser.add_argument("--gan_every_step", action="store_true", help="train both networks in each step (default: even steps the "
+                        "autoencoder, odd steps the discriminator)")
+    # optimisation
+    parser.add_argument("--steps", type=int, default=500_000)
+    parser.add_argument("--batch_size", type=int, default=48, help="images per step over all processes")
+    parser.add_argument("--lr", type=float, default=5e-5, help="of both networks; constant after the warm-up")
+    parser.add_argument("--warmup_steps", type=int, default=2000)
+    parser.add_argument("--weight_decay", type=float, default=0.005)
+    parser.add_argument("--clip_grad", type=float, default=1.0, help="largest gradient norm")
+    # reporting
+    parser.add_argument("--log_every", type=int, default=100, help="steps between lines of log.jsonl")
+    parser.add_argument("--eval_every", type=int, default=5000, help="steps between validations, each with a checkpoint")
+    parser.add_argument("--keep_every", type=int, default=-1, help="also keep ckpt_<step>.pt at these steps; -1 = off")
+    args = runtime.parse_args(parser, PRESETS)
+    args.out = args.out or f"out/ae/{args.preset}-{'-'.join(args.reg)}"
+    return args
+
+
+def check(args, config, world):
+    """ValueError on the first flag that cannot work, before anything is loaded or written."""
+    def need(condition, message):
+        if not condition:
+            raise ValueError(message)
+
+    side, remainder = divmod(args.image_size, config.reduction)
+    need(args.image_size > 0 and remainder == 0,
+         f"--image_size {args.image_size}: must be a multiple of {config.reduction}, the reduction of --model {args.model}")
+    need(args.batch_size > 0 and args.batch_size % world == 0, f"--batch_size {args.batch_size}: must divide by the {world} processes")
+    need("none" not in args.reg or args.reg == ["none"], "--reg none: stands alone, or leave it out")
+    pairs = [reg for reg in PAIRS if reg in args.reg]
+    need(len(pairs) <= 1, f"--reg {' '.join(pairs)}: each changes what the decoder sees; choose one of them")
+    need("dsm" not in args.reg or side % 8 == 0,
+         f"--reg dsm: a latent of {side}x{side} does not tile into 8x8 blocks; --image_size must be a multiple of {8 * config.reduction}")
+    need(all(0 <= n <= 14 for n in args.dsm_masks), f"--dsm_masks {args.dsm_masks}: each must lie in 0..14")
+    need("se" not in args.reg or side % max(SCALES) == 0, f"--reg se: a latent of {side}x{side} does not divide by {max(SCALES)}")
+    smallest = args.image_size // (4 if {"se", "eq"} & set(args.reg) else 1)
+    need(args.gan_weight == 0 or smallest >= 24, f"--gan_weight {args.gan_weight}: the discriminator needs images of at least 24 pixels a "
+         f"side, and here they may be {smallest}; --gan_weight 0 switches it off")
+    need(args.lpips_weight == 0 or smallest >= 16, f"--lpips_weight {args.lpips_weight}: LPIPS needs images of at least 16 pixels a side, "
+         f"and here they may be {smallest}; --lpips_weight 0 switches it off")
+    for name in ("gamma", "esm_weight", "kl_weight", "lpips_weight", "gan_weight", "weight_decay", "seed", "workers", "gan_start",
+                 "warmup_steps", "steps"):
+        value = getattr(args, name)
+        need(math.isfinite(value) and value >= 0, f"--{name} {value}: must be a finite number, at least 0")
+    for name in ("lr", "clip_grad", "log_every", "eval_every", "val_images"):
+        value = getattr(args, name)
+        need(math.isfinite(value) and value > 0, f"--{name} {value}: must be above 0")
+
+
+def draw_pair(args, rng):
+    """
+    One step's draw of the pair method, the same on every rank.
+    returns (scale of the images before encoding, 1.0 = none; function (images, latents) -> (target, z))
+    """
+    if "dsm" in args.reg:                                                                  # Alg. 2: one mask for the batch
+        n = rng.choice(args.dsm_masks)
+        return 1.0, lambda images, latents: dsm_pair(images, latents, n)
+    if "se" in args.reg:
+        k = rng.choice(SCALES)
+        return 1.0, lambda images, latents: scale_pair(images, latents, k)
+    if "eq" in args.reg:
+        scale, rot = rng.randint(8, 31) / 32, rng.randint(1, 3)
+        if rng.random() < 0.5:
+            return 1.0, lambda images, latents: eq_pair(images, latents, scale, rot)
+        if rng.random() < 0.25:                                                            # EQ-VAE also shows the encoder small images
+            return scale, lambda images, latents: (images, latents)
+    return 1.0, lambda images, latents: (images, latents)
+
+
+@torch.no_grad()
+def validate(ae, batches, args):
+    """
+    Held-out images, each counted once over all ranks. Reconstructions decode the posterior's mode, spectra see its samples.
+    Also stores the samples' mean and standard deviation per channel in the autoencoder (normalize, denormalize).
+    returns {psnr dB, ssim, l1, esm: divergence from the flattened target (nats), alpha: exponent of the latents' PSD, alpha_image}
+    """
+    ae.eval()
+    C = ae.config.latent_channels
+    scores, profiles, moments = torch.zeros(5, dtype=torch.float64), torch.zeros(2, 16, dtype=torch.float64), torch.zeros(3, C, dtype=torch.float64)
+    for images, _, indices in batches:
+        posterior = ae.encode(images)
+        recon = ae.decode(posterior.mode()).float()
+        noise = [torch.randn(posterior.mean.shape[1:], generator=torch.Generator().manual_seed(runtime.step_seed(args.seed, i)))
+                 for i in indices.tolist()]                                                # image i has its noise on any rank
+        latents = posterior.sample(torch.stack(noise).to(images.device))
+        small = match_resolution(images, latents.shape[-2:])
+        l1 = (recon - images).abs().flatten(1).mean(1)
+        esm = torch.stack([esm_loss(x[None], z[None], args.gamma) for x, z in zip(images, latents)])
+        scores += torch.stack([torch.ones_like(l1), psnr(recon, images), ssim(recon, images), l1, esm]).double().sum(1).cpu()
+        profiles += torch.stack([radial_profile(power_spectrum(x)).double().sum(0) for x in (small, latents)]).cpu()
+        cells = latents.double().movedim(1, -1).reshape(-1, C)
+        moments += torch.stack([torch.ones_like(cells[0]) * len(cells), cells.sum(0), cells.square().sum(0)]).cpu()
+    totals = runtime.all_sum(torch.cat([scores, profiles.flatten(), moments.flatten()]).to(images.device, torch.float64)).cpu()
+    scores, profiles, (count, total, squares) = totals[:5], totals[5:37].view(2, 16), totals[37:].view(3, C)
+    mean = total / count
+    ae.set_latent_stats(mean, (squares / count - mean ** 2).clamp_min(1e-12).sqrt())
+    ae.train()
+    names = ("psnr", "ssim", "l1", "esm")
+    return dict(zip(names, (scores[1:] / scores[0]).tolist()), alpha=fit_power_law(profiles[1]).item(),
+                alpha_image=fit_power_law(profiles[0]).item(), latent_std=ae.latent_std.square().mean().sqrt().item())
+
+
+@torch.no_grad()
+def picture(ae, images, path):
+    """reconstructions.png: held-out images, their reconstructions and latents, and DSM's question: does a low-passed latent decode to
+    the low-passed image?"""
+    latents = ae.encode(images).mode()
+    rows = {"image": images, "reconstruction": ae.decode(latents), "latent (PCA)": pca_rgb(latents) * 2 - 1}
+    if latents.shape[-2] % 8 == 0 and latents.shape[-1] % 8 == 0:
+        rows |= {"low-passed, n=10": lowpass(images, 10), "decoded from\nlow-passed latent": ae.decode(lowpass(latents, 10))}
+    figure_rows({label: row.float() * 0.5 + 0.5 for label, row in rows.items()}, path)
+
+
+def main():
+    args = get_args()
+    rank, world, device = runtime.start_processes(args.device)
+    config = CONFIGS[args.model]
+    check(args, config, world)
+    dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    # what may differ between the parts of a resumed run: where and how fast it runs, how often it reports, how long it lasts
+    checkpoint = runtime.open_run(args.out, "ae", vars(args), args.resume, args.overwrite, free=(
+        "out", "resume", "overwrite", "device", "workers", "steps", "log_every", "eval_every", "keep_every", "preset"))
+    say = print if rank == 0 else lambda *args, **kwargs: None
+
+    train_set, val_set = open_data(args.data, args.image_size, val_images=args.val_images, seed=args.seed)
+    torch.manual_seed(args.seed)                                                           # the initial weights; nothing else uses it
+    ae = AutoencoderKL(config).to(device)
+    optimizer = torch.optim.AdamW(ae.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    gan_on, lpips_on = args.gan_weight > 0 and args.gan_start < args.steps, args.lpips_weight > 0
+    if gan_on:
+        disc = PatchDiscriminator().to(device)
+        disc_optimizer = torch.optim.AdamW(disc.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    if lpips_on:
+        with runtime.rank_zero_first():
+            perceptual = PerceptualLoss().to(device)
+    start_step = 0
+    if checkpoint:
+        start_step = checkpoint["step"]
+        ae.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if gan_on and "disc" in checkpoint:
+            disc.load_state_dict(checkpoint["disc"])
+            disc_optimizer.load_state_dict(checkpoint["disc_optimizer"])
+        say(f"resuming {args.out} at step {start_step}")
+    for network in (ae, disc) if gan_on else (ae,):
+        runtime.broadcast_parameters(network)
+
+    say(f"{args.model}: {sum(p.numel() for p in ae.parameters()):,} parameters, {args.image_size} px -> {config.latent_channels} x "
+        f"{args.image_size // config.reduction} x {args.image_size // config.reduction}; reg {' '.join(args.reg)}; {len(train_set):,} "
+        f"training and {len(val_set):,} held-out images")
+    say(f"global batch {args.batch_size} = {world} x {args.batch_size // world} on {device.type} in {dtype}; learning rate {args.lr:g}, "
+        f"not rescaled; {args.steps:,} steps -> {args.out}")
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+    log = runtime.RunLog(f"{args.out}/log.jsonl", start_step) if rank == 0 else None
+    batches = train_batches(train_set, args.batch_size, start_step=start_step, seed=args.seed, rank=rank, world=world,
+                            workers=args.workers, device=device)
+    progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size, disable=rank > 0 or not sys.stderr.isatty())
+
+    for step in range(start_step, args.steps + 1):
+        last_step = step == args.steps
+        if last_step or step % args.eval_every == 0:
+            with autocast():
+                report = validate(ae, val_batches(val_set, args.batch_size, rank=rank, world=world, device=device), args)
+            if rank == 0:
+                log.write(step, **{f"val_{k}": v for k, v in report.items()})
+                progress.write(f"step {step}: PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f}, L1 {report['l1']:.4f}, "
+                               f"ESM divergence {report['esm']:.4f}, latent PSD ~ f^-{report['alpha']:.2f}", file=sys.stdout)
+                first = torch.stack([val_set[i][0] for i in range(min(8, len(val_set)))]).to(device)
+                with autocast():
+                    picture(ae, first / 127.5 - 1, f"{args.out}/reconstructions.png")
+                state = dict(stage="ae", step=step, args=vars(args), ae_config=dataclasses.asdict(config), model=ae.state_dict(),
+                             optimizer=optimizer.state_dict())
+                if gan_on:
+                    state |= dict(disc=disc.state_dict(), disc_optimizer=disc_optimizer.state_dict())
+                runtime.save_checkpoint(f"{args.out}/ckpt.pt", state)
+                if args.keep_every > 0 and step % args.keep_every == 0:
+                    runtime.save_checkpoint(f"{args.out}/ckpt_{step}.pt", state)
+        if last_step:
+            break
+
+        # Everything random below is a function of (seed, step): see runtime.py
+        seed = runtime.step_seed(args.seed, step)
+        rng, generator = random.Random(seed), torch.Generator(device).manual_seed(seed)
+        gan_now = gan_on and step >= args.gan_start
+        train_ae = not gan_now or args.gan_every_step or step % 2 == 0
+        train_disc = gan_now and (args.gan_every_step or step % 2 == 1)
+
+        images, _, _ = next(batches)                                                       # (b, 3, H, W) in [-1, 1]
+        image_scale, pair = draw_pair(args, rng)
+        if image_scale < 1:
+            images = scale_images(images, image_scale, config.reduction)
+        with torch.set_grad_enabled(train_ae), autocast():                                 # a discriminator step keeps no graph here
+            posterior = ae.encode(images)
+            noise = runtime.sharded_randn(posterior.mean.shape, generator, rank, world)
+            latents = posterior.sample(noise)                                              # (b, C, h, w)
+            target, z = pair(images, latents)                                              # images and latents unless dsm, se or eq
+            recon = ae.decode(z)
+
+        losses = {}
+        if train_ae:
+            losses["l1"] = F.l1_loss(recon.float(), target)
+            rec_loss = losses["l1"]
+            if lpips_on:
+                losses["lpips"] = perceptual(recon, target)
+                rec_loss = rec_loss + args.lpips_weight * losses["lpips"]
+            loss = rec_loss
+            if "esm" in args.reg:
+                losses["esm"] = esm_loss(images, latents, args.gamma)
+                loss = loss + args.esm_weight * losses["esm"]
+            if "kl" in args.reg or "eq" in args.reg:
+                losses["kl"] = kl_loss(posterior.mean, posterior.logvar)
+                loss = loss + args.kl_weight * losses["kl"]
+            if gan_now:
+                disc.requires_grad_(False)
+                with autocast():
+                    losses["gan"] = hinge_g_loss(disc(recon))
+                losses["gan_weight"] = adaptive_weight(rec_loss, losses["gan"], ae.last_layer)
+                loss = loss + args.gan_weight * losses["gan_weight"] * losses["gan"]
+                disc.requires_grad_(True)
+            loss.backward()
+            runtime.average_gradients(ae.parameters())
+            losses["loss"] = loss
+            losses["grad_norm"] = torch.nn.utils.clip_grad_norm_(ae.parameters(), args.clip_grad)
+            warm_up(optimizer, args, step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if train_disc:
+            with autocast():
+                losses["disc"] = hinge_d_loss(disc(target), disc(recon.detach()))
+            losses["disc"].backward()
+            runtime.average_gradients(disc.parameters())
+            torch.nn.utils.clip_grad_norm_(disc.parameters(), args.clip_grad)
+            warm_up(disc_optimizer, args, (step - args.gan_start) // (1 if args.gan_every_step else 2))
+            disc_optimizer.step()
+            disc_optimizer.zero_grad(set_to_none=True)
+
+        progress.update(1)
+        if step % args.log_every == 0:
+            losses = runtime.all_mean(losses)
+            if rank == 0:
+                log.write(step, **losses)
+                progress.set_postfix({k: f"{v:.4g}" for k, v in losses.items() if k in ("l1", "esm", "kl")})
+    progress.close()
+    say(f"latents: std {report['latent_std']:.3f}, PSD ~ f^-{report['alpha']:.2f} (images at that size: f^-{report['alpha_image']:.2f}), "
+        f"divergence from the target flattened by gamma {args.gamma:g}: {report['esm']:.4f}")
+    say(f"wrote {args.out}/ckpt.pt, log.jsonl, reconstructions.png")
+
+
+def warm_up(optimizer, args, updates):
+    """Linear warm-up to args.lr over args.warmup_steps updates, then constant."""
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * min(1.0, (updates + 1) / max(1, args.warmup_steps))
+
+
+if __name__ == "__main__":
+    with runtime.one_line_errors():
+        main()

@@ -1,0 +1,389 @@
+"""
+The autoencoder of latent diffusion: SD-VAE's convolutional U-Net, its configurations, and reading other people's weights.
+
+    encode   q(z|x) = N(mean, diag exp(logvar)),  [mean, logvar] = quant_conv(encoder(x)),  logvar clamped to [-30, 20]
+    sample   z = mean + exp(logvar / 2) * noise,  noise ~ N(0, I)
+    decode   x^ = decoder(post_quant_conv(z))
+Encoder: conv_in; per level num_res_blocks residual blocks and, but after the last, a halving; block, attention, block; conv_out.
+The decoder mirrors it with one block more per level, deepest level first. Reduction f = 2^(levels - 1).
+
+    name        widths                  f   d   parameters
+    f8d4        128 x (1, 2, 4, 4)      8   4   83,653,863   Stable Diffusion's; 83.7M in arXiv:2603.14645
+    f16d16      128 x (1, 1, 2, 2, 4)  16  16   64,352,723   64.4M in the paper
+    f16d32      128 x (1, 1, 2, 2, 4)  16  32   69,836,067   VA-VAE's, attention at the last level too
+    f4d4-tiny    16 x (1, 2, 2)         4   4      242,327   for 64x64 images on a laptop CPU
+
+Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), h = H/f, w = W/f, not normalised: normalize() alone shifts and scales them.
+Module names are those of CompVis' latent-diffusion, so that released .ckpt files load as they are.
+"""
+import json
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class AEConfig:
+    """What rebuilds an autoencoder; checkpoints carry it as dataclasses.asdict(config)."""
+    ch_mult: tuple                # width of each level in units of ch; levels are numbered from the image inwards
+    latent_channels: int          # d
+    in_channels: int = 3
+    ch: int = 128
+    num_res_blocks: int = 2       # per level of the encoder; the decoder has one more
+    attn_levels: tuple = ()       # levels whose every block is followed by attention, besides the middle
+    norm_groups: int = 32         # of every GroupNorm; the one field that leaves no trace in the weights
+
+    def __post_init__(self):
+        self.ch_mult, self.attn_levels = tuple(self.ch_mult), tuple(self.attn_levels)   # JSON turns tuples into lists
+
+    @property
+    def reduction(self):
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+CONFIGS = {
+    "f8d4": AEConfig(ch_mult=(1, 2, 4, 4), latent_channels=4),
+    "f16d16": AEConfig(ch_mult=(1, 1, 2, 2, 4), latent_channels=16),
+    "f16d32": AEConfig(ch_mult=(1, 1, 2, 2, 4), latent_channels=32, attn_levels=(4,)),
+    # A group of one channel would lose that channel's mean and contrast in every norm; 4 groups hold four each, as 32 do of 128.
+    "f4d4-tiny": AEConfig(ch=16, ch_mult=(1, 2, 2), latent_channels=4, num_res_blocks=1, norm_groups=4),
+}
+
+
+def group_norm(c, groups):
+    return nn.GroupNorm(groups, c, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in, groups), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(c_out, groups), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + self.nin_shortcut(x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over the pixels, residual; q, k, v are 1x1 convolutions."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.norm = group_norm(c, groups)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        h = self.norm(x)
+        q, k, v = (conv(h).reshape(B, 1, C, H * W).transpose(2, 3).contiguous()       # (B, 1, HW, C): the fused kernels
+                   for conv in (self.q, self.k, self.v))                              # want the last stride to be 1
+        h = F.scaled_dot_product_attention(q, k, v)                                   # (B, 1, HW, C)
+        return x + self.proj_out(h.transpose(2, 3).reshape(B, C, H, W))
+
+
+class Downsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):                                                             # (B, C, H, W) -> (B, C, H/2, W/2)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))                                      # zeros on the right and below only
+
+
+class Upsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):                                                             # (B, C, H, W) -> (B, C, 2H, 2W)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution; encoder and decoder add their `downsample` or `upsample`, called after them."""
+
+    def __init__(self, c_in, c_out, blocks, groups, attention):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(c_in if j == 0 else c_out, c_out, groups) for j in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c_out, groups) if attention else nn.Identity() for _ in range(blocks))
+
+    def forward(self, h):
+        for block, attn in zip(self.block, self.attn):
+            h = attn(block(h))
+        return h
+
+
+class Middle(nn.Module):
+    def __init__(self, c, groups):
+        super().__init__()
+        self.block_1, self.attn_1, self.block_2 = ResnetBlock(c, c, groups), AttnBlock(c, groups), ResnetBlock(c, c, groups)
+
+    def forward(self, h):
+        return self.block_2(self.attn_1(self.block_1(h)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        c = cfg.ch
+        self.conv_in = nn.Conv2d(cfg.in_channels, c, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, mult in enumerate(cfg.ch_mult):
+            level = Level(c, cfg.ch * mult, cfg.num_res_blocks, cfg.norm_groups, i in cfg.attn_levels)
+            c = cfg.ch * mult
+            level.downsample = Downsample(c) if i < len(cfg.ch_mult) - 1 else nn.Identity()
+            self.down.append(level)
+        self.mid = Middle(c, cfg.norm_groups)
+        self.norm_out = group_norm(c, cfg.norm_groups)
+        self.conv_out = nn.Conv2d(c, 2 * cfg.latent_channels, 3, padding=1)
+
+    def forward(self, x):                                                             # (B, 3, H, W)
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level.downsample(level(h))
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))                      # (B, 2C, h, w)
+
+
+class Decoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        widths = [cfg.ch * mult for mult in cfg.ch_mult]
+        deeper = widths[1:] + widths[-1:]                                             # width that enters level i from below
+        self.conv_in = nn.Conv2d(cfg.latent_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], cfg.norm_groups)
+        self.up = nn.ModuleList()                                                     # up[i] has the resolution of down[i]
+        for i, c in enumerate(widths):
+            level = Level(deeper[i], c, cfg.num_res_blocks + 1, cfg.norm_groups, i in cfg.attn_levels)
+            level.upsample = Upsample(c) if i > 0 else nn.Identity()
+            self.up.append(level)
+        self.norm_out = group_norm(widths[0], cfg.norm_groups)
+        self.conv_out = nn.Conv2d(widths[0], cfg.in_channels, 3, padding=1)
+
+    def forward(self, z):                                                             # (B, C, h, w)
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level.upsample(level(h))
+        return self.conv_out(F.silu(self.norm_out(h)))                                # (B, 3, H, W), not clamped
+
+
+class Posterior:
+    """q(z|x), a diagonal Gaussian; mean and logvar (B, C, h, w), float32 whatever comes in, logvar clamped to [-30, 20]."""
+
+    def __init__(self, mean, logvar):
+        self.mean, self.logvar = mean.float(), logvar.float().clamp(-30.0, 20.0)
+
+    def sample(self, noise=None):
+        """
+        A latent (B, C, h, w), float32. noise: standard normal of mean's shape, for a loop whose every draw follows from its seed,
+        or None for a fresh draw. Raises ValueError if the shapes differ.
+        """
+        if noise is None:
+            noise = torch.randn_like(self.mean)
+        elif noise.shape != self.mean.shape:
+            raise ValueError(f"Posterior.sample: noise {tuple(noise.shape)} does not fit the mean {tuple(self.mean.shape)}")
+        return self.mean + torch.exp(0.5 * self.logvar) * noise.float()
+
+    def mode(self):
+        return self.mean
+
+
+class AutoencoderKL(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d = config.latent_channels
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * d, 2 * d, 1), nn.Conv2d(d, d, 1)
+        self.register_buffer("latent_mean", torch.zeros(d))                           # per channel, of sampled latents
+        self.register_buffer("latent_std", torch.ones(d))
+
+    def encode(self, x):
+        """Images (B, 3, H, W) in [-1, 1] -> Posterior over (B, C, H/f, W/f), not normalised; ValueError unless f divides H, W."""
+        (H, W), f = x.shape[-2:], self.config.reduction
+        if H % f or W % f:
+            raise ValueError(f"encode: {H}x{W} does not divide by this autoencoder's reduction {f}; crop or resize the images")
+        return Posterior(*self.quant_conv(self.encoder(x)).chunk(2, dim=1))
+
+    def decode(self, z):
+        """z (B, C, h, w), not normalised -> images (B, 3, f*h, f*w), about [-1, 1] but not clamped."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def set_latent_stats(self, mean, std):
+        """mean and std of latents: numbers or (C,). Raises ValueError on another shape or a std that is not positive."""
+        mean, std = (torch.as_tensor(s, dtype=torch.float32) for s in (mean, std))
+        C = len(self.latent_mean)
+        if not all(s.shape in ((), (C,)) and s.isfinite().all() for s in (mean, std)) or (std <= 0).any():
+            raise ValueError(f"latent statistics: 1 or {C} finite numbers, std above 0; got {mean.tolist()}, {std.tolist()}")
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
+
+    def normalize(self, z):
+        """Latents (B, C, h, w) as encoded -> zero mean, unit variance per channel: what a diffusion model sees."""
+        return (z - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
+
+    def denormalize(self, z):
+        """The inverse of normalize: what decode() wants."""
+        return z * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
+
+    @property
+    def last_layer(self):
+        """Where the adaptive GAN weight compares gradients, (3, ch, 3, 3)."""
+        return self.decoder.conv_out.weight
+
+    @property
+    def encoder_last_layer(self):
+        """The same for losses on the latents, (2C, c, 3, 3)."""
+        return self.encoder.conv_out.weight
+
+
+# Other people's weights.
+EXTRA = ("loss.", "discriminator.", "foundation_model.", "linear_proj", "model_ema.")  # may be in a file, not the autoencoder's
+# What training frameworks leave in a .ckpt beside the weights (callbacks, hyperparameters): never imported or run, see Inert.
+BAGGAGE = re.compile(r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|numpy)\..+"
+                     r"|builtins\.(dict|list|int|float|str|bool)|typing\.Any|collections\.defaultdict|argparse\.Namespace")
+DIFFUSERS = {                                                                          # parts of our names -> of diffusers'
+    ".down.": ".down_blocks.", ".up.": ".up_blocks.", ".block.": ".resnets.", ".downsample.": ".downsamplers.0.",
+    ".upsample.": ".upsamplers.0.", ".mid.": ".mid_block.", ".block_1.": ".resnets.0.", ".block_2.": ".resnets.1.",
+    ".nin_shortcut.": ".conv_shortcut.", ".norm_out.": ".conv_norm_out.", ".attn.": ".attentions.", ".attn_1.": ".attentions.0.",
+    ".norm.": ".group_norm.", ".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.", ".proj_out.": ".to_out.0."}
+DIFFUSERS_OLD = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}   # SD's own, of 2022
+
+
+def diffusers_name(key, levels):
+    """Our state-dict key -> diffusers', whose decoder counts its levels from the latent outwards."""
+    key = re.sub(r"\.up\.(\d+)", lambda m: f".up.{levels - 1 - int(m[1])}", key)
+    for ours, theirs in DIFFUSERS.items():
+        key = key.replace(ours, theirs)
+    return key
+
+
+class Inert:
+    """Stands in for a foreign class while a checkpoint is unpickled: takes any arguments and any state, does nothing."""
+    __init__ = __setstate__ = lambda self, *args, **kwargs: None
+
+
+def read_file(path):
+    """
+    A .json or .safetensors file, or anything torch.save wrote -> the object in it, on the CPU; no code of the file is run.
+    raises   ValueError if it is unreadable, or holds a class that is neither torch's nor known to be baggage
+    """
+    try:
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file                                    # optional: only these files need it
+            return load_file(path)
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+        refused = sorted(name for name in foreign if not BAGGAGE.fullmatch(name))
+        if not refused:
+            with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise ValueError(f"{path}: reading it needs `pip install safetensors`; or give the model's .bin or .ckpt") from None
+    except Exception as err:   # a damaged file breaks its reader in any way; whichever it was, name the file and quote the reader
+        refused = re.findall(r"GLOBAL (\S+)", str(err))                                # files of before 2020: torch.load names it
+        if not refused:
+            reason = f"{type(err).__name__}: " + str(err).split("WeightsUnpickler error:")[-1].strip().split("\n")[0][:160]
+            raise ValueError(f"{path}: cannot be read, perhaps cut short or of another format ({reason})") from err
+    raise ValueError(f"{path}: holds {refused[0]}, which is not plain data and is not run; give its state dict alone")
+
+
+def foreign_weights(file, data, settings):
+    """
+    What a CompVis or diffusers file says about its autoencoder.
+    data      the dictionary in the file; settings: diffusers' config.json, or {}
+    returns   AEConfig inferred from names and shapes (32 groups unless config.json says otherwise), {the file's names: tensors}
+    raises    ValueError if the outline of an autoencoder is not there
+    """
+    for wrapper in ("state_dict", "model"):
+        data = data[wrapper] if isinstance(data.get(wrapper), dict) else data
+    weights = {key: value for key, value in data.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    prefix = "first_stage_model."                                                      # inside a whole latent diffusion model
+    if any(key.startswith(prefix) for key in weights):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    if "latent_mean" in weights:
+        raise ValueError(f"{file}: a state dict of this code without its ae_config; give the whole ckpt.pt")
+    widths, attn_levels = {}, set()                                                    # level -> widths of its blocks; levels
+    for key, tensor in weights.items():                                                # both layouts number encoder levels alike
+        if m := re.fullmatch(r"encoder\.down(?:_blocks)?\.(\d+)\.(?:block|resnets)\.\d+\.conv1\.weight", key):
+            widths.setdefault(int(m[1]), []).append(tensor.shape[0])
+        elif m := re.match(r"encoder\.down(?:_blocks)?\.(\d+)\.(?:attn|attentions)\.", key):
+            attn_levels.add(int(m[1]))
+    if 0 not in widths or not {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= weights.keys():
+        raise ValueError(f"{file}: no encoder.conv_in, encoder levels and decoder.conv_in; neither a ckpt.pt of train_ae.py"
+                         " nor an autoencoder in CompVis' or diffusers' layout")
+    (ch, in_channels), d = weights["encoder.conv_in.weight"].shape[:2], weights["decoder.conv_in.weight"].shape[1]
+    config = AEConfig([widths[i][0] // ch for i in sorted(widths)], d, in_channels, ch, num_res_blocks=len(widths[0]),
+                      attn_levels=sorted(attn_levels), norm_groups=settings.get("norm_num_groups", 32))
+    if not any("quant_conv." in key for key in weights):                               # SD3, FLUX: the same as with identities
+        weights |= {"quant_conv.weight": torch.eye(2 * d)[:, :, None, None], "quant_conv.bias": torch.zeros(2 * d),
+                    "post_quant_conv.weight": torch.eye(d)[:, :, None, None], "post_quant_conv.bias": torch.zeros(d)}
+    return config, weights | {"latent_mean": torch.zeros(d), "latent_std": torch.ones(d)}
+
+
+def load_autoencoder(path):
+    """
+    An autoencoder from disk: float32, on the CPU, in eval mode. The global random state is not touched.
+    path     our ckpt.pt; a CompVis .ckpt/.pt/.pth/.safetensors (SD-VAE, EQ-VAE, VA-VAE); a diffusers AutoencoderKL, as its folder
+             with config.json or as the weights file alone
+    returns  AutoencoderKL. Latent statistics come from our checkpoint, or from the config.json in a diffusers folder (diffusers
+             computes (z - shift_factor) * scaling_factor); any other file holds none and leaves mean 0, std 1
+    raises   FileNotFoundError, or ValueError naming the file and the first tensor that is missing, mis-shaped or unknown
+    """
+    file = path = Path(path)
+    settings = {}
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; train an autoencoder with train_ae.py or give a released one")
+    if path.is_dir():
+        found = [f for f in (path / "diffusion_pytorch_model.safetensors", path / "diffusion_pytorch_model.bin") if f.exists()]
+        if not found:
+            raise FileNotFoundError(f"{path}: no diffusion_pytorch_model.safetensors or .bin in this folder; give a file")
+        file, config_file = found[0], path / "config.json"
+        settings = read_file(config_file) if config_file.exists() else {}
+        if settings.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+            raise ValueError(f"{config_file}: describes {settings['_class_name']}; only an AutoencoderKL can be read")
+    data = read_file(file)
+    if not isinstance(data, dict):
+        raise ValueError(f"{file}: holds a {type(data).__name__}, not a dictionary of tensors")
+    if "stage" not in data:
+        config, weights = foreign_weights(file, data, settings)
+    elif data["stage"] == "ae":
+        try:
+            config, weights = AEConfig(**data["ae_config"]), dict(data["model"])
+        except (KeyError, TypeError) as err:
+            raise ValueError(f"{file}: not what this version of train_ae.py writes ({err!r})") from err
+    else:
+        raise ValueError(f"{file}: a checkpoint of stage {data['stage']!r}, not of an autoencoder; give one of train_ae.py")
+
+    diffusers = any(key.startswith("encoder.down_blocks.") for key in weights)
+    old = DIFFUSERS_OLD if any(".query." in key for key in weights) else {}
+    with torch.device("meta"):                                                         # no memory yet, no random draws
+        ae = AutoencoderKL(config)
+    state = {}
+    for key, wanted in ae.state_dict().items():
+        name = diffusers_name(key, len(config.ch_mult)) if diffusers else key
+        for new in old:
+            name = name.replace(new, old[new])
+        if name not in weights:
+            raise ValueError(f"{file}: {name} is missing; part of an autoencoder, or another architecture")
+        tensor = weights.pop(name)
+        if ".attn" in key and tensor.ndim == 2 == wanted.ndim - 2:
+            tensor = tensor[:, :, None, None]                                          # a linear layer is a 1x1 convolution
+        if tensor.shape != wanted.shape:
+            raise ValueError(f"{file}: {name} is {tuple(tensor.shape)}, this architecture needs {tuple(wanted.shape)}")
+        state[key] = tensor
+    if unknown := [name for name in weights if not name.startswith(EXTRA)]:
+        raise ValueError(f"{file}: {unknown[0]} is no part of this autoencoder; another architecture")
+    ae.to_empty(device="cpu").load_state_dict(state)                                   # copies, to float32
+    if settings:
+        std = torch.as_tensor(settings.get("latents_std") or 1.0) / (settings.get("scaling_factor") or 1.0)
+        ae.set_latent_stats(settings.get("latents_mean") or settings.get("shift_factor") or 0.0, std)
+    return ae.eval()
