@@ -103,10 +103,6 @@ class LatentTransformer(nn.Module):
 
 
 # ---------------------------------------------------------------------------- SiT
-def modulate(x, shift, scale):
-    return x * (1 + scale) + shift
-
-
 class SiTBlock(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
@@ -118,8 +114,8 @@ class SiTBlock(nn.Module):
 
     def forward(self, x, c):                                                                       # (B, T, D), (B, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # each (B, 1, D)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 class FinalLayer(nn.Module):
@@ -131,7 +127,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)                          # each (B, 1, D)
-        return self.linear(modulate(self.norm_final(x), shift, scale))                             # (B, T, p*p*C)
+        return self.linear(self.norm_final(x) * (1 + scale) + shift)                             # (B, T, p*p*C)
 
 
 class SiT(LatentTransformer):
@@ -287,8 +283,7 @@ def load_transformer(model, path):
             break
     if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
         raise ValueError(f"{path}: neither a state dict nor a dict with one under 'ema' or 'model'")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if not key.startswith("projectors.")}
+    state = {key.removeprefix("module."): value for key, value in state.items() if "projectors." not in key}
 
     want = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     last = state.get("final_layer.linear.weight")

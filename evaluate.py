@@ -78,7 +78,7 @@ def figure_rows(rows, path):
     for (label, images), line in zip(rows.items(), axes):
         line[0].set_ylabel(label, fontsize=8)
         for image, ax in zip(images, line):
-            ax.imshow(image.float().cpu().clamp(0, 1).permute(1, 2, 0), interpolation="nearest")
+            ax.imshow(image.float().cpu().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
