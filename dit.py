@@ -325,11 +325,15 @@ class NoiseStream:
         return torch.from_numpy(np.stack([s.standard_normal(shape[1:], dtype=np.float32) for s in self.streams]))
 
 
-def draw(x, generator, label_dropout):
-    """Uniform times (B,), noise like x and labels to drop (B,) of one training batch, drawn where the generator lives."""
+def draw(x, generator, label_dropout, share):
+    """
+    Uniform times (B,), noise like x and labels to drop (B,) of one training batch, drawn where the generator lives. share = (rank,
+    world): drawn for the global batch, world times B, then cut, so that the number of processes changes nothing.
+    """
     where = dict(generator=generator, device=x.device if generator is None else generator.device)
-    u, eps = torch.rand(len(x), **where), torch.randn(x.shape, **where)
-    return u.to(x.device), eps.to(x.device), (torch.rand(len(x), **where) < label_dropout).to(x.device)
+    (rank, world), B = share, len(x)
+    draws = (torch.rand(world * B, **where), torch.randn(world * B, *x.shape[1:], **where), torch.rand(world * B, **where) < label_dropout)
+    return [d[rank * B:(rank + 1) * B].to(x.device) for d in draws]
 
 
 def regress(model, x_t, t, target, y, drop, return_hidden):
@@ -366,15 +370,16 @@ def guided(model, shape, y, cfg, cfg_interval):
 class Interpolant:
     """The straight path x_t = (1 - t) x + t eps with velocity v = eps - x, t = 0 data, t = 1 noise (REPA's loss.py)."""
 
-    def loss(self, model, x, y=None, generator=None, label_dropout=0.1, return_hidden=None):
+    def loss(self, model, x, y=None, generator=None, label_dropout=0.1, return_hidden=None, share=(0, 1)):
         """
         Mean squared error of the velocity over a batch, t uniform in [0, 1).
         x              (B, C, h, w) float32 normalised latents; y (B,) labels or None
         generator      torch.Generator of x's device or the CPU, or None for the global one
         label_dropout  in [0, 1]: share of labels replaced by the null label; 0 for a validation loss
+        share          (rank, world) when x is one process's share of a global batch and the generators are seeded alike
         returns        scalar, or (scalar, tokens (B, T, D)) with return_hidden=k
         """
-        t, eps, drop = draw(x, generator, label_dropout)                                           # (B,), (B, C, h, w), (B,)
+        t, eps, drop = draw(x, generator, label_dropout, share)                                    # (B,), (B, C, h, w), (B,)
         s = t.view(-1, 1, 1, 1)
         return regress(model, (1 - s) * x + s * eps, t, eps - x, y, drop, return_hidden)
 
@@ -416,9 +421,9 @@ class DDPM:
         betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
         self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
 
-    def loss(self, model, x, y=None, generator=None, label_dropout=0.1, return_hidden=None):
+    def loss(self, model, x, y=None, generator=None, label_dropout=0.1, return_hidden=None, share=(0, 1)):
         """Mean squared error of eps over a batch, n uniform in 1 .. 1000; arguments and result as Interpolant.loss."""
-        u, eps, drop = draw(x, generator, label_dropout)
+        u, eps, drop = draw(x, generator, label_dropout, share)
         n = (1000 * u).long() + 1                                                                  # (B,)
         a = self.alpha_bar.to(x.device, non_blocking=True)[n].view(-1, 1, 1, 1)
         return regress(model, a.sqrt().float() * x + (1 - a).sqrt().float() * eps, n.float(), eps, y, drop, return_hidden)

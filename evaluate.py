@@ -64,6 +64,12 @@ def pca_rgb(latents):
     return (components * 0.25 + 0.5).clamp(0, 1).view(B, h, w, 3).movedim(-1, 1)
 
 
+def picture_grid(images, path, columns=8):
+    """Images (N, 3, H, W) in [0, 1], clipped, side by side as one PNG."""
+    from torchvision.utils import save_image
+    save_image(images.float().cpu().clamp(0, 1), path, nrow=columns, padding=2, pad_value=1.0)
+
+
 def figure_rows(rows, path):
     """
     A grid of pictures with a label before every row, as PNG.

@@ -186,6 +186,21 @@ def open_run(out, stage, args, resume, overwrite, free=()):
     return checkpoint
 
 
+def newest(pattern, hint):
+    """The file matching the glob pattern that was written last; FileNotFoundError with the hint if there is none."""
+    found = sorted(pathlib.Path().glob(pattern), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"no {pattern} here; {hint}")
+    return str(found[-1])
+
+
+def checkpoint_args(path):
+    """The flags with which a run of this project made the checkpoint at path; {} for other people's files."""
+    with contextlib.suppress(ValueError, OSError):
+        return load_checkpoint(path, "ae")["args"]
+    return {}
+
+
 class RunLog:
     """
     log.jsonl: one JSON object a line, each with its step. Opening it for a resume at step s drops the lines of steps >= s, which will

@@ -1,0 +1,151 @@
+"""
+The latent cache: every image is encoded once, as it is and mirrored, and diffusion then trains from disk by memory map.
+
+    folder/moments.npy   (N, 2, 2C, h, w) float16: image i, then its mirror; mean and logvar of q(z|x) as channels
+    folder/labels.npy    (N,) int64
+    folder/rows.npy      (M,) int64, the readable images among the N, ascending
+    folder/cache.json    what it was made from (autoencoder, images, size) and the latents' mean and std per channel
+
+A cache is written beside its final name and renamed when complete, so a folder that is there is whole. It is opened only for the
+autoencoder and the images that it was made from. Size: 4 * C * h * w bytes per image and mirror, 42 GB for ImageNet at f16d16.
+RAM stays bounded: a batch at a time goes in, and pages of the map come and go.
+"""
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data import stream_entries, val_batches
+from runtime import all_sum
+from vae import Posterior
+
+
+def autoencoder_hash(ae):
+    """16 hex digits over names and values of the weights; the latent statistics do not count, they follow from the images."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(ae.state_dict().items()):
+        if not name.startswith("latent_"):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def images_hash(dataset):
+    """16 hex digits over what identifies a training set of data.py: its file names and labels, or the seed of built-in images."""
+    if hasattr(dataset, "rows"):
+        text = "\n".join(f"{dataset.name(i)} {dataset.labels[i]}" for i in range(len(dataset)))
+    else:
+        text = f"dead leaves, seed {dataset.seed}, {len(dataset)} from {dataset.first}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@torch.no_grad()
+def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, workers=0, device="cpu", progress=lambda n: None):
+    """
+    Encode every image of dataset, each rank its share, float32, and write the cache. Call it on all ranks.
+    folder      must not exist yet; it appears when everything is in it
+    identity    dict of plain values that open_cache will ask for
+    batch_size  images per encoder call over all ranks
+    progress    called with the number of images done, on every rank
+    raises      OSError before anything is encoded if the disk has no room; ValueError if a moment does not fit float16
+    """
+    folder, n = Path(folder), len(dataset)
+    partial = folder.with_name(f".{folder.name}.tmp")
+    C, side = ae.config.latent_channels, dataset.size // ae.config.reduction
+    shape = (n, 2, 2 * C, side, side)
+    try:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)                                     # left by a process that was killed
+            partial.mkdir(parents=True)
+            for name, dtype, size in (("moments", np.float16, shape), ("labels", np.int64, (n,)), ("readable", bool, (n,))):
+                np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=dtype, shape=size).flush()
+                with open(partial / f"{name}.npy", "r+b") as file:                         # a map on a full disk dies by signal, so
+                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)  # the room is taken now, with an error
+        _barrier()
+        moments, labels, readable = (np.load(partial / f"{name}.npy", mmap_mode="r+") for name in ("moments", "labels", "readable"))
+        total = torch.zeros(3, C, dtype=torch.float64)                                     # count, sum z, sum z^2
+        for images, classes, indices in val_batches(dataset, batch_size, rank=rank, world=world, workers=workers, device=device):
+            for mirror, x in enumerate((images, images.flip(-1))):
+                q = ae.encode(x)
+                both = torch.cat([q.mean, q.logvar], dim=1)                                # (b, 2C, h, w)
+                if both.abs().max() > 65504:
+                    raise ValueError(f"{folder}: a latent of {both.abs().max():.3g} does not fit the cache's float16; the autoencoder "
+                                     "has diverged, or its latents need rescaling")
+                moments[indices.numpy(), mirror] = both.half().cpu().numpy()
+                cells = lambda z: z.double().movedim(1, -1).reshape(-1, C)                 # over posterior samples: E z^2 = mean^2 + var
+                total += torch.stack([torch.ones_like(cells(q.mean)).sum(0), cells(q.mean).sum(0),
+                                      (cells(q.mean).square() + cells(q.logvar).exp()).sum(0)]).cpu()
+            labels[indices.numpy()], readable[indices.numpy()] = classes.cpu().numpy(), True
+            progress(len(images))
+        count, first, second = all_sum(total.to(device)).cpu()
+        for array in (moments, labels, readable):
+            array.flush()
+        _barrier()
+        if rank == 0:
+            mean = first / count
+            np.save(partial / "rows.npy", np.flatnonzero(readable))
+            (partial / "readable.npy").unlink()
+            (partial / "cache.json").write_text(json.dumps(dict(
+                identity, count=n, shape=shape, mean=mean.tolist(), std=(second / count - mean ** 2).clamp_min(1e-12).sqrt().tolist()), indent=1))
+            os.rename(partial, folder)
+        _barrier()
+    except BaseException:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+class LatentCache:
+    """
+    A finished cache. mean and std, (C,) tensors of the sampled latents; `labels` of all images.
+    raises ValueError, naming what differs, when the cache was made from something else than `identity` says
+    """
+
+    def __init__(self, folder, identity):
+        folder = Path(folder)
+        try:
+            self.meta = json.loads((folder / "cache.json").read_text())
+            self.moments = np.load(folder / "moments.npy", mmap_mode="r")                  # (N, 2, 2C, h, w)
+            self.labels, self.rows = np.load(folder / "labels.npy"), np.load(folder / "rows.npy")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--cache {folder}: not a readable latent cache ({error}); remove it, or name another folder") from None
+        differs = [f"{key} {self.meta.get(key)!r}, not {value!r}" for key, value in identity.items() if self.meta.get(key) != value]
+        if differs:
+            raise ValueError(f"--cache {folder}: was made from {'; '.join(differs)}; name another folder")
+        if list(self.moments.shape) != self.meta["shape"]:
+            raise ValueError(f"--cache {folder}: moments.npy is {list(self.moments.shape)}, cache.json says {self.meta['shape']}; remove it")
+        self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def posterior(self, indices, mirrored, device="cpu"):
+        """Posterior over (b, C, h, w) of cached images; indices (b,) among the N, mirrored (b,) bool, numpy arrays."""
+        moments = torch.from_numpy(self.moments[indices, mirrored.astype(np.int64)])       # (b, 2C, h, w) float16
+        if torch.device(device).type == "cuda":
+            moments = moments.pin_memory().to(device, non_blocking=True)
+        return Posterior(*moments.float().chunk(2, dim=1))
+
+    def batches(self, batch_size, start_step=0, seed=0, rank=0, world=1, device="cpu"):
+        """
+        The endless training stream of data.py over the cache, from start_step on.
+        batch_size  the GLOBAL batch; this rank receives b = batch_size / world
+        yields      Posterior over (b, C, h, w) on device, labels (b,) int64 on device, indices (b,), mirrored (b,)
+        """
+        b, step = batch_size // world, start_step
+        while True:
+            start = step * batch_size + rank * b
+            positions, mirrored = stream_entries(len(self), start, start + b, seed)
+            indices = self.rows[positions]
+            yield self.posterior(indices, mirrored, device), torch.from_numpy(self.labels[indices]).to(device), indices, mirrored
+            step += 1

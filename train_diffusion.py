@@ -1,0 +1,231 @@
+"""
+Stage 2: train a diffusion transformer on an autoencoder's latents.
+
+    python train_diffusion.py --preset quick                                     a laptop, after train_ae.py --preset quick
+    torchrun --nproc_per_node=8 train_diffusion.py --preset imagenet-f16d16 --ae out/ae/imagenet-f16d16-dsm/ckpt.pt --data DIR
+
+Every image is encoded once, as it is and mirrored, into a cache on disk (latents.py); the loop reads moments from there, samples the
+posterior and normalises by the latents' mean and std. SiT learns the interpolant's velocity, U-ViT the DDPM's noise (dit.py).
+The argparse defaults train U-ViT on CelebA 256. A run lives in --out: ckpt.pt, log.jsonl, samples.png.
+"""
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import runtime
+from data import open_data
+from dit import DDPM, MODELS, Interpolant, NoiseStream
+from evaluate import picture_grid
+from latents import LatentCache, autoencoder_hash, build_cache, images_hash
+from vae import load_autoencoder
+
+SIT = dict(lr=1e-4, beta2=0.999, weight_decay=0.0, warmup_steps=0)                         # Table 6; the defaults are U-ViT's
+PRESETS = {
+    "celeba-f16d16": {},                                                                   # the argparse defaults
+    "celeba-f8d4": dict(model="UViT-S/2"),
+    "imagenet-f16d16": dict(model="SiT-B/1", steps=400_000, cfg=1.8, **SIT),
+    "quick": dict(model="SiT-tiny/2", steps=500, batch_size=32, log_every=10, eval_every=250, sample_steps=50, ema=0.99, workers=0,
+                  **SIT | dict(lr=1e-3, warmup_steps=50)),
+}
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    # what is run
+    parser.add_argument("--preset", choices=PRESETS, default="celeba-f16d16", help="a named group of defaults; explicit flags win")
+    parser.add_argument("--out", default=None, help="folder of the run (default: out/diffusion/<name of the autoencoder's run>)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data order and every draw, >= 0")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: cuda when there is a GPU")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default=None, help="of the transformer (default: bf16 on cuda, fp32 on cpu)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer")
+    # data and latents
+    parser.add_argument("--ae", default=None, help="ckpt.pt of train_ae.py, or released weights that vae.py reads (default: the newest "
+                        "out/ae/<preset>-*/ckpt.pt)")
+    parser.add_argument("--data", default=None, help="folder, .zip, or cifar10 (default: built-in dead-leaves images)")
+    parser.add_argument("--image_size", type=int, default=None, help="pixels a side (default: what the autoencoder was trained on, or 256)")
+    parser.add_argument("--cache", default=None, help="folder of the latent cache (default: out/latents/<autoencoder>-<images>-<size>)")
+    parser.add_argument("--encode_batch", type=int, default=64, help="images per encoder call over all processes")
+    parser.add_argument("--workers", type=int, default=8, help="loader processes per training process while encoding")
+    # model
+    parser.add_argument("--model", choices=MODELS, default="UViT-S/1", help="SiT-* learns velocities, UViT-* the noise of DDPM")
+    parser.add_argument("--num_classes", type=int, default=-1, help="-1: as many as the data has class folders; 0: unconditional")
+    parser.add_argument("--label_dropout", type=float, default=0.1, help="share of labels replaced by the null label, for guidance")
+    # optimisation
+    parser.add_argument("--steps", type=int, default=500_000)
+    parser.add_argument("--batch_size", type=int, default=256, help="latents per step over all processes")
+    parser.add_argument("--lr", type=float, default=2e-4, help="constant after the warm-up, never rescaled")
+    parser.add_argument("--beta2", type=float, default=0.99, help="AdamW's second beta; the first is 0.99 for UViT, 0.9 for SiT")
+    parser.add_argument("--weight_decay", type=float, default=0.03)
+    parser.add_argument("--warmup_steps", type=int, default=5000)
+    parser.add_argument("--clip_grad", type=float, default=1.0, help="largest gradient norm")
+    parser.add_argument("--ema", type=float, default=0.9999, help="decay of the weights' moving average, which is what is sampled")
+    # reporting
+    parser.add_argument("--log_every", type=int, default=100, help="steps between lines of log.jsonl")
+    parser.add_argument("--eval_every", type=int, default=10_000, help="steps between sample grids, each with a checkpoint")
+    parser.add_argument("--keep_every", type=int, default=-1, help="also keep ckpt_<step>.pt at these steps; -1 = off")
+    parser.add_argument("--sample_steps", type=int, default=100, help="network calls per sample of the grid")
+    parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale of the grid; 1 = off")
+    args = runtime.parse_args(parser, PRESETS)
+    args.ae = args.ae or runtime.newest(f"out/ae/{args.preset}-*/ckpt.pt", "--ae: train one with train_ae.py, or give a file")
+    args.out = args.out or f"out/diffusion/{Path(args.ae).parent.name}"
+    return args
+
+
+def check(args, world):
+    """ValueError on the first flag that cannot work, before anything is loaded or written."""
+    def need(condition, message):
+        if not condition:
+            raise ValueError(message)
+
+    for name in ("batch_size", "encode_batch"):
+        value = getattr(args, name)
+        need(value > 0 and value % world == 0, f"--{name} {value}: must be above 0 and divide by the {world} processes")
+    for name, low, high in (("label_dropout", 0, 1), ("beta2", 0, 1), ("ema", 0, 1), ("weight_decay", 0, math.inf), ("seed", 0, 2 ** 63),
+                            ("workers", 0, 1024), ("warmup_steps", 0, math.inf), ("steps", 0, math.inf), ("cfg", 0, math.inf)):
+        value = getattr(args, name)
+        need(math.isfinite(value) and low <= value <= high, f"--{name} {value}: must lie in {low}..{high}")
+    for name in ("lr", "clip_grad", "log_every", "eval_every", "sample_steps"):
+        value = getattr(args, name)
+        need(math.isfinite(value) and value > 0, f"--{name} {value}: must be above 0")
+    need(args.num_classes >= -1, f"--num_classes {args.num_classes}: must be -1, 0 or the number of classes")
+
+
+def open_latents(args, ae, train_set, rank, world, device):
+    """The latent cache of this autoencoder and these images, encoded now if it is not there yet; sets the autoencoder's statistics."""
+    identity = dict(autoencoder=autoencoder_hash(ae), images=images_hash(train_set), size=train_set.size)
+    folder = Path(args.cache or "out/latents/" + "-".join(map(str, identity.values())))
+    there = torch.tensor(float(folder.exists()))                                           # rank 0's answer counts: it will create it
+    if dist.is_initialized():
+        there = there.to(device)
+        dist.broadcast(there, src=0)
+    if not there:
+        with tqdm(total=len(train_set), unit="img", desc="encoding", disable=rank > 0 or not sys.stderr.isatty()) as progress:
+            build_cache(folder, identity, ae, train_set, args.encode_batch, rank, world, args.workers, device,
+                        progress=lambda n: progress.update(n * world))
+    cache = LatentCache(folder, identity)
+    ae.set_latent_stats(cache.mean, cache.std)
+    rows = cache.rows[:: max(1, len(cache) // 1024)]
+    std = ae.normalize(cache.posterior(rows, rows < 0, device).sample()).std().item()
+    if not 0.8 < std < 1.25:
+        raise ValueError(f"--cache {folder}: normalised latents have std {std:.3f}, not 1; the cache is damaged, remove it")
+    if rank == 0:
+        print(f"{'read' if there else 'wrote'} {folder}: {len(cache):,} latents and mirrors of {list(cache.moments.shape[2:])} moments; "
+              f"std {cache.std.square().mean().sqrt():.3f}, normalised per channel to std {std:.3f}")
+    return cache
+
+
+@torch.no_grad()
+def sample_grid(model, process, ae, args, device, shape, count=16):
+    """The first samples of --seed, decoded: (count, 3, H, W) in [0, 1]; conditional models show the classes in turn."""
+    y = torch.arange(count, device=device) % model.num_classes if model.num_classes else None
+    z = process.sample(model, (count, *shape), steps=args.sample_steps, y=y, cfg=args.cfg if model.num_classes else 1.0,
+                       noise=NoiseStream(args.seed, range(count)))
+    return ae.decode(ae.denormalize(z)) * 0.5 + 0.5
+
+
+def main():
+    args = get_args()
+    rank, world, device = runtime.start_processes(args.device)
+    check(args, world)
+    say = print if rank == 0 else lambda *args, **kwargs: None
+    dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+    ae = load_autoencoder(args.ae).to(device).requires_grad_(False)
+    args.image_size = args.image_size or runtime.checkpoint_args(args.ae).get("image_size", 256)
+    if args.image_size <= 0 or args.image_size % ae.config.reduction:
+        raise ValueError(f"--image_size {args.image_size}: must be a multiple of {ae.config.reduction}, the reduction of {args.ae}")
+    checkpoint = runtime.open_run(args.out, "diffusion", vars(args), args.resume, args.overwrite, free=(
+        "out", "resume", "overwrite", "device", "workers", "steps", "log_every", "eval_every", "keep_every", "preset", "compile", "cache",
+        "encode_batch", "sample_steps", "cfg"))
+    train_set, _ = open_data(args.data, args.image_size)
+    if args.num_classes == -1:
+        args.num_classes = len(train_set.classes)
+
+    side = args.image_size // ae.config.reduction
+    shape = (ae.config.latent_channels, side, side)
+    model_args = dict(input_size=side, in_channels=shape[0], num_classes=args.num_classes)
+    torch.manual_seed(args.seed)                                                           # the initial weights; nothing else uses it
+    model = MODELS[args.model](**model_args).to(device)
+    cache = open_latents(args, ae, train_set, rank, world, device)
+    if args.num_classes and cache.labels.max() >= args.num_classes:
+        raise ValueError(f"--num_classes {args.num_classes}: the data has labels up to {cache.labels.max()}")
+    uvit = args.model.startswith("UViT")
+    process = DDPM() if uvit else Interpolant()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.99 if uvit else 0.9, args.beta2), weight_decay=args.weight_decay)
+    start_step = 0
+    if checkpoint:
+        start_step = checkpoint["step"]
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        say(f"resuming {args.out} at step {start_step}")
+    runtime.broadcast_parameters(model)
+    ema = runtime.EMA(model, args.ema)
+    if checkpoint:
+        for name, value in checkpoint["ema"].items():
+            ema.shadow[name].copy_(value)
+    averaged = MODELS[args.model](**model_args).to(device).eval().requires_grad_(False)    # carries the EMA weights for sampling
+    forward = torch.compile(model) if args.compile else model
+
+    say(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on latents of {shape[0]} x {side} x {side}, "
+        f"{args.num_classes or 'no'} classes")
+    say(f"global batch {args.batch_size} = {world} x {args.batch_size // world} on {device.type} in {dtype}; learning rate {args.lr:g}, "
+        f"not rescaled; {args.steps:,} steps -> {args.out}")
+    log = runtime.RunLog(f"{args.out}/log.jsonl", start_step) if rank == 0 else None
+    batches = cache.batches(args.batch_size, start_step, args.seed, rank, world, device)
+    progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size, disable=rank > 0 or not sys.stderr.isatty())
+
+    for step in range(start_step, args.steps + 1):
+        last_step = step == args.steps
+        if rank == 0 and (last_step or step % args.eval_every == 0):
+            averaged.load_state_dict(ema.shadow)
+            if step > 0:
+                with autocast():
+                    picture_grid(sample_grid(averaged, process, ae, args, device, shape), f"{args.out}/samples.png")
+            state = dict(stage="diffusion", step=step, args=vars(args), model_name=args.model, model_args=model_args,
+                         model=model.state_dict(), ema=ema.shadow, optimizer=optimizer.state_dict(), ae=str(args.ae),
+                         ae_hash=cache.meta["autoencoder"], latent_mean=cache.mean, latent_std=cache.std)
+            runtime.save_checkpoint(f"{args.out}/ckpt.pt", state)
+            if args.keep_every > 0 and step % args.keep_every == 0:
+                runtime.save_checkpoint(f"{args.out}/ckpt_{step}.pt", state)
+        if last_step:
+            break
+
+        # Everything random below is a function of (seed, step): see runtime.py
+        generator = torch.Generator(device).manual_seed(runtime.step_seed(args.seed, step))
+        posterior, labels, _, _ = next(batches)
+        noise = runtime.sharded_randn(posterior.mean.shape, generator, rank, world)
+        z = ae.normalize(posterior.sample(noise))                                          # (b, C, h, w), std 1
+        with autocast():
+            loss = process.loss(forward, z, labels if args.num_classes else None, generator=generator,
+                                label_dropout=args.label_dropout, share=(rank, world))
+        loss.backward()
+        runtime.average_gradients(model.parameters())
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(model, step)
+
+        progress.update(1)
+        if step % args.log_every == 0:
+            losses = runtime.all_mean(dict(loss=loss, grad_norm=grad_norm))
+            if rank == 0:
+                log.write(step, **losses)
+                progress.set_postfix(loss=f"{losses['loss']:.4f}")
+                if step % (10 * args.log_every) == 0:
+                    progress.write(f"step {step}: loss {losses['loss']:.4f}", file=sys.stdout)
+    progress.close()
+    say(f"wrote {args.out}/ckpt.pt, log.jsonl, samples.png")
+
+
+if __name__ == "__main__":
+    with runtime.one_line_errors():
+        main()
