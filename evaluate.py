@@ -1,11 +1,47 @@
 """
-Every number and figure of the project. Reconstruction: PSNR, SSIM, L1 (Table 2, left half), and what the latent spectrum looks like
-(Figs. 3, 5). Images (B, 3, H, W) in [-1, 1]; metrics are per image, (B,) float32, so that any split over batches and processes
-averages to the same number.
-"""
-import torch
-import torch.nn.functional as F
+Every number and figure of the project.
 
+    recon       PSNR, SSIM, LPIPS, rFID on held-out images                                        Table 2, left half
+    gen         sample; FID, IS, KID, precision and recall, SWD, spectral KL; npz, grid           Table 2, right half; Tables 3, 4
+    fid A B     Frechet distance of two sets: folder, zip, npz of images, npz of statistics
+    spectrum    radial PSD of images and of the latents of any number of autoencoders             Figs. 5, 7, 8
+    bands       does a low-passed latent decode to the low-passed image? which band feeds which?  Sec. 3.3, Fig. 10
+    latents     latents as pictures, PCA to RGB                                                   Fig. 3
+
+Images (B, 3, H, W) in [-1, 1]; PSNR, SSIM and L1 are per image, (B,), so that any split over batches and processes averages to the same
+number. Every result is printed with its settings and appended to results.jsonl with command, commit and hardware. FID uses the exact
+network and weights of torch-fidelity; without the weights there is no FID, only the metrics that need none, under their own names.
+"""
+import argparse
+import contextlib
+import csv
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+import urllib.error
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import runtime
+from data import ImageSet, open_data, open_source, val_batches
+from dit import DDPM, MODELS, Interpolant, NoiseStream
+from latents import autoencoder_hash, images_hash
+from losses import PerceptualLoss, esm_loss
+from spectral import (block_dct2, fit_power_law, lowpass, match_resolution, power_spectrum, radial_profile, rmsc, spectrum_distribution)
+from vae import load_autoencoder
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Two images
 
 def to_uint8(images):
     """[-1, 1] -> 0..255, rounded: what a PNG would hold. (B, 3, H, W) uint8."""
@@ -46,6 +82,112 @@ def ssim(a, b, data_range=2.0):
     similarity = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))
     return similarity.flatten(1).mean(1)
 
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Two sets of images
+
+class Moments:
+    """Streaming mean and covariance of feature rows, float64: add((b, D)) on every rank, then mean_cov() on all of them."""
+
+    def __init__(self, D, device="cpu"):
+        self.sums = torch.zeros(D + 1, D + 1, dtype=torch.float64, device=device)          # [1, f] [1, f]^T: count, sum, outer product
+
+    def add(self, features):
+        rows = F.pad(features.to(self.sums), (1, 0), value=1.0)
+        self.sums += rows.T @ rows
+
+    def mean_cov(self):
+        """returns n (int), mean (D,), covariance (D, D), unbiased, over all ranks"""
+        sums = runtime.all_sum(self.sums.clone()).cpu()
+        n, total = sums[0, 0], sums[0, 1:]
+        return int(n), total / n, (sums[1:, 1:] - torch.outer(total, total) / n) / (n - 1)
+
+
+def frechet_distance(mean1, cov1, mean2, cov2):
+    """
+    |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), float64 (Heusel et al. 2017).
+    The trace of the root needs two symmetric eigendecompositions and no sqrtm: (cov1 cov2)^(1/2) has the eigenvalues of
+    (A cov2 A)^(1/2), A = cov1^(1/2). Singular covariances are fine: what rounding made negative counts as 0.
+    mean (D,), cov (D, D) tensors or arrays -> float
+    """
+    mean1, cov1, mean2, cov2 = (torch.as_tensor(a, dtype=torch.float64) for a in (mean1, cov1, mean2, cov2))
+    values, vectors = torch.linalg.eigh(cov1)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    overlap = torch.linalg.eigvalsh(root @ cov2 @ root).clamp_min(0).sqrt().sum()
+    return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * overlap)
+
+
+def load_inception(device):
+    """
+    The FID Inception network: (B, 3, H, W) uint8 -> (B, 2048) features and (B, 1008) logits without bias, float32.
+    raises FileNotFoundError saying what to fetch and where to put it when its weights can be neither found nor downloaded
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+    except urllib.error.URLError as error:
+        place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(URL_INCEPTION_V3))
+        raise FileNotFoundError(f"no FID: the Inception weights could not be downloaded ({error.reason}); fetch {URL_INCEPTION_V3} and "
+                                f"put it at {place}") from None
+    network = network.to(device, memory_format=torch.channels_last)
+
+    def features(images):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return network(images.to(device))
+    return features
+
+
+def laplacian_pyramid(images, smallest=16):
+    """(B, C, H, W) -> [finest, ..., coarsest]: what halving loses at each size (Burt & Adelson), and last the rest, sides >= smallest."""
+    C = images.shape[1]
+    taps = torch.tensor([1.0, 4, 6, 4, 1], device=images.device) / 16
+    kernel = (taps[:, None] * taps).expand(C, 1, 5, 5)
+    blur = lambda x: F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, groups=C)
+    levels = []
+    while min(images.shape[-2:]) >= 2 * smallest and images.shape[-1] % 2 == images.shape[-2] % 2 == 0:
+        small = blur(images)[..., ::2, ::2]
+        spread = torch.zeros_like(images)
+        spread[..., ::2, ::2] = 4 * small
+        levels.append(images - blur(spread))
+        images = small
+    return levels + [images]
+
+
+def sliced_wasserstein(samples, reference, seed=0, patches=64, directions=256):
+    """
+    Sliced Wasserstein distance of 7x7 patches on a Laplacian pyramid (Karras et al. 2018), times 1000.
+    samples, reference  (N, 3, H, W) of one size; the first min(N) of each are used; the same patch positions on both
+    returns   {side: distance} from fine to coarse. Unlike there, both sets are scaled by the reference's mean and standard deviation
+              per channel (not each by its own), so that missing contrast counts
+    """
+    N = min(len(samples), len(reference))
+    result = {}
+    for a, b in zip(laplacian_pyramid(samples[:N].float()), laplacian_pyramid(reference[:N].float())):
+        generator = torch.Generator().manual_seed(seed)
+        H, W = a.shape[-2:]
+        corner = torch.randint((H - 6) * (W - 6), (N * patches,), generator=generator)     # of each patch
+        image = torch.arange(N).repeat_interleave(patches)
+        v, u = corner % (W - 6), corner // (W - 6)
+        offset = torch.arange(7)
+        rows, columns = (u[:, None] + offset)[:, :, None], (v[:, None] + offset)[:, None, :]
+        descriptor = lambda x: x[image[:, None, None], :, rows, columns].movedim(-1, 1)     # (N*patches, 3, 7, 7)
+        a, b = descriptor(a), descriptor(b)
+        mean, std = b.mean((0, 2, 3), keepdim=True), b.std((0, 2, 3), keepdim=True).clamp_min(1e-8)
+        a, b = ((x - mean).div(std).flatten(1) for x in (a, b))
+        axes = F.normalize(torch.randn(a.shape[1], directions, generator=generator), dim=0)
+        result[H] = 1000 * (((a @ axes).sort(0).values - (b @ axes).sort(0).values).abs().mean()).item()
+    return result
+
+
+def spectral_kl(samples, reference, n_bins=16):
+    """KL(reference || samples) in nats between the mean spectrum_distribution of two sets (N, 3, H, W) in [-1, 1]; 0 when they agree."""
+    p, q = (spectrum_distribution(x, n_bins).mean(0) for x in (reference, samples))
+    return (p * (p.log() - q.log())).sum().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Pictures
 
 def pca_rgb(latents):
     """
@@ -88,3 +230,446 @@ def figure_rows(rows, path):
             ax.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The commands
+
+PRESETS = {
+    "celeba-f16d16": {},
+    "celeba-f8d4": {},
+    "imagenet-f16d16": dict(cfg=1.8),
+    "quick": dict(n=128, steps=50, batch_size=64, val_images=128, reference_images=1000, workers=0),
+}
+
+
+def report(values, settings, args, rank):
+    """Print a result with its settings, and append it to results.jsonl with what is needed to find it again."""
+    if rank > 0:
+        return
+    number = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
+    print("  ".join(f"{k} {number(v)}" for k, v in values.items()))
+    print("  with " + ", ".join(f"{k} {v}" for k, v in settings.items()), flush=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True)
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores"
+    with open(args.results, "a") as file:
+        file.write(json.dumps(dict(values, **settings, command=" ".join(["evaluate.py", *sys.argv[1:]]), commit=commit.stdout.strip(),
+                                   hardware=hardware, torch=torch.__version__, time=time.strftime("%Y-%m-%d %H:%M:%S"))) + "\n")
+
+
+def shared_array(path, dtype, shape, rank):
+    """A memory-mapped .npy that all ranks write into, each its rows."""
+    if rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
+    barrier()
+    return np.load(path, mmap_mode="r+")
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def set_features(inception, batches, n, folder, rank):
+    """Features of a set whose batches are (uint8 images, row numbers), spread over the ranks; every rank returns (n, 2048), (n, 1008)."""
+    files = [folder / ".features.npy", folder / ".logits.npy"]
+    arrays = [shared_array(file, np.float32, (n, width), rank) for file, width in zip(files, (2048, 1008))]
+    for images, indices in batches:
+        for array, values in zip(arrays, inception(images)):
+            array[indices] = values.cpu().numpy()
+            array.flush()
+    barrier()
+    features = [torch.from_numpy(np.load(file)) for file in files]
+    barrier()
+    if rank == 0:
+        for file in files:
+            file.unlink()
+    return features
+
+
+def mean_cov(features):
+    moments = Moments(features.shape[1])
+    for rows in features.split(4096):
+        moments.add(rows)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    moments.sums /= world                                                                  # every rank holds all rows
+    return moments.mean_cov()
+
+
+def evaluate_recon(args, rank, world, device):
+    """Held-out images through the autoencoder: PSNR, SSIM, L1, LPIPS and rFID, as far as weights can be had."""
+    args.ae = args.ae or runtime.newest(f"out/ae/{args.preset}-*/ckpt.pt", "--ae: train one with train_ae.py, or give a file")
+    ae = load_autoencoder(args.ae).to(device)
+    trained = runtime.checkpoint_args(args.ae)
+    data, size = args.data or trained.get("data"), args.image_size or trained.get("image_size", 256)
+    _, val_set = open_data(data, size, val_images=args.val_images, seed=trained.get("seed", 0))
+    say = print if rank == 0 else lambda *a: None
+    networks = {}
+    for name, load in (("lpips", lambda: PerceptualLoss().to(device)), ("inception", lambda: load_inception(device))):
+        try:
+            with runtime.rank_zero_first():
+                networks[name] = load()
+        except FileNotFoundError as error:
+            say(error)
+    names = ["psnr", "ssim", "l1"] + ["lpips"] * ("lpips" in networks)
+    sums = torch.zeros(1 + len(names), dtype=torch.float64)
+    moments = [Moments(2048, device) for _ in range(2)] if "inception" in networks else []
+    with torch.no_grad():
+        for images, _, _ in val_batches(val_set, args.batch_size * world, rank=rank, world=world, workers=args.workers, device=device):
+            recon = ae.decode(ae.encode(images).mode()).float()
+            scores = [torch.ones(len(images)), psnr(recon, images), ssim(recon, images), (recon - images).abs().flatten(1).mean(1)]
+            if "lpips" in networks:
+                scores.append(torch.stack([networks["lpips"](a[None], b[None]) for a, b in zip(recon.clamp(-1, 1), images)]))
+            sums += torch.stack([score.cpu().double() for score in scores]).sum(1)
+            for moment, x in zip(moments, (recon, images)):
+                moment.add(networks["inception"](to_uint8(x))[0])
+    sums = runtime.all_sum(sums.to(device)).cpu()
+    values = dict(zip(names, (sums[1:] / sums[0]).tolist()))
+    if moments:
+        (n, *a), (_, *b) = (moment.mean_cov() for moment in moments)
+        values[f"rFID@{n}"] = frechet_distance(*a, *b)
+    report(values, dict(ae=args.ae, data=data or "built-in", size=size, n=int(sums[0])), args, rank)
+
+
+def load_diffusion(path, ae_path, device):
+    """A run of train_diffusion.py, ready to sample: (EMA model, process, autoencoder with the run's statistics, checkpoint)."""
+    checkpoint = runtime.load_checkpoint(path, "diffusion")
+    model = MODELS[checkpoint["model_name"]](**checkpoint["model_args"])
+    model.load_state_dict(checkpoint["ema"])
+    ae = load_autoencoder(ae_path or checkpoint["ae"])
+    if autoencoder_hash(ae) != checkpoint["ae_hash"]:
+        raise ValueError(f"--ae {ae_path or checkpoint['ae']}: not the autoencoder on whose latents {path} was trained")
+    ae.set_latent_stats(checkpoint["latent_mean"], checkpoint["latent_std"])
+    process = DDPM() if checkpoint["model_name"].startswith("UViT") else Interpolant()
+    return model.to(device).eval().requires_grad_(False), process, ae.to(device).requires_grad_(False), checkpoint
+
+
+@torch.no_grad()
+def sample_images(model, process, ae, indices, args, device):
+    """Samples number `indices` of --seed: (b, 3, H, W) uint8. Sample i and its label i % classes do not depend on batch or rank."""
+    options = dict(steps=args.steps, noise=NoiseStream(args.seed, indices), cfg_interval=tuple(args.cfg_interval))
+    if isinstance(process, Interpolant):
+        options["sampler"] = args.sampler
+    if model.num_classes:
+        options |= dict(y=torch.as_tensor(indices, device=device) % model.num_classes, cfg=args.cfg)
+    shape = (len(indices), model.in_channels, *model.input_size)
+    return to_uint8(ae.decode(ae.denormalize(process.sample(model, shape, **options))))
+
+
+def evaluate_gen(args, rank, world, device):
+    """Sample args.n images, write them, and compare them with the training images."""
+    args.ckpt = args.ckpt or runtime.newest(f"out/diffusion/{args.preset}-*/ckpt.pt", "--ckpt: train one with train_diffusion.py")
+    model, process, ae, checkpoint = load_diffusion(args.ckpt, args.ae, device)
+    if args.cfg != 1 and not model.num_classes:
+        raise ValueError(f"--cfg {args.cfg}: {args.ckpt} is unconditional, it has no null class to guide away from; leave --cfg at 1")
+    trained = checkpoint["args"]
+    size, out = trained["image_size"], pathlib.Path(args.out or pathlib.Path(args.ckpt).parent / "samples")
+    train_set, _ = open_data(args.data or trained["data"], size)
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    samples = shared_array(out / "samples.npy", np.uint8, (args.n, size, size, 3), rank)
+    start = time.perf_counter()
+    mine = np.arange(rank, args.n, world)
+    with tqdm(total=args.n, unit="img", desc="sampling", disable=rank > 0 or not sys.stderr.isatty()) as progress:
+        for indices in np.array_split(mine, max(1, math.ceil(len(mine) / args.batch_size))):
+            if len(indices):
+                with autocast():
+                    samples[indices] = sample_images(model, process, ae, indices, args, device).movedim(1, -1).cpu().numpy()
+                progress.update(len(indices) * world)
+    samples.flush()
+    barrier()
+    seconds = time.perf_counter() - start
+    samples = np.load(out / "samples.npy", mmap_mode="r")
+
+    reference_n = min(len(train_set), args.reference_images or len(train_set))
+    values, weights = {}, "none"
+    try:
+        with runtime.rank_zero_first():
+            inception = load_inception(device)
+    except FileNotFoundError as error:
+        if rank == 0:
+            print(error)
+    else:
+        values, weights = inception_metrics(inception, samples, train_set, reference_n, out, args, rank, world, device), "torch-fidelity"
+    if rank == 0:
+        count = min(args.n, reference_n, 4096)
+        fake = torch.from_numpy(samples[:count]).movedim(-1, 1).float() / 127.5 - 1
+        real = torch.stack([train_set[i][0] for i in range(count)]).float() / 127.5 - 1
+        for side, distance in sliced_wasserstein(fake, real).items():
+            values[f"SWD_{side}px"] = distance
+        values["spectral_KL"] = spectral_kl(fake, real)
+        picture_grid(fake[:64] * 0.5 + 0.5, out / "grid.png")
+        if args.npz:
+            runtime.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
+        if args.folder:
+            from PIL import Image
+            (out / "images").mkdir(exist_ok=True)
+            for i, image in enumerate(samples):
+                Image.fromarray(image).save(out / "images" / f"{i:06d}.png")
+    sampler = f"{args.sampler}" if isinstance(process, Interpolant) else "ddim"
+    report(values, dict(ckpt=args.ckpt, step=checkpoint["step"], model=checkpoint["model_name"], n=args.n, sampler=sampler, steps=args.steps,
+                        cfg=args.cfg, cfg_interval=args.cfg_interval, seed=args.seed, weights=weights,
+                        reference=f"{reference_n} training images of {args.data or trained['data'] or 'built-in'} at {size} px",
+                        seconds=round(seconds, 1)), args, rank)
+    if rank == 0:
+        (out / "samples.npy").unlink()
+        print(f"wrote {out}/grid.png" + f", {out}/samples.npz" * args.npz + f", {out}/images/" * args.folder)
+
+
+def inception_metrics(inception, samples, train_set, reference_n, out, args, rank, world, device):
+    """FID, IS, KID, precision and recall of samples (N, H, W, 3) against the first reference_n images of train_set."""
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+    n = len(samples)
+    if n < 10_000 and rank == 0:
+        print(f"FID@{n}: with fewer than 10,000 samples FID is biased upwards; compare it only with FID at the same N")
+    chunks = np.array_split(np.arange(rank, n, world), max(1, math.ceil(n / world / args.batch_size)))
+    fake, logits = set_features(inception, ((torch.from_numpy(samples[i]).movedim(-1, 1), i) for i in chunks if len(i)), n, out, rank)
+    reference = pathlib.Path("out/reference") / f"{images_hash(train_set)}-{train_set.size}-{reference_n}.npz"
+    how = dict(images=images_hash(train_set), size=train_set.size, n=reference_n, crop="ADM centre crop, 8 bit", network="torch-fidelity")
+    if not reference.exists():
+        subset = torch.utils.data.Subset(train_set, range(reference_n))
+        subset.unreadable, subset.total, subset.spec = set(), reference_n, getattr(train_set, "spec", "")
+        batches = ((to_uint8(images), indices.numpy()) for images, _, indices in
+                   val_batches(subset, args.batch_size * world, rank=rank, world=world, workers=args.workers, device=device))
+        real, _ = set_features(inception, batches, reference_n, out, rank)
+        _, mean, cov = mean_cov(real)
+        if rank == 0:
+            runtime.write_atomic(reference, lambda file: np.savez(file, mu=mean.numpy(), sigma=cov.numpy(), features=real[:10_000].numpy(),
+                                                                  how=json.dumps(how)))
+        barrier()
+    stored = np.load(reference)
+    if json.loads(str(stored["how"])) != how:
+        raise ValueError(f"{reference}: statistics of {stored['how']}, wanted {json.dumps(how)}; remove the file")
+    _, mean, cov = mean_cov(fake)
+    values = {f"FID@{n}": frechet_distance(mean, cov, stored["mu"], stored["sigma"])}
+    if rank == 0:                                                                          # the rest on at most 10,000 of each
+        values["IS"] = isc_features_to_metric(logits, splits=min(10, n))["inception_score_mean"]
+        a, b = fake[:10_000], torch.from_numpy(stored["features"])
+        size = min(1000, len(a), len(b))
+        values[f"KID_x1e3_subset{size}"] = 1000 * kid_features_to_metric(a, b, kid_subset_size=size, verbose=False)["kernel_inception_distance_mean"]
+        if min(len(a), len(b)) > 3:
+            values |= {k: float(v) for k, v in prc_features_to_metric(a, b, verbose=False).items() if k in ("precision", "recall")}
+    return values
+
+
+def image_set(spec, size, batch_size):
+    """A folder, zip, 'cifar10' or npz with arr_0 (N, H, W, 3) uint8, as batches of (uint8 (b, 3, H, W), row numbers); and its length."""
+    if str(spec).endswith(".npz"):
+        images = np.load(spec)["arr_0"]
+        n = len(images)
+        return ((torch.from_numpy(images[i:i + batch_size]).movedim(-1, 1), np.arange(i, min(n, i + batch_size)))
+                for i in range(0, n, batch_size)), n
+    source = open_source(spec)
+    n = len(source.names)
+    dataset = ImageSet(spec, source, np.arange(n), np.zeros(n, np.int64), [], size)
+    return ((to_uint8(images), indices.numpy()) for images, _, indices in val_batches(dataset, batch_size)), n
+
+
+def evaluate_fid(args, rank, world, device):
+    """Frechet distance of two sets, each a folder, a zip, an npz of images (arr_0) or an npz of statistics (mu, sigma)."""
+    if world > 1:
+        raise ValueError("evaluate.py fid: runs in one process; start it without torchrun")
+    inception, statistics = None, []
+    for spec in (args.a, args.b):
+        if not (os.path.exists(spec) or spec == "cifar10"):
+            raise FileNotFoundError(f"{spec}: no such folder, .zip or .npz")
+        if spec.endswith(".npz") and "mu" in np.load(spec):
+            stored = np.load(spec)
+            statistics.append((stored["mu"], stored["sigma"]))
+            continue
+        inception = inception or load_inception(device)
+        batches, n = image_set(spec, args.image_size or 256, args.batch_size)
+        moments = Moments(2048, device)
+        for images, _ in tqdm(batches, total=math.ceil(n / args.batch_size), disable=not sys.stderr.isatty()):
+            moments.add(inception(images)[0])
+        statistics.append(moments.mean_cov()[1:])
+    report(dict(FID=frechet_distance(*statistics[0], *statistics[1])), dict(a=args.a, b=args.b, size=args.image_size or 256), args, rank)
+
+
+def some_images(args, trained, device):
+    """The first args.val_images held-out images of --data (or of what the autoencoder was trained on): (N, 3, H, W) on device."""
+    size = args.image_size or trained.get("image_size", 256)
+    _, val_set = open_data(args.data or trained.get("data"), size, val_images=args.val_images, seed=trained.get("seed", 0))
+    return torch.cat([images for images, _, _ in val_batches(val_set, args.batch_size, device=device)])
+
+
+def autoencoders(args, device):
+    """[(label, autoencoder, its training flags)] for the files of --ae; labels are the runs' folder names."""
+    files = args.ae or [str(path) for path in sorted(pathlib.Path().glob(f"out/ae/{args.preset}-*/ckpt.pt"))]
+    if not files:
+        raise FileNotFoundError(f"no out/ae/{args.preset}-*/ckpt.pt here; --ae: train autoencoders with train_ae.py, or give files")
+    for file in files:
+        path = pathlib.Path(file)
+        yield path.parent.name if path.stem == "ckpt" else path.stem, load_autoencoder(file).to(device), runtime.checkpoint_args(file)
+
+
+@torch.no_grad()
+def encode_all(ae, images, args, sample=True):
+    """Latents (N, C, h, w) of images, posterior samples with a fixed seed, or modes."""
+    generator, latents = torch.Generator().manual_seed(args.seed), []
+    for x in images.split(args.batch_size):
+        posterior = ae.encode(x)
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
+        latents.append(posterior.sample(noise) if sample else posterior.mode())
+    return torch.cat(latents)
+
+
+def evaluate_spectrum(args, rank, world, device):
+    """Radial power of the images (at the latents' size), their flattened target, and the latents of every autoencoder: figure and CSV."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rings = np.arange(1, 17)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    rows, drawn = [], set()
+    for label, ae, trained in autoencoders(args, device):
+        images = some_images(args, trained, device)
+        latents = encode_all(ae, images, args)
+        small = match_resolution(images, latents.shape[-2:])
+        curves = {} if latents.shape[-2:] in drawn else {"images": (small, 0.0, dict(color="black", lw=2)),
+                                                         f"target, gamma {args.gamma:g}": (small, args.gamma, dict(color="black", ls="--"))}
+        drawn.add(latents.shape[-2:])
+        for name, (x, gamma, style) in (curves | {label: (latents, 0.0, {})}).items():
+            profile = radial_profile(power_spectrum(x - x.mean((-2, -1), keepdim=True))).mean(0).cpu()
+            profile = profile * torch.arange(1, 17) ** gamma
+            descriptor = spectrum_distribution(x, gamma=gamma).mean(0).cpu()
+            left.loglog(rings, profile / profile.sum(), "o-", ms=3, label=f"{name}: $f^{{-{fit_power_law(profile):.2f}}}$", **style)
+            right.plot(rings, descriptor, "o-", ms=3, label=name, **style)
+            rows += [dict(curve=name, ring=r, power=p.item(), share=(p / profile.sum()).item(), descriptor=d.item())
+                     for r, p, d in zip(rings, profile, descriptor)]
+        values = dict(alpha=fit_power_law(radial_profile(power_spectrum(latents)).mean(0)).item(),
+                      alpha_images=fit_power_law(radial_profile(power_spectrum(small)).mean(0)).item(),
+                      esm=esm_loss(images, latents, args.gamma).item(), rmsc=rmsc(latents.flatten(2).transpose(1, 2)).mean().item(),
+                      std=latents.std().item())
+        report(values, dict(autoencoder=label, gamma=args.gamma, n=len(images), latent="x".join(map(str, latents.shape[1:]))), args, rank)
+    left.set(title="Radial power, each curve scaled to sum 1", xlabel="ring (1 = low frequency)", ylabel="share of power")
+    right.set(title="What ESM compares: log(1 + power), scaled to sum 1", xlabel="ring (1 = low frequency)", ylim=(0, None))
+    for ax in (left, right):
+        ax.legend(fontsize=8)
+    out = pathlib.Path(args.out or "out/spectrum.png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=90)
+    plt.close(figure)
+    with open(out.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {out}, {out.with_suffix('.csv')}")
+
+
+@torch.no_grad()
+def evaluate_bands(args, rank, world, device):
+    """
+    DSM made visible, for each autoencoder. Left: PSNR of decode(lowpass(z, n)) against lowpass(x, n) for every n. Right: the band matrix;
+    row k is what the k-th anti-diagonal of the latent's 8x8 blocks adds to the decoded image, by anti-diagonal of the image's blocks.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    models = list(autoencoders(args, device))
+    figure, axes = plt.subplots(1, 1 + len(models), figsize=(4.6 + 3.6 * len(models), 4), layout="constrained", squeeze=False)
+    diagonal = (torch.arange(8)[:, None] + torch.arange(8)).flatten()                      # anti-diagonal of each coefficient
+    for ax, (label, ae, trained) in zip(axes[0, 1:], models):
+        images = some_images(args, trained, device)
+        latents = encode_all(ae, images, args, sample=False)
+        if any(side % 8 for side in latents.shape[-2:]):
+            raise ValueError(f"bands: {label}'s latents of {latents.shape[-2]}x{latents.shape[-1]} do not tile into 8x8 blocks; "
+                             f"--image_size must be a multiple of {8 * ae.config.reduction}")
+        decoded = {n: torch.cat([ae.decode(lowpass(z, n)) for z in latents.split(args.batch_size)]) for n in range(15)}
+        scores = [psnr(decoded[n], lowpass(images, n)).mean().item() for n in range(15)]
+        matrix = []
+        for k in range(1, 15):                                                             # band k appears between n = 15 - k and 14 - k
+            energy = block_dct2(decoded[14 - k] - decoded[15 - k]).square().mean((0, 1, 2, 3)).flatten().cpu()
+            matrix.append(torch.zeros(15).index_add(0, diagonal, energy))
+        matrix = torch.stack(matrix)
+        matrix = matrix / matrix.sum(1, keepdim=True)
+        axes[0, 0].plot(range(15), scores, "o-", ms=3, label=label)
+        ax.imshow(matrix, cmap="magma", vmin=0, origin="lower", extent=(-0.5, 14.5, 0.5, 14.5), aspect="auto")
+        ax.set(title=f"{label}\nwhere each latent band lands", xlabel="band of the decoded image (0 = DC)", ylabel="band of the latent")
+        report(dict({f"psnr_n{n}": scores[n] for n in (0, 8, 10, 12)}, mean_image_band=(matrix @ torch.arange(15.0)).mean().item()),
+               dict(autoencoder=label, n=len(images)), args, rank)
+    axes[0, 0].set(title="Does a low-passed latent decode\nto the low-passed image?", xlabel="n, anti-diagonals cut", ylabel="PSNR, dB")
+    axes[0, 0].legend(fontsize=8)
+    out = pathlib.Path(args.out or "out/bands.png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=90)
+    plt.close(figure)
+    print(f"wrote {out}")
+
+
+def evaluate_latents(args, rank, world, device):
+    """Fig. 3: a few held-out images, and under them the latents of every autoencoder as PCA-RGB."""
+    args.val_images, rows = args.pictures, {}
+    for label, ae, trained in autoencoders(args, device):
+        images = some_images(args, trained, device)
+        rows.setdefault("image", images * 0.5 + 0.5)
+        rows[label] = pca_rgb(encode_all(ae, images, args, sample=False))
+    out = pathlib.Path(args.out or "out/latents.png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure_rows(rows, out)
+    print(f"wrote {out}")
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, function, many=False, ae=True):
+        p = commands.add_parser(name, help=function.__doc__.strip().split("\n")[0], description=function.__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+        p.set_defaults(function=function)
+        p.add_argument("--preset", choices=PRESETS, default="celeba-f16d16", help="a named group of defaults; explicit flags win")
+        if ae:
+            p.add_argument("--ae", nargs="+" if many else None, default=None, help="autoencoder(s): ckpt.pt or released weights (default: "
+                           + ("all" if many else "the newest") + " of out/ae/<preset>-*/ckpt.pt)")
+        p.add_argument("--data", default=None, help="folder, .zip or cifar10 (default: what was trained on)")
+        p.add_argument("--image_size", type=int, default=None, help="pixels a side (default: as in training)")
+        p.add_argument("--val_images", type=int, default=1000, help="held-out images to use")
+        p.add_argument("--batch_size", type=int, default=50, help="images per network call and process")
+        p.add_argument("--workers", type=int, default=4, help="loader processes")
+        p.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: cuda when there is a GPU")
+        p.add_argument("--seed", type=int, default=0, help="of every draw")
+        p.add_argument("--out", default=None, help="file or folder to write (default: under out/)")
+        p.add_argument("--results", default="results.jsonl", help="every result is appended here")
+        return p
+
+    command("recon", evaluate_recon)
+    p = command("gen", evaluate_gen)
+    p.add_argument("--ckpt", default=None, help="ckpt.pt of train_diffusion.py (default: the newest out/diffusion/<preset>-*/ckpt.pt)")
+    p.add_argument("--n", type=int, default=50_000, help="samples")
+    p.add_argument("--steps", type=int, default=100, help="network calls per sample")
+    p.add_argument("--sampler", choices=("em", "ode"), default="em", help="of SiT: Euler-Maruyama or Euler ODE (U-ViT: always DDIM)")
+    p.add_argument("--cfg", type=float, default=1.0, help="guidance scale; 1 = off (paper: 1.8 on ImageNet)")
+    p.add_argument("--cfg_interval", type=float, nargs=2, default=(0.0, 1.0), help="times between which guidance acts, 0 = data")
+    p.add_argument("--reference_images", type=int, default=0, help="training images to compare with; 0 = all")
+    p.add_argument("--npz", action="store_true", help="also write samples.npz (arr_0) for the ADM evaluation suite")
+    p.add_argument("--folder", action="store_true", help="also write every sample as a PNG")
+    p = command("fid", evaluate_fid, ae=False)
+    p.add_argument("a")
+    p.add_argument("b")
+    p = command("spectrum", evaluate_spectrum, many=True)
+    p.add_argument("--gamma", type=float, default=1.0, help="flattening exponent of the target")
+    command("bands", evaluate_bands, many=True)
+    p = command("latents", evaluate_latents, many=True)
+    p.add_argument("--pictures", type=int, default=8, help="how many images")
+    known = {name: {action.dest for action in p._actions} for name, p in commands.choices.items()}
+    chosen = next((word for word in sys.argv[1:] if word in known), None)
+    return runtime.parse_args(parser, {name: {k: v for k, v in values.items() if chosen and k in known[chosen]}
+                                       for name, values in PRESETS.items()}, commands.choices.get(chosen))
+
+
+def main():
+    args = get_args()
+    rank, world, device = runtime.start_processes(args.device)
+    for name in ("val_images", "batch_size", "n", "steps", "pictures"):
+        if getattr(args, name, 1) <= 0:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be above 0")
+    args.function(args, rank, world, device)
+
+
+if __name__ == "__main__":
+    with runtime.one_line_errors():
+        main()

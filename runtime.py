@@ -244,18 +244,20 @@ class EMA:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Command lines
 
-def parse_args(parser, presets):
+def parse_args(parser, presets, subparser=None):
     """
     parser.parse_args() in two passes: --preset NAME replaces defaults by presets[NAME], explicit flags win over both.
-    presets  {name: {flag: value}}; a flag unknown to the parser is a programming error
+    presets    {name: {flag: value}}; a flag unknown to the parser is a programming error
+    subparser  the one whose defaults are meant, where the parser has commands
     """
     name = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     name.add_argument("--preset")
     preset = name.parse_known_args()[0].preset
     if preset in presets:
-        known = {action.dest for action in parser._actions}
-        assert presets[preset].keys() <= known, f"preset {preset} sets {presets[preset].keys() - known}"
-        parser.set_defaults(**presets[preset])
+        target = subparser or parser
+        unknown = presets[preset].keys() - {action.dest for action in target._actions}
+        assert not unknown, f"preset {preset} sets {unknown}"
+        target.set_defaults(**presets[preset])
     return parser.parse_args()
 
 
