@@ -298,7 +298,7 @@ class ImageSet:
         return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, (i + tries) % n, True
 
 
-def open_data(spec, size, val_images=500, seed=0, builtin_images=10_000):
+def open_data(spec, size, val_images=500, seed=0, builtin_images=4_000):
     """
     What --data names, as (train_set, val_set).
     spec     "" or None: built-in; a folder or .zip, flat or with one folder per class (its subfolders count with it); 'cifar10'

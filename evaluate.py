@@ -8,12 +8,10 @@ Every number and figure of the project.
     bands       does a low-passed latent decode to the low-passed image? which band feeds which?  Sec. 3.3, Fig. 10
     latents     latents as pictures, PCA to RGB                                                   Fig. 3
 
-Images (B, 3, H, W) in [-1, 1]; PSNR, SSIM and L1 are per image, (B,), so that any split over batches and processes averages to the same
-number. Every result is printed with its settings and appended to results.jsonl with command, commit and hardware. FID uses the exact
-network and weights of torch-fidelity; without the weights there is no FID, only the metrics that need none, under their own names.
+The formulas are in metrics.py. Every result is printed with its settings and appended to results.jsonl with command, commit and
+hardware. Without the Inception weights there is no FID, only the metrics that need none, under their own names.
 """
 import argparse
-import contextlib
 import csv
 import json
 import math
@@ -23,7 +21,6 @@ import platform
 import subprocess
 import sys
 import time
-import urllib.error
 
 import numpy as np
 import torch
@@ -36,154 +33,9 @@ from data import ImageSet, open_data, open_source, val_batches
 from dit import DDPM, MODELS, Interpolant, NoiseStream
 from latents import autoencoder_hash, images_hash
 from losses import PerceptualLoss, esm_loss
-from spectral import (block_dct2, fit_power_law, lowpass, match_resolution, power_spectrum, radial_profile, rmsc, spectrum_distribution)
+from metrics import Moments, frechet_distance, load_inception, psnr, sliced_wasserstein, spectral_kl, ssim, to_uint8
+from spectral import block_dct2, fit_power_law, lowpass, match_resolution, power_spectrum, radial_profile, rmsc, spectrum_distribution
 from vae import load_autoencoder
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Two images
-
-def to_uint8(images):
-    """[-1, 1] -> 0..255, rounded: what a PNG would hold. (B, 3, H, W) uint8."""
-    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def psnr(a, b):
-    """
-    Peak signal-to-noise ratio, dB, on 8-bit rounded images: 10 log10(255^2 / MSE).
-    a, b     (B, 3, H, W) in [-1, 1]
-    returns  (B,) float32; identical images count 100 dB
-    """
-    mse = (to_uint8(a).float() - to_uint8(b).float()).square().flatten(1).mean(1)
-    return 10 * torch.log10(255 ** 2 / mse.clamp_min(255 ** 2 * 1e-10))
-
-
-def ssim(a, b, data_range=2.0):
-    """
-    Structural similarity (Wang et al. 2004): 11x11 Gaussian window of sigma 1.5, K = (0.01, 0.03), only windows that fit inside,
-    per channel, then the mean over channels and windows.
-    a, b     (B, C, H, W), sides of at least 11 (else ValueError); data_range 2 for images in [-1, 1]
-    returns  (B,) float32, 1 for identical images
-    """
-    if min(a.shape[-2:]) < 11:
-        raise ValueError(f"ssim: images of {a.shape[-2]}x{a.shape[-1]} are smaller than its 11x11 window")
-    a, b = a.float(), b.float()
-    C = a.shape[1]
-    taps = torch.exp(-0.5 * ((torch.arange(11, device=a.device) - 5) / 1.5) ** 2)
-    taps = (taps / taps.sum()).expand(C, 1, 11)
-
-    def window(x):                                                                         # Gaussian mean over every 11x11 window
-        return F.conv2d(F.conv2d(x, taps[..., None], groups=C), taps[..., None, :], groups=C)
-
-    mean_a, mean_b = window(a), window(b)
-    var_a, var_b = window(a * a) - mean_a ** 2, window(b * b) - mean_b ** 2
-    covariance = window(a * b) - mean_a * mean_b
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    similarity = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))
-    return similarity.flatten(1).mean(1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Two sets of images
-
-class Moments:
-    """Streaming mean and covariance of feature rows, float64: add((b, D)) on every rank, then mean_cov() on all of them."""
-
-    def __init__(self, D, device="cpu"):
-        self.sums = torch.zeros(D + 1, D + 1, dtype=torch.float64, device=device)          # [1, f] [1, f]^T: count, sum, outer product
-
-    def add(self, features):
-        rows = F.pad(features.to(self.sums), (1, 0), value=1.0)
-        self.sums += rows.T @ rows
-
-    def mean_cov(self):
-        """returns n (int), mean (D,), covariance (D, D), unbiased, over all ranks"""
-        sums = runtime.all_sum(self.sums.clone()).cpu()
-        n, total = sums[0, 0], sums[0, 1:]
-        return int(n), total / n, (sums[1:, 1:] - torch.outer(total, total) / n) / (n - 1)
-
-
-def frechet_distance(mean1, cov1, mean2, cov2):
-    """
-    |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), float64 (Heusel et al. 2017).
-    The trace of the root needs two symmetric eigendecompositions and no sqrtm: (cov1 cov2)^(1/2) has the eigenvalues of
-    (A cov2 A)^(1/2), A = cov1^(1/2). Singular covariances are fine: what rounding made negative counts as 0.
-    mean (D,), cov (D, D) tensors or arrays -> float
-    """
-    mean1, cov1, mean2, cov2 = (torch.as_tensor(a, dtype=torch.float64) for a in (mean1, cov1, mean2, cov2))
-    values, vectors = torch.linalg.eigh(cov1)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    overlap = torch.linalg.eigvalsh(root @ cov2 @ root).clamp_min(0).sqrt().sum()
-    return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * overlap)
-
-
-def load_inception(device):
-    """
-    The FID Inception network: (B, 3, H, W) uint8 -> (B, 2048) features and (B, 1008) logits without bias, float32.
-    raises FileNotFoundError saying what to fetch and where to put it when its weights can be neither found nor downloaded
-    """
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
-    except urllib.error.URLError as error:
-        place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(URL_INCEPTION_V3))
-        raise FileNotFoundError(f"no FID: the Inception weights could not be downloaded ({error.reason}); fetch {URL_INCEPTION_V3} and "
-                                f"put it at {place}") from None
-    network = network.to(device, memory_format=torch.channels_last)
-
-    def features(images):
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return network(images.to(device))
-    return features
-
-
-def laplacian_pyramid(images, smallest=16):
-    """(B, C, H, W) -> [finest, ..., coarsest]: what halving loses at each size (Burt & Adelson), and last the rest, sides >= smallest."""
-    C = images.shape[1]
-    taps = torch.tensor([1.0, 4, 6, 4, 1], device=images.device) / 16
-    kernel = (taps[:, None] * taps).expand(C, 1, 5, 5)
-    blur = lambda x: F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, groups=C)
-    levels = []
-    while min(images.shape[-2:]) >= 2 * smallest and images.shape[-1] % 2 == images.shape[-2] % 2 == 0:
-        small = blur(images)[..., ::2, ::2]
-        spread = torch.zeros_like(images)
-        spread[..., ::2, ::2] = 4 * small
-        levels.append(images - blur(spread))
-        images = small
-    return levels + [images]
-
-
-def sliced_wasserstein(samples, reference, seed=0, patches=64, directions=256):
-    """
-    Sliced Wasserstein distance of 7x7 patches on a Laplacian pyramid (Karras et al. 2018), times 1000.
-    samples, reference  (N, 3, H, W) of one size; the first min(N) of each are used; the same patch positions on both
-    returns   {side: distance} from fine to coarse. Unlike there, both sets are scaled by the reference's mean and standard deviation
-              per channel (not each by its own), so that missing contrast counts
-    """
-    N = min(len(samples), len(reference))
-    result = {}
-    for a, b in zip(laplacian_pyramid(samples[:N].float()), laplacian_pyramid(reference[:N].float())):
-        generator = torch.Generator().manual_seed(seed)
-        H, W = a.shape[-2:]
-        corner = torch.randint((H - 6) * (W - 6), (N * patches,), generator=generator)     # of each patch
-        image = torch.arange(N).repeat_interleave(patches)
-        v, u = corner % (W - 6), corner // (W - 6)
-        offset = torch.arange(7)
-        rows, columns = (u[:, None] + offset)[:, :, None], (v[:, None] + offset)[:, None, :]
-        descriptor = lambda x: x[image[:, None, None], :, rows, columns].movedim(-1, 1)     # (N*patches, 3, 7, 7)
-        a, b = descriptor(a), descriptor(b)
-        mean, std = b.mean((0, 2, 3), keepdim=True), b.std((0, 2, 3), keepdim=True).clamp_min(1e-8)
-        a, b = ((x - mean).div(std).flatten(1) for x in (a, b))
-        axes = F.normalize(torch.randn(a.shape[1], directions, generator=generator), dim=0)
-        result[H] = 1000 * (((a @ axes).sort(0).values - (b @ axes).sort(0).values).abs().mean()).item()
-    return result
-
-
-def spectral_kl(samples, reference, n_bins=16):
-    """KL(reference || samples) in nats between the mean spectrum_distribution of two sets (N, 3, H, W) in [-1, 1]; 0 when they agree."""
-    p, q = (spectrum_distribution(x, n_bins).mean(0) for x in (reference, samples))
-    return (p * (p.log() - q.log())).sum().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -394,7 +246,7 @@ def evaluate_gen(args, rank, world, device):
         values, weights = inception_metrics(inception, samples, train_set, reference_n, out, args, rank, world, device), "torch-fidelity"
     if rank == 0:
         count = min(args.n, reference_n, 4096)
-        fake = torch.from_numpy(samples[:count]).movedim(-1, 1).float() / 127.5 - 1
+        fake = torch.from_numpy(samples[:count].copy()).movedim(-1, 1).float() / 127.5 - 1
         real = torch.stack([train_set[i][0] for i in range(count)]).float() / 127.5 - 1
         for side, distance in sliced_wasserstein(fake, real).items():
             values[f"SWD_{side}px"] = distance
@@ -536,8 +388,8 @@ def evaluate_spectrum(args, rank, world, device):
             profile = radial_profile(power_spectrum(x - x.mean((-2, -1), keepdim=True))).mean(0).cpu()
             profile = profile * torch.arange(1, 17) ** gamma
             descriptor = spectrum_distribution(x, gamma=gamma).mean(0).cpu()
-            left.loglog(rings, profile / profile.sum(), "o-", ms=3, label=f"{name}: $f^{{-{fit_power_law(profile):.2f}}}$", **style)
-            right.plot(rings, descriptor, "o-", ms=3, label=name, **style)
+            left.loglog(rings, profile / profile.sum(), marker="o", ms=3, label=f"{name}: $f^{{-{fit_power_law(profile):.2f}}}$", **style)
+            right.plot(rings, descriptor, marker="o", ms=3, label=name, **style)
             rows += [dict(curve=name, ring=r, power=p.item(), share=(p / profile.sum()).item(), descriptor=d.item())
                      for r, p, d in zip(rings, profile, descriptor)]
         values = dict(alpha=fit_power_law(radial_profile(power_spectrum(latents)).mean(0)).item(),

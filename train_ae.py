@@ -8,13 +8,10 @@ The argparse defaults are Table 5 for CelebA 256 (f16d16). A run lives in --out:
 The batch size is the GLOBAL batch over all processes, and the learning rate is never rescaled.
 """
 import argparse
-import contextlib
 import dataclasses
-import io
 import math
 import random
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +19,10 @@ from tqdm import tqdm
 
 import runtime
 from data import open_data, train_batches, val_batches
-from evaluate import figure_rows, pca_rgb, psnr, ssim
+from evaluate import figure_rows, pca_rgb
 from losses import (DSM_MASKS, SCALES, PatchDiscriminator, PerceptualLoss, adaptive_weight, dsm_pair, eq_pair, esm_loss, hinge_d_loss,
                     hinge_g_loss, kl_loss, scale_images, scale_pair)
+from metrics import psnr, ssim
 from spectral import fit_power_law, lowpass, match_resolution, power_spectrum, radial_profile
 from vae import CONFIGS, AutoencoderKL
 
@@ -32,8 +30,8 @@ PRESETS = {
     "celeba-f16d16": {},                                                                   # the argparse defaults
     "celeba-f8d4": dict(model="f8d4"),
     "imagenet-f16d16": dict(batch_size=128, steps=600_000),
-    "quick": dict(model="f4d4-tiny", image_size=64, steps=600, batch_size=8, lr=2e-3, warmup_steps=40, lpips_weight=0.0, gan_weight=0.0,
-                  eval_every=200, log_every=10, val_images=128, workers=0),
+    "quick": dict(model="f2d4-tiny", image_size=32, steps=1200, batch_size=8, lr=2e-3, warmup_steps=40, lpips_weight=0.0, gan_weight=0.0,
+                  eval_every=300, log_every=10, val_images=256, workers=0),
 }
 PAIRS = ("dsm", "se", "eq")                                                                # methods that change what is decoded
 

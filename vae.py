@@ -12,6 +12,7 @@ The decoder mirrors it with one block more per level, deepest level first. Reduc
     f16d16      128 x (1, 1, 2, 2, 4)  16  16   64,352,723   64.4M in the paper
     f16d32      128 x (1, 1, 2, 2, 4)  16  32   69,836,067   VA-VAE's, attention at the last level too
     f4d4-tiny    16 x (1, 2, 2)         4   4      242,327   for 64x64 images on a laptop CPU
+    f2d4-tiny    16 x (1, 2)            2   4      167,959   for 32x32 images on a laptop CPU
 
 Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), h = H/f, w = W/f, not normalised: normalize() alone shifts and scales them.
 Module names are those of CompVis' latent-diffusion, so that released .ckpt files load as they are.
@@ -52,6 +53,7 @@ CONFIGS = {
     "f16d32": AEConfig(ch_mult=(1, 1, 2, 2, 4), latent_channels=32, attn_levels=(4,)),
     # A group of one channel would lose that channel's mean and contrast in every norm; 4 groups hold four each, as 32 do of 128.
     "f4d4-tiny": AEConfig(ch=16, ch_mult=(1, 2, 2), latent_channels=4, num_res_blocks=1, norm_groups=4),
+    "f2d4-tiny": AEConfig(ch=16, ch_mult=(1, 2), latent_channels=4, num_res_blocks=1, norm_groups=4),
 }
 
 

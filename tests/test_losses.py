@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn as nn
 
-import losses
 from losses import (PatchDiscriminator, PerceptualLoss, adaptive_weight, dsm_pair, eq_pair, esm_loss, hinge_d_loss, hinge_g_loss, kl_loss,
                     scale_images, scale_pair)
 from spectral import lowpass, spectrum_distribution

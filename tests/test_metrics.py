@@ -1,0 +1,164 @@
+"""Metrics against closed forms and against scipy."""
+import math
+import os
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+
+from data import DeadLeaves
+from metrics import Moments, frechet_distance, laplacian_pyramid, load_inception, psnr, sliced_wasserstein, spectral_kl, ssim, to_uint8
+
+close = torch.testing.assert_close
+
+
+def test_psnr_closed_form():
+    """A constant error of 16 grey levels: 20 log10(255 / 16); errors below half a level vanish in 8 bits."""
+    a = (torch.randint(0, 200, (3, 3, 12, 17)).float() - 127.5) / 127.5
+    close(psnr(a, a + 16 / 127.5), torch.full((3,), 20 * math.log10(255 / 16)))
+    close(psnr(a, a + 0.3 / 127.5), torch.full((3,), 100.0))
+
+
+def test_ssim_closed_forms():
+    """Identical images: 1. Two constants: the luminance term alone. A sign flip of zero-mean texture: close to -1."""
+    a = torch.randn(2, 3, 16, 23) * 0.5
+    close(ssim(a, a), torch.ones(2))
+    x, y, c1 = 0.2, 0.6, (0.01 * 2) ** 2
+    constants = ssim(torch.full((1, 3, 12, 15), x), torch.full((1, 3, 12, 15), y))
+    close(constants, torch.tensor([(2 * x * y + c1) / (x * x + y * y + c1)]), rtol=1e-4, atol=1e-5)
+    checkerboard = ((torch.arange(16)[:, None] + torch.arange(23)) % 2 * 2.0 - 1).expand(1, 3, 16, 23)
+    assert ssim(checkerboard, -checkerboard) < -0.99
+
+
+def test_ssim_against_the_definition():
+    """One 11 x 11 image has one window: weighted moments written out."""
+    a, b = torch.rand(1, 1, 11, 11, dtype=torch.float64), torch.rand(1, 1, 11, 11, dtype=torch.float64)
+    g = torch.exp(-0.5 * ((torch.arange(11) - 5) / 1.5) ** 2).double()
+    w = g[:, None] * g / g.sum() ** 2
+    ma, mb = (w * a).sum(), (w * b).sum()
+    va, vb, cov = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum(), (w * (a - ma) * (b - mb)).sum()
+    c1, c2 = 1e-4, 9e-4
+    expected = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma ** 2 + mb ** 2 + c1) * (va + vb + c2))
+    close(ssim(a, b, data_range=1.0), expected.float()[None], rtol=1e-4, atol=1e-5)
+
+
+def test_ssim_refuses_images_smaller_than_its_window():
+    """10 rows do not hold an 11 x 11 window."""
+    with pytest.raises(ValueError, match="10x20"):
+        ssim(torch.zeros(1, 3, 10, 20), torch.zeros(1, 3, 10, 20))
+
+
+# ---- Frechet distance
+
+def test_moments_stream_to_numpys_mean_and_covariance():
+    """Batches of any size add up to np.cov of all rows."""
+    rows = torch.randn(50, 6, dtype=torch.float64) * torch.arange(1, 7) + 3
+    moments = Moments(6)
+    for part in rows.split(7):
+        moments.add(part.float().double())
+    n, mean, cov = moments.mean_cov()
+    assert n == 50
+    close(mean, rows.mean(0), rtol=1e-5, atol=1e-6)
+    close(cov, torch.from_numpy(np.cov(rows.numpy(), rowvar=False)), rtol=1e-5, atol=1e-5)
+
+
+def test_frechet_distance_closed_forms():
+    """Equal covariances: |mean difference|^2. Commuting (diagonal) ones: plus sum (sqrt a - sqrt b)^2. Itself: 0."""
+    A = torch.randn(7, 7, dtype=torch.float64)
+    cov, m1, m2 = A @ A.T, torch.randn(7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    assert frechet_distance(m1, cov, m1, cov) == pytest.approx(0, abs=1e-8)
+    assert frechet_distance(m1, cov, m2, cov) == pytest.approx((m1 - m2).square().sum().item())
+    a, b = torch.rand(7, dtype=torch.float64), torch.rand(7, dtype=torch.float64)
+    expected = (m1 - m2).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    assert frechet_distance(m1, a.diag(), m2, b.diag()) == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("rank1, rank2", [(12, 12), (5, 12), (5, 4), (0, 12)])
+def test_frechet_distance_equals_scipys_sqrtm(rank1, rank2):
+    """Random covariances of 12 dimensions, singular ones included."""
+    rng = np.random.default_rng(0)
+    (A, B), (m1, m2) = (rng.standard_normal((12, r)) for r in (rank1, rank2)), rng.standard_normal((2, 12))
+    c1, c2 = A @ A.T, B @ B.T
+    root = scipy.linalg.sqrtm(c1 @ c2 + 1e-14 * np.eye(12))
+    expected = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * np.real(root))
+    assert frechet_distance(m1, c1, m2, c2) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_inception_real_path_with_planted_weights(tmp_path, monkeypatch):
+    """A random weight file where torch-fidelity looks for it: its own loading code runs, and gives (B, 2048) and (B, 1008)."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+    checkpoints = tmp_path / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+    torch.save({}, checkpoints / os.path.basename(URL_INCEPTION_V3))
+    weights = FeatureExtractorInceptionV3("x", ["2048"]).state_dict()
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    torch.save(weights, checkpoints / os.path.basename(URL_INCEPTION_V3))
+    features, logits = load_inception(torch.device("cpu"))(torch.randint(0, 256, (2, 3, 40, 56), dtype=torch.uint8))
+    assert features.shape == (2, 2048) and logits.shape == (2, 1008) and features.isfinite().all()
+    assert not torch.equal(features[0], features[1])
+
+
+def test_inception_without_network_says_where_the_file_belongs(tmp_path, monkeypatch):
+    """URL and place in one line."""
+    import urllib.error
+
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "urlopen", offline)
+    with pytest.raises(FileNotFoundError) as error:
+        load_inception(torch.device("cpu"))
+    message = str(error.value)
+    assert "https://github.com/toshas/torch-fidelity" in message and str(tmp_path) in message and "\n" not in message
+
+
+# ---- metrics without weights
+
+def leaves(count, first=0):
+    return torch.stack([DeadLeaves(64, count, seed=0, first=first)[i][0] for i in range(count)]).float() / 127.5 - 1
+
+
+def test_laplacian_pyramid_adds_up():
+    """Sides 64, 32, 16; expanding the coarse level and adding the fine ones gives the image back."""
+    x = torch.randn(2, 3, 64, 96)
+    levels = laplacian_pyramid(x)
+    assert [level.shape[-2:] for level in levels] == [(64, 96), (32, 48), (16, 24)]
+    taps = torch.tensor([1.0, 4, 6, 4, 1]) / 16
+    kernel = (taps[:, None] * taps).expand(3, 1, 5, 5)
+    image = levels[-1]
+    for level in reversed(levels[:-1]):
+        spread = torch.zeros_like(level)
+        spread[..., ::2, ::2] = 4 * image
+        image = level + F.conv2d(F.pad(spread, (2, 2, 2, 2), mode="reflect"), kernel, groups=3)
+    close(image, x, rtol=1e-4, atol=1e-5)
+
+
+def test_swd_is_zero_on_itself_and_grows_with_blur_and_noise():
+    """More blur and more noise are further away, on the finest level; another draw of the same images is close."""
+    a, b = leaves(24), leaves(24, first=1000)
+    assert set(sliced_wasserstein(a, a).values()) == {0.0}
+    blur = lambda x, times: x if times == 0 else blur(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, stride=1), times - 1)
+    same, blurred, more = (sliced_wasserstein(blur(b, times), a)[64] for times in (0, 1, 3))
+    assert same < blurred < more
+    noise = torch.randn_like(b)
+    noisy, noisier = (sliced_wasserstein(b + amount * noise, a)[64] for amount in (0.2, 0.6))
+    assert same < noisy < noisier
+
+
+def test_spectral_kl_is_zero_on_itself_and_sees_blur():
+    """Removing high frequencies moves the radial spectrum; another draw of the same images does so much less."""
+    a, b = leaves(24), leaves(24, first=1000)
+    assert spectral_kl(a, a) == pytest.approx(0, abs=1e-7)
+    assert spectral_kl(F.avg_pool2d(F.pad(b, (1, 1, 1, 1), mode="reflect"), 3, stride=1), a) > 10 * spectral_kl(b, a) > 0
+
+
+def test_to_uint8_rounds_and_clips():
+    """-1 -> 0, 1 -> 255, beyond is clipped, and 8-bit images come back unchanged."""
+    assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255]
+    x = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(x.float() / 127.5 - 1), x)
