@@ -91,7 +91,7 @@ PRESETS = {
     "celeba-f16d16": {},
     "celeba-f8d4": {},
     "imagenet-f16d16": dict(cfg=1.8),
-    "quick": dict(n=128, steps=50, batch_size=64, val_images=128, reference_images=1000, workers=0),
+    "quick": dict(num_samples=128, steps=50, batch_size=64, val_images=128, reference_images=1000, workers=0),
 }
 
 
@@ -114,13 +114,8 @@ def shared_array(path, dtype, shape, rank):
     if rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
-    barrier()
+    runtime.barrier()
     return np.load(path, mmap_mode="r+")
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def set_features(inception, batches, n, folder, rank):
@@ -131,9 +126,9 @@ def set_features(inception, batches, n, folder, rank):
         for array, values in zip(arrays, inception(images)):
             array[indices] = values.cpu().numpy()
             array.flush()
-    barrier()
+    runtime.barrier()
     features = [torch.from_numpy(np.load(file)) for file in files]
-    barrier()
+    runtime.barrier()
     if rank == 0:
         for file in files:
             file.unlink()
@@ -210,27 +205,27 @@ def sample_images(model, process, ae, indices, args, device):
 
 
 def evaluate_gen(args, rank, world, device):
-    """Sample args.n images, write them, and compare them with the training images."""
+    """Sample args.num_samples images, write them, and compare them with the training images."""
     args.ckpt = args.ckpt or runtime.newest(f"out/diffusion/{args.preset}-*/ckpt.pt", "--ckpt: train one with train_diffusion.py")
     model, process, ae, checkpoint = load_diffusion(args.ckpt, args.ae, device)
     if args.cfg != 1 and not model.num_classes:
         raise ValueError(f"--cfg {args.cfg}: {args.ckpt} is unconditional, it has no null class to guide away from; leave --cfg at 1")
     trained = checkpoint["args"]
-    size, out = trained["image_size"], pathlib.Path(args.out or pathlib.Path(args.ckpt).parent / "samples")
+    size, out = checkpoint["image_size"], pathlib.Path(args.out or pathlib.Path(args.ckpt).parent / "samples")
     train_set, _ = open_data(args.data or trained["data"], size)
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-    samples = shared_array(out / "samples.npy", np.uint8, (args.n, size, size, 3), rank)
+    samples = shared_array(out / "samples.npy", np.uint8, (args.num_samples, size, size, 3), rank)
     start = time.perf_counter()
-    mine = np.arange(rank, args.n, world)
-    with tqdm(total=args.n, unit="img", desc="sampling", disable=rank > 0 or not sys.stderr.isatty()) as progress:
+    mine = np.arange(rank, args.num_samples, world)
+    with tqdm(total=args.num_samples, unit="img", desc="sampling", disable=rank > 0 or not sys.stderr.isatty()) as progress:
         for indices in np.array_split(mine, max(1, math.ceil(len(mine) / args.batch_size))):
             if len(indices):
                 with autocast():
                     samples[indices] = sample_images(model, process, ae, indices, args, device).movedim(1, -1).cpu().numpy()
                 progress.update(len(indices) * world)
     samples.flush()
-    barrier()
+    runtime.barrier()
     seconds = time.perf_counter() - start
     samples = np.load(out / "samples.npy", mmap_mode="r")
 
@@ -245,7 +240,7 @@ def evaluate_gen(args, rank, world, device):
     else:
         values, weights = inception_metrics(inception, samples, train_set, reference_n, out, args, rank, world, device), "torch-fidelity"
     if rank == 0:
-        count = min(args.n, reference_n, 4096)
+        count = min(args.num_samples, reference_n, 4096)
         fake = torch.from_numpy(samples[:count].copy()).movedim(-1, 1).float() / 127.5 - 1
         real = torch.stack([train_set[i][0] for i in range(count)]).float() / 127.5 - 1
         for side, distance in sliced_wasserstein(fake, real).items():
@@ -260,7 +255,7 @@ def evaluate_gen(args, rank, world, device):
             for i, image in enumerate(samples):
                 Image.fromarray(image).save(out / "images" / f"{i:06d}.png")
     sampler = f"{args.sampler}" if isinstance(process, Interpolant) else "ddim"
-    report(values, dict(ckpt=args.ckpt, step=checkpoint["step"], model=checkpoint["model_name"], n=args.n, sampler=sampler, steps=args.steps,
+    report(values, dict(ckpt=args.ckpt, step=checkpoint["step"], model=checkpoint["model_name"], n=args.num_samples, sampler=sampler, steps=args.steps,
                         cfg=args.cfg, cfg_interval=args.cfg_interval, seed=args.seed, weights=weights,
                         reference=f"{reference_n} training images of {args.data or trained['data'] or 'built-in'} at {size} px",
                         seconds=round(seconds, 1)), args, rank)
@@ -291,7 +286,7 @@ def inception_metrics(inception, samples, train_set, reference_n, out, args, ran
         if rank == 0:
             runtime.write_atomic(reference, lambda file: np.savez(file, mu=mean.numpy(), sigma=cov.numpy(), features=real[:10_000].numpy(),
                                                                   how=json.dumps(how)))
-        barrier()
+        runtime.barrier()
     stored = np.load(reference)
     if json.loads(str(stored["how"])) != how:
         raise ValueError(f"{reference}: statistics of {stored['how']}, wanted {json.dumps(how)}; remove the file")
@@ -491,7 +486,7 @@ def get_args():
     command("recon", evaluate_recon)
     p = command("gen", evaluate_gen)
     p.add_argument("--ckpt", default=None, help="ckpt.pt of train_diffusion.py (default: the newest out/diffusion/<preset>-*/ckpt.pt)")
-    p.add_argument("--n", type=int, default=50_000, help="samples")
+    p.add_argument("--num_samples", type=int, default=50_000, help="how many images to sample")
     p.add_argument("--steps", type=int, default=100, help="network calls per sample")
     p.add_argument("--sampler", choices=("em", "ode"), default="em", help="of SiT: Euler-Maruyama or Euler ODE (U-ViT: always DDIM)")
     p.add_argument("--cfg", type=float, default=1.0, help="guidance scale; 1 = off (paper: 1.8 on ImageNet)")
@@ -516,10 +511,11 @@ def get_args():
 def main():
     args = get_args()
     rank, world, device = runtime.start_processes(args.device)
-    for name in ("val_images", "batch_size", "n", "steps", "pictures"):
+    for name in ("val_images", "batch_size", "num_samples", "steps", "pictures"):
         if getattr(args, name, 1) <= 0:
             raise ValueError(f"--{name} {getattr(args, name)}: must be above 0")
     args.function(args, rank, world, device)
+    runtime.barrier()
 
 
 if __name__ == "__main__":

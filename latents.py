@@ -18,10 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from data import stream_entries, val_batches
-from runtime import all_sum
+from runtime import all_sum, barrier
 from vae import Posterior
 
 
@@ -42,11 +41,6 @@ def images_hash(dataset):
     else:
         text = f"dead leaves, seed {dataset.seed}, {len(dataset)} from {dataset.first}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 @torch.no_grad()
@@ -71,7 +65,7 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
                 np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=dtype, shape=size).flush()
                 with open(partial / f"{name}.npy", "r+b") as file:                         # a map on a full disk dies by signal, so
                     os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)  # the room is taken now, with an error
-        _barrier()
+        barrier()
         moments, labels, readable = (np.load(partial / f"{name}.npy", mmap_mode="r+") for name in ("moments", "labels", "readable"))
         total = torch.zeros(3, C, dtype=torch.float64)                                     # count, sum z, sum z^2
         for images, classes, indices in val_batches(dataset, batch_size, rank=rank, world=world, workers=workers, device=device):
@@ -90,7 +84,7 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
         count, first, second = all_sum(total.to(device)).cpu()
         for array in (moments, labels, readable):
             array.flush()
-        _barrier()
+        barrier()
         if rank == 0:
             mean = first / count
             np.save(partial / "rows.npy", np.flatnonzero(readable))
@@ -98,7 +92,7 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
             (partial / "cache.json").write_text(json.dumps(dict(
                 identity, count=n, shape=shape, mean=mean.tolist(), std=(second / count - mean ** 2).clamp_min(1e-12).sqrt().tolist()), indent=1))
             os.rename(partial, folder)
-        _barrier()
+        barrier()
     except BaseException:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)

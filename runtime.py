@@ -49,15 +49,23 @@ def stop_processes():
         dist.destroy_process_group()
 
 
+def barrier():
+    """Wait for all processes. A script ends with one: a process that leaves while another still works would end the run."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 @contextlib.contextmanager
 def rank_zero_first():
     """Rank 0 runs the block before the others do: one download, then everybody reads the file."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if dist.is_initialized() and rank > 0:
-        dist.barrier()
-    yield
-    if dist.is_initialized() and rank == 0:
-        dist.barrier()
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if not first:
+        barrier()
+    try:
+        yield
+    finally:
+        if first:                                                                          # also when it failed: the others wait
+            barrier()
 
 
 def broadcast_parameters(module):

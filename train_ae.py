@@ -309,6 +309,7 @@ def main():
     say(f"latents: std {report['latent_std']:.3f}, PSD ~ f^-{report['alpha']:.2f} (images at that size: f^-{report['alpha_image']:.2f}), "
         f"divergence from the target flattened by gamma {args.gamma:g}: {report['esm']:.4f}")
     say(f"wrote {args.out}/ckpt.pt, log.jsonl, reconstructions.png")
+    runtime.barrier()
 
 
 def warm_up(optimizer, args, updates):

@@ -138,24 +138,23 @@ def main():
     dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
     ae = load_autoencoder(args.ae).to(device).requires_grad_(False)
-    args.image_size = args.image_size or runtime.checkpoint_args(args.ae).get("image_size", 256)
-    if args.image_size <= 0 or args.image_size % ae.config.reduction:
-        raise ValueError(f"--image_size {args.image_size}: must be a multiple of {ae.config.reduction}, the reduction of {args.ae}")
+    image_size = args.image_size or runtime.checkpoint_args(args.ae).get("image_size", 256)
+    if image_size <= 0 or image_size % ae.config.reduction:
+        raise ValueError(f"--image_size {image_size}: must be a multiple of {ae.config.reduction}, the reduction of {args.ae}")
     checkpoint = runtime.open_run(args.out, "diffusion", vars(args), args.resume, args.overwrite, free=(
         "out", "resume", "overwrite", "device", "workers", "steps", "log_every", "eval_every", "keep_every", "preset", "compile", "cache",
         "encode_batch", "sample_steps", "cfg"))
-    train_set, _ = open_data(args.data, args.image_size)
-    if args.num_classes == -1:
-        args.num_classes = len(train_set.classes)
+    train_set, _ = open_data(args.data, image_size)
+    num_classes = len(train_set.classes) if args.num_classes == -1 else args.num_classes
 
-    side = args.image_size // ae.config.reduction
+    side = image_size // ae.config.reduction
     shape = (ae.config.latent_channels, side, side)
-    model_args = dict(input_size=side, in_channels=shape[0], num_classes=args.num_classes)
+    model_args = dict(input_size=side, in_channels=shape[0], num_classes=num_classes)
     torch.manual_seed(args.seed)                                                           # the initial weights; nothing else uses it
     model = MODELS[args.model](**model_args).to(device)
     cache = open_latents(args, ae, train_set, rank, world, device)
-    if args.num_classes and cache.labels.max() >= args.num_classes:
-        raise ValueError(f"--num_classes {args.num_classes}: the data has labels up to {cache.labels.max()}")
+    if num_classes and cache.labels.max() >= num_classes:
+        raise ValueError(f"--num_classes {num_classes}: the data has labels up to {cache.labels.max()}")
     uvit = args.model.startswith("UViT")
     process = DDPM() if uvit else Interpolant()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.99 if uvit else 0.9, args.beta2), weight_decay=args.weight_decay)
@@ -174,7 +173,7 @@ def main():
     forward = torch.compile(model) if args.compile else model
 
     say(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on latents of {shape[0]} x {side} x {side}, "
-        f"{args.num_classes or 'no'} classes")
+        f"{num_classes or 'no'} classes")
     say(f"global batch {args.batch_size} = {world} x {args.batch_size // world} on {device.type} in {dtype}; learning rate {args.lr:g}, "
         f"not rescaled; {args.steps:,} steps -> {args.out}")
     log = runtime.RunLog(f"{args.out}/log.jsonl", start_step) if rank == 0 else None
@@ -189,7 +188,7 @@ def main():
                 with autocast():
                     picture_grid(sample_grid(averaged, process, ae, args, device, shape), f"{args.out}/samples.png")
             state = dict(stage="diffusion", step=step, args=vars(args), model_name=args.model, model_args=model_args,
-                         model=model.state_dict(), ema=ema.shadow, optimizer=optimizer.state_dict(), ae=str(args.ae),
+                         model=model.state_dict(), ema=ema.shadow, optimizer=optimizer.state_dict(), image_size=image_size, ae=str(args.ae),
                          ae_hash=cache.meta["autoencoder"], latent_mean=cache.mean, latent_std=cache.std)
             runtime.save_checkpoint(f"{args.out}/ckpt.pt", state)
             if args.keep_every > 0 and step % args.keep_every == 0:
@@ -203,7 +202,7 @@ def main():
         noise = runtime.sharded_randn(posterior.mean.shape, generator, rank, world)
         z = ae.normalize(posterior.sample(noise))                                          # (b, C, h, w), std 1
         with autocast():
-            loss = process.loss(forward, z, labels if args.num_classes else None, generator=generator,
+            loss = process.loss(forward, z, labels if num_classes else None, generator=generator,
                                 label_dropout=args.label_dropout, share=(rank, world))
         loss.backward()
         runtime.average_gradients(model.parameters())
@@ -224,6 +223,7 @@ def main():
                     progress.write(f"step {step}: loss {losses['loss']:.4f}", file=sys.stdout)
     progress.close()
     say(f"wrote {args.out}/ckpt.pt, log.jsonl, samples.png")
+    runtime.barrier()
 
 
 if __name__ == "__main__":

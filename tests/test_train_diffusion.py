@@ -1,0 +1,143 @@
+"""Stage 2 end to end on tiny material: train_ae -> train_diffusion -> evaluate, resuming, processes, bad flags."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import runtime
+import train_ae
+import train_diffusion
+from conftest import ROOT
+from test_train_ae import same
+
+TINY = ["--preset", "quick", "--model", "SiT-tiny/4", "--batch_size", "4", "--device", "cpu", "--log_every", "1", "--eval_every", "100",
+        "--warmup_steps", "2", "--sample_steps", "2", "--encode_batch", "8"]
+
+
+def run(module, *flags, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+    module.main()
+
+
+def read_log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A folder of 12 pictures in two classes, and an autoencoder that saw it for two steps."""
+    folder, patch = tmp_path_factory.mktemp("material"), pytest.MonkeyPatch()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        (folder / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 26, 3), dtype=np.uint8)).save(folder / "images" / "ab"[i % 2] / f"{i}.png")
+    run(train_ae, "--preset", "quick", "--data", folder / "images", "--image_size", 16, "--batch_size", 4, "--steps", 2, "--reg", "kl",
+        "--device", "cpu", "--out", folder / "ae", monkeypatch=patch)
+    patch.undo()
+    return folder
+
+
+def flags_of(material, out, *flags):
+    return [*TINY, "--ae", str(material / "ae" / "ckpt.pt"), "--data", str(material / "images"), "--cache", str(material / "cache"),
+            "--out", str(out), *map(str, flags)]
+
+
+@pytest.mark.parametrize("model", ["SiT-tiny/4", "UViT-tiny/4"])
+def test_trains_samples_and_evaluates(model, material, tmp_path, monkeypatch, capsys):
+    """Class-conditional from the class folders; guidance works; gen writes grid, npz, folder and one line of results.jsonl."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "urlopen", lambda *a, **k: (_ for _ in ()).throw(evaluate_offline()))
+    run(train_diffusion, *flags_of(material, tmp_path, "--model", model, "--steps", 3), monkeypatch=monkeypatch)
+    log = read_log(tmp_path)
+    assert [line["step"] for line in log] == [0, 1, 2] and all(np.isfinite(line["loss"]) for line in log)
+    checkpoint = runtime.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
+    assert checkpoint["model_args"]["num_classes"] == 2 and (tmp_path / "samples.png").stat().st_size > 500
+    run(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--num_samples", 5, "--steps", 3, "--cfg", 1.5, "--batch_size", 2, "--npz", "--folder",
+        "--workers", 0, "--device", "cpu", "--results", tmp_path / "results.jsonl", monkeypatch=monkeypatch)
+    result = json.loads((tmp_path / "results.jsonl").read_text())
+    assert result["n"] == 5 and result["cfg"] == 1.5 and "SWD_16px" in result and not any(key.startswith("FID") for key in result)
+    assert "no FID" in capsys.readouterr().out
+    images = np.load(tmp_path / "samples" / "samples.npz")["arr_0"]
+    assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8
+    first = np.asarray(Image.open(tmp_path / "samples" / "images" / "000000.png"))
+    assert np.array_equal(first, images[0]) and not (tmp_path / "samples" / "samples.npy").exists()
+
+
+def evaluate_offline():
+    import urllib.error
+    return urllib.error.URLError("no network")
+
+
+def test_resuming_equals_never_stopping(material, tmp_path, monkeypatch):
+    """6 steps straight, and 3 + 3 after a resume: the same model, average, optimiser and log, bit for bit."""
+    flags = ["--steps", 6, "--eval_every", 3]
+    run(train_diffusion, *flags_of(material, tmp_path / "a", *flags), monkeypatch=monkeypatch)
+    run(train_diffusion, *flags_of(material, tmp_path / "b", *flags, "--keep_every", 3), monkeypatch=monkeypatch)
+    (tmp_path / "b" / "ckpt_3.pt").rename(tmp_path / "b" / "ckpt.pt")                       # as if killed after step 3's checkpoint
+    run(train_diffusion, *flags_of(material, tmp_path / "b", *flags, "--resume"), monkeypatch=monkeypatch)
+    assert read_log(tmp_path / "a") == read_log(tmp_path / "b")
+    a, b = (runtime.load_checkpoint(tmp_path / name / "ckpt.pt", "diffusion") for name in "ab")
+    assert a.keys() == b.keys() and all(same(a[part], b[part]) for part in set(a) - {"args"})
+
+
+def test_two_processes_equal_one(material, tmp_path, monkeypatch):
+    """Encoding, training and sampling on 2 gloo processes: the cache, the losses and the samples of one process, to float tolerance."""
+    def torchrun(script, *flags):
+        result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *map(str, flags)],
+                                cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    for out in (one, two):
+        flags = flags_of(material, out, "--steps", 3, "--cache", out / "cache")
+        run(train_diffusion, *flags, monkeypatch=monkeypatch) if out == one else torchrun("train_diffusion.py", *flags)
+    caches = [np.load(out / "cache" / "moments.npy").astype(np.float32) for out in (one, two)]
+    np.testing.assert_allclose(*caches, rtol=2e-3, atol=2e-3)
+    for a, b in zip(read_log(one), read_log(two), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+    for out in (one, two):                                                                 # 5 samples do not divide by 2
+        flags = ["gen", "--ckpt", one / "ckpt.pt", "--num_samples", 5, "--steps", 3, "--npz", "--workers", 0, "--device", "cpu", "--out", out / "gen",
+                 "--results", out / "results.jsonl"]
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))                                    # no Inception weights there
+        run(evaluate, *flags, monkeypatch=monkeypatch) if out == one else torchrun("evaluate.py", *flags)
+    a, b = (np.load(out / "gen" / "samples.npz")["arr_0"].astype(int) for out in (one, two))
+    assert abs(a - b).max() <= 1 and len((two / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_labels_are_dropped_and_average_is_sampled(material, tmp_path, monkeypatch):
+    """--label_dropout 1 trains on the null label alone: only its embedding row gets a gradient. The checkpoint carries the average."""
+    run(train_diffusion, *flags_of(material, tmp_path, "--steps", 3, "--label_dropout", 1, "--weight_decay", 0, "--lr", 0.01),
+        monkeypatch=monkeypatch)
+    checkpoint = runtime.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
+    torch.manual_seed(0)
+    fresh = train_diffusion.MODELS["SiT-tiny/4"](**checkpoint["model_args"]).state_dict()
+    moved = (checkpoint["model"]["y_embedder.embedding_table.weight"] - fresh["y_embedder.embedding_table.weight"]).abs().amax(1)
+    assert moved[2] > 0 and moved[:2].max() == 0
+    assert not same(checkpoint["model"], checkpoint["ema"])
+
+
+@pytest.mark.parametrize("flags, culprit", [
+    (["--image_size", "17"], "--image_size 17"), (["--batch_size", "0"], "--batch_size 0"), (["--label_dropout", "1.5"], "--label_dropout 1.5"),
+    (["--lr", "nan"], "--lr nan"), (["--model", "SiT-tiny/2", "--image_size", "18"], "patch"), (["--num_classes", "1"], "--num_classes 1"),
+    (["--ae", "nowhere.pt"], "nowhere.pt"), (["--data", "nowhere"], "--data nowhere"), (["--num_classes", "-2"], "--num_classes -2"),
+    (["--ae", "README.md"], "README.md")])
+def test_bad_flags_end_with_one_line(flags, culprit, material, tmp_path, monkeypatch, capsys):
+    """Exit code 2, one line with the culprit, no run folder."""
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as exit, runtime.one_line_errors():
+        run(train_diffusion, *flags_of(material, tmp_path / "run", *flags), monkeypatch=monkeypatch)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and culprit in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_guidance_without_a_null_class_is_refused(material, tmp_path, monkeypatch):
+    """An unconditional model has nothing to guide away from."""
+    run(train_diffusion, *flags_of(material, tmp_path, "--steps", 1, "--num_classes", 0), monkeypatch=monkeypatch)
+    with pytest.raises(ValueError, match="--cfg 2.0: .* unconditional"):
+        run(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--cfg", 2, "--device", "cpu", monkeypatch=monkeypatch)
