@@ -84,7 +84,7 @@ def _covered(centre, half, size):
     return k, np.arange(len(k), dtype=np.int32) - np.repeat(np.cumsum(count, dtype=np.int32) - count - first, count)
 
 
-def dead_leaves(size, rng, r_min=1.25, r_max=0.4, cover=2.5):
+def dead_leaves(size, rng, r_min=1.3, r_max=0.4, cover=1.4):
     """
     One picture of shaded discs that hide each other.
     rng      numpy Generator: the only source of chance

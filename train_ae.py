@@ -30,7 +30,7 @@ PRESETS = {
     "celeba-f16d16": {},                                                                   # the argparse defaults
     "celeba-f8d4": dict(model="f8d4"),
     "imagenet-f16d16": dict(batch_size=128, steps=600_000),
-    "quick": dict(model="f2d4-tiny", image_size=32, steps=1200, batch_size=8, lr=2e-3, warmup_steps=40, lpips_weight=0.0, gan_weight=0.0,
+    "quick": dict(model="f2d4-tiny", image_size=32, steps=1200, batch_size=8, lr=4e-3, warmup_steps=40, lpips_weight=0.0, gan_weight=0.0,
                   eval_every=300, log_every=10, val_images=256, workers=0),
 }
 PAIRS = ("dsm", "se", "eq")                                                                # methods that change what is decoded

@@ -29,7 +29,7 @@ PRESETS = {
     "celeba-f16d16": {},                                                                   # the argparse defaults
     "celeba-f8d4": dict(model="UViT-S/2"),
     "imagenet-f16d16": dict(model="SiT-B/1", steps=400_000, cfg=1.8, **SIT),
-    "quick": dict(model="SiT-tiny/2", steps=1000, batch_size=32, log_every=10, eval_every=500, sample_steps=50, ema=0.99, workers=0,
+    "quick": dict(model="SiT-tiny/2", steps=1500, batch_size=32, log_every=10, eval_every=500, sample_steps=50, ema=0.99, workers=0,
                   **SIT | dict(lr=1e-3, warmup_steps=50)),
 }
 
