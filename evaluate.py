@@ -434,7 +434,7 @@ def evaluate_bands(args, rank, world, device):
         matrix = torch.stack(matrix)
         matrix = matrix / matrix.sum(1, keepdim=True)
         axes[0, 0].plot(range(15), scores, "o-", ms=3, label=label)
-        ax.imshow(matrix, cmap="magma", vmin=0, origin="lower", extent=(-0.5, 14.5, 0.5, 14.5), aspect="auto")
+        ax.imshow(matrix.numpy(), cmap="magma", vmin=0, origin="lower", extent=(-0.5, 14.5, 0.5, 14.5), aspect="auto")
         ax.set(title=f"{label}\nwhere each latent band lands", xlabel="band of the decoded image (0 = DC)", ylabel="band of the latent")
         report(dict({f"psnr_n{n}": scores[n] for n in (0, 8, 10, 12)}, mean_image_band=(matrix @ torch.arange(15.0)).mean().item()),
                dict(autoencoder=label, n=len(images)), args, rank)

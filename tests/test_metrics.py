@@ -1,6 +1,5 @@
 """Metrics against closed forms and against scipy."""
 import math
-import os
 
 import numpy as np
 import pytest
@@ -86,18 +85,9 @@ def test_frechet_distance_equals_scipys_sqrtm(rank1, rank2):
     assert frechet_distance(m1, c1, m2, c2) == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
-def test_inception_real_path_with_planted_weights(tmp_path, monkeypatch):
+def test_inception_real_path_with_planted_weights(inception_home, monkeypatch):
     """A random weight file where torch-fidelity looks for it: its own loading code runs, and gives (B, 2048) and (B, 1008)."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-    checkpoints = tmp_path / "hub" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-    torch.save({}, checkpoints / os.path.basename(URL_INCEPTION_V3))
-    weights = FeatureExtractorInceptionV3("x", ["2048"]).state_dict()
-    monkeypatch.undo()
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    torch.save(weights, checkpoints / os.path.basename(URL_INCEPTION_V3))
+    monkeypatch.setenv("TORCH_HOME", str(inception_home))
     features, logits = load_inception(torch.device("cpu"))(torch.randint(0, 256, (2, 3, 40, 56), dtype=torch.uint8))
     assert features.shape == (2, 2048) and logits.shape == (2, 1008) and features.isfinite().all()
     assert not torch.equal(features[0], features[1])

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import urllib.error
 
 import numpy as np
 import pytest
@@ -10,36 +11,16 @@ from PIL import Image
 
 import evaluate
 import runtime
-import train_ae
 import train_diffusion
-from conftest import ROOT
+from conftest import ROOT, run
 from test_train_ae import same
 
 TINY = ["--preset", "quick", "--model", "SiT-tiny/4", "--batch_size", "4", "--device", "cpu", "--log_every", "1", "--eval_every", "100",
         "--warmup_steps", "2", "--sample_steps", "2", "--encode_batch", "8"]
 
 
-def run(module, *flags, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
-    module.main()
-
-
 def read_log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory):
-    """A folder of 12 pictures in two classes, and an autoencoder that saw it for two steps."""
-    folder, patch = tmp_path_factory.mktemp("material"), pytest.MonkeyPatch()
-    rng = np.random.default_rng(0)
-    for i in range(12):
-        (folder / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (20, 26, 3), dtype=np.uint8)).save(folder / "images" / "ab"[i % 2] / f"{i}.png")
-    run(train_ae, "--preset", "quick", "--data", folder / "images", "--image_size", 16, "--batch_size", 4, "--steps", 2, "--reg", "kl",
-        "--device", "cpu", "--out", folder / "ae", monkeypatch=patch)
-    patch.undo()
-    return folder
 
 
 def flags_of(material, out, *flags):
@@ -51,7 +32,7 @@ def flags_of(material, out, *flags):
 def test_trains_samples_and_evaluates(model, material, tmp_path, monkeypatch, capsys):
     """Class-conditional from the class folders; guidance works; gen writes grid, npz, folder and one line of results.jsonl."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "urlopen", lambda *a, **k: (_ for _ in ()).throw(evaluate_offline()))
+    monkeypatch.setattr(torch.hub, "urlopen", offline)
     run(train_diffusion, *flags_of(material, tmp_path, "--model", model, "--steps", 3), monkeypatch=monkeypatch)
     log = read_log(tmp_path)
     assert [line["step"] for line in log] == [0, 1, 2] and all(np.isfinite(line["loss"]) for line in log)
@@ -68,9 +49,8 @@ def test_trains_samples_and_evaluates(model, material, tmp_path, monkeypatch, ca
     assert np.array_equal(first, images[0]) and not (tmp_path / "samples" / "samples.npy").exists()
 
 
-def evaluate_offline():
-    import urllib.error
-    return urllib.error.URLError("no network")
+def offline(*args, **kwargs):
+    raise urllib.error.URLError("no network")
 
 
 def test_resuming_equals_never_stopping(material, tmp_path, monkeypatch):
