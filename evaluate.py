@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import runtime
-from data import ImageSet, open_data, open_source, val_batches
+from data import ImageSet, open_data, open_source, spread, val_batches
 from dit import DDPM, MODELS, Interpolant, NoiseStream
 from latents import autoencoder_hash, images_hash
 from losses import PerceptualLoss, esm_loss
@@ -119,7 +119,8 @@ def shared_array(path, dtype, shape, rank):
 
 
 def set_features(inception, batches, n, folder, rank):
-    """Features of a set whose batches are (uint8 images, row numbers), spread over the ranks; every rank returns (n, 2048), (n, 1008)."""
+    """Features of a set whose batches are (uint8 images, row numbers), spread over the ranks; every rank returns (n, 2048), (n, 1008)
+    tensors, less what could not be read."""
     files = [folder / ".features.npy", folder / ".logits.npy"]
     arrays = [shared_array(file, np.float32, (n, width), rank) for file, width in zip(files, (2048, 1008))]
     for images, indices in batches:
@@ -128,6 +129,7 @@ def set_features(inception, batches, n, folder, rank):
             array.flush()
     runtime.barrier()
     features = [torch.from_numpy(np.load(file)) for file in files]
+    features = [rows[features[1].any(1)] for rows in features]                             # without images that could not be read
     runtime.barrier()
     if rank == 0:
         for file in files:
@@ -213,6 +215,7 @@ def evaluate_gen(args, rank, world, device):
     trained = checkpoint["args"]
     size, out = checkpoint["image_size"], pathlib.Path(args.out or pathlib.Path(args.ckpt).parent / "samples")
     train_set, _ = open_data(args.data or trained["data"], size)
+    reference_set = spread(train_set, args.reference_images or len(train_set))
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     samples = shared_array(out / "samples.npy", np.uint8, (args.num_samples, size, size, 3), rank)
@@ -229,7 +232,6 @@ def evaluate_gen(args, rank, world, device):
     seconds = time.perf_counter() - start
     samples = np.load(out / "samples.npy", mmap_mode="r")
 
-    reference_n = min(len(train_set), args.reference_images or len(train_set))
     values, weights = {}, "none"
     try:
         with runtime.rank_zero_first():
@@ -238,11 +240,11 @@ def evaluate_gen(args, rank, world, device):
         if rank == 0:
             print(error)
     else:
-        values, weights = inception_metrics(inception, samples, train_set, reference_n, out, args, rank, world, device), "torch-fidelity"
+        values, weights = inception_metrics(inception, samples, reference_set, out, args, rank, world, device), "torch-fidelity"
     if rank == 0:
-        count = min(args.num_samples, reference_n, 4096)
+        count = min(args.num_samples, len(reference_set), 2048)                            # in memory, unlike all else here
         fake = torch.from_numpy(samples[:count].copy()).movedim(-1, 1).float() / 127.5 - 1
-        real = torch.stack([train_set[i][0] for i in range(count)]).float() / 127.5 - 1
+        real = torch.cat([images for images, _, _ in val_batches(spread(reference_set, count), args.batch_size)])
         for side, distance in sliced_wasserstein(fake, real).items():
             values[f"SWD_{side}px"] = distance
         values["spectral_KL"] = spectral_kl(fake, real)
@@ -257,15 +259,15 @@ def evaluate_gen(args, rank, world, device):
     sampler = f"{args.sampler}" if isinstance(process, Interpolant) else "ddim"
     report(values, dict(ckpt=args.ckpt, step=checkpoint["step"], model=checkpoint["model_name"], n=args.num_samples, sampler=sampler, steps=args.steps,
                         cfg=args.cfg, cfg_interval=args.cfg_interval, seed=args.seed, weights=weights,
-                        reference=f"{reference_n} training images of {args.data or trained['data'] or 'built-in'} at {size} px",
+                        reference=f"{len(reference_set)} training images of {args.data or trained['data'] or 'built-in'} at {size} px",
                         seconds=round(seconds, 1)), args, rank)
     if rank == 0:
         (out / "samples.npy").unlink()
         print(f"wrote {out}/grid.png" + f", {out}/samples.npz" * args.npz + f", {out}/images/" * args.folder)
 
 
-def inception_metrics(inception, samples, train_set, reference_n, out, args, rank, world, device):
-    """FID, IS, KID, precision and recall of samples (N, H, W, 3) against the first reference_n images of train_set."""
+def inception_metrics(inception, samples, reference_set, out, args, rank, world, device):
+    """FID, IS, KID, precision and recall of samples (N, H, W, 3) against a set of data.py, whose statistics are kept in out/reference."""
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
@@ -274,17 +276,16 @@ def inception_metrics(inception, samples, train_set, reference_n, out, args, ran
         print(f"FID@{n}: with fewer than 10,000 samples FID is biased upwards; compare it only with FID at the same N")
     chunks = np.array_split(np.arange(rank, n, world), max(1, math.ceil(n / world / args.batch_size)))
     fake, logits = set_features(inception, ((torch.from_numpy(samples[i]).movedim(-1, 1), i) for i in chunks if len(i)), n, out, rank)
-    reference = pathlib.Path("out/reference") / f"{images_hash(train_set)}-{train_set.size}-{reference_n}.npz"
-    how = dict(images=images_hash(train_set), size=train_set.size, n=reference_n, crop="ADM centre crop, 8 bit", network="torch-fidelity")
-    if not reference.exists():
-        subset = torch.utils.data.Subset(train_set, range(reference_n))
-        subset.unreadable, subset.total, subset.spec = set(), reference_n, getattr(train_set, "spec", "")
+    m, identity = len(reference_set), images_hash(reference_set)
+    reference = pathlib.Path("out/reference") / f"{identity}-{reference_set.size}.npz"
+    how = dict(images=identity, size=reference_set.size, n=m, crop="ADM centre crop, 8 bit", network="torch-fidelity")
+    if not reference.exists():                                                             # on all ranks: rank 0 writes it later than this
         batches = ((to_uint8(images), indices.numpy()) for images, _, indices in
-                   val_batches(subset, args.batch_size * world, rank=rank, world=world, workers=args.workers, device=device))
-        real, _ = set_features(inception, batches, reference_n, out, rank)
+                   val_batches(reference_set, args.batch_size * world, rank=rank, world=world, workers=args.workers, device=device))
+        real, _ = set_features(inception, batches, m, out, rank)
         _, mean, cov = mean_cov(real)
         if rank == 0:
-            runtime.write_atomic(reference, lambda file: np.savez(file, mu=mean.numpy(), sigma=cov.numpy(), features=real[:10_000].numpy(),
+            runtime.write_atomic(reference, lambda file: np.savez(file, mu=mean.numpy(), sigma=cov.numpy(), features=real[:: -(-len(real) // 10_000)].numpy(),
                                                                   how=json.dumps(how)))
         runtime.barrier()
     stored = np.load(reference)

@@ -155,7 +155,7 @@ def validate(ae, batches, args):
         profiles += torch.stack([radial_profile(power_spectrum(x)).double().sum(0) for x in (small, latents)]).cpu()
         cells = latents.double().movedim(1, -1).reshape(-1, C)
         moments += torch.stack([torch.ones_like(cells[0]) * len(cells), cells.sum(0), cells.square().sum(0)]).cpu()
-    totals = runtime.all_sum(torch.cat([scores, profiles.flatten(), moments.flatten()]).to(images.device, torch.float64)).cpu()
+    totals = runtime.all_sum(torch.cat([scores, profiles.flatten(), moments.flatten()]).to(ae.latent_mean.device)).cpu()
     scores, profiles, (count, total, squares) = totals[:5], totals[5:37].view(2, 16), totals[37:].view(3, C)
     mean = total / count
     ae.set_latent_stats(mean, (squares / count - mean ** 2).clamp_min(1e-12).sqrt())
