@@ -46,6 +46,8 @@ def sincos_positions(grid, dim):
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention over tokens (B, T, D)."""
+
     def __init__(self, dim, heads, qkv_bias):
         super().__init__()
         self.heads = heads
@@ -59,6 +61,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """D -> 4D -> D with a GELU, token by token."""
+
     def __init__(self, dim, gelu):
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
@@ -104,6 +108,8 @@ class LatentTransformer(nn.Module):
 
 # ---------------------------------------------------------------------------- SiT
 class SiTBlock(nn.Module):
+    """adaLN-Zero block: the condition c (B, D) shifts, scales and gates attention and MLP on tokens (B, T, D)."""
+
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
@@ -119,6 +125,8 @@ class SiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """adaLN, then tokens (B, T, D) -> patches (B, T, p*p*C); zero at the start."""
+
     def __init__(self, dim, out_dim):
         super().__init__()
         self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
@@ -187,6 +195,8 @@ class SiT(LatentTransformer):
 
 # ---------------------------------------------------------------------------- U-ViT
 class UViTBlock(nn.Module):
+    """Pre-norm transformer block on tokens (B, T, D); with skip, a linear layer first merges a shallow block's tokens."""
+
     def __init__(self, dim, heads, skip):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)

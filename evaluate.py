@@ -12,6 +12,7 @@ The formulas are in metrics.py. Every result is printed with its settings and ap
 hardware. Without the Inception weights there is no FID, only the metrics that need none, under their own names.
 """
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -21,11 +22,12 @@ import platform
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 import runtime
@@ -50,7 +52,8 @@ def pca_rgb(latents):
     B, C, h, w = latents.shape
     cells = latents.float().movedim(1, -1).reshape(-1, C)                                  # (B*h*w, C)
     cells = cells - cells.mean(0)
-    _, directions = torch.linalg.eigh(cells.T @ cells)                                     # ascending eigenvalues
+    with torch.autocast(latents.device.type, enabled=False):
+        _, directions = torch.linalg.eigh(cells.T @ cells)                                 # ascending eigenvalues
     directions = directions[:, -3:].flip(-1)
     directions = directions * directions.sum(0).sign().where(directions.sum(0) != 0, torch.ones(()).to(directions))  # one sign for all
     components = F.pad(cells @ directions, (0, 3 - min(C, 3)))                             # (B*h*w, 3)
@@ -102,11 +105,32 @@ def report(values, settings, args, rank):
     number = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
     print("  ".join(f"{k} {number(v)}" for k, v in values.items()))
     print("  with " + ", ".join(f"{k} {v}" for k, v in settings.items()), flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True)
+    commit = ""
+    with contextlib.suppress(OSError):                                                     # no git here
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=pathlib.Path(__file__).parent, capture_output=True,
+                                text=True).stdout.strip()
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores"
     with open(args.results, "a") as file:
-        file.write(json.dumps(dict(values, **settings, command=" ".join(["evaluate.py", *sys.argv[1:]]), commit=commit.stdout.strip(),
+        file.write(json.dumps(dict(values, **settings, command=" ".join(["evaluate.py", *sys.argv[1:]]), commit=commit,
                                    hardware=hardware, torch=torch.__version__, time=time.strftime("%Y-%m-%d %H:%M:%S"))) + "\n")
+
+
+def warn_small(n, rank=0):
+    """Say once that FID needs many images."""
+    if n < 10_000 and rank == 0:
+        print(f"FID@{n}: with fewer than 10,000 images FID is biased upwards; compare it only with FID at the same N")
+
+
+def load_everywhere(load, rank, device):
+    """load() on every rank, the first one before the others; None, and rank 0's reason printed, if it failed on any."""
+    network = None
+    try:
+        with runtime.rank_zero_first():
+            network = load()
+    except FileNotFoundError as error:
+        if rank == 0:
+            print(error)
+    return network if runtime.everywhere(network is not None, device) else None
 
 
 def shared_array(path, dtype, shape, rank):
@@ -118,32 +142,32 @@ def shared_array(path, dtype, shape, rank):
     return np.load(path, mmap_mode="r+")
 
 
-def set_features(inception, batches, n, folder, rank):
-    """Features of a set whose batches are (uint8 images, row numbers), spread over the ranks; every rank returns (n, 2048), (n, 1008)
-    tensors, less what could not be read."""
-    files = [folder / ".features.npy", folder / ".logits.npy"]
-    arrays = [shared_array(file, np.float32, (n, width), rank) for file, width in zip(files, (2048, 1008))]
-    for images, indices in batches:
-        for array, values in zip(arrays, inception(images)):
-            array[indices] = values.cpu().numpy()
-            array.flush()
+def inception_statistics(inception, batches, keep, folder, rank, device):
+    """
+    Stream a set, spread over the ranks as batches of (uint8 images, row numbers), through the Inception network.
+    keep     ascending row numbers whose features and logits are wanted, for the metrics that cannot be streamed
+    returns  n, mean, covariance over all ranks; and on rank 0 the kept features (k, 2048) and logits (k, 1008), else None
+    """
+    moments, files = Moments(2048, device), [folder / ".features.npy", folder / ".logits.npy"]
+    arrays = [shared_array(file, np.float32, (len(keep), width), rank) for file, width in zip(files, (2048, 1008))]
+    for images, rows in batches:
+        values = inception(images)
+        moments.add(values[0])
+        places = np.searchsorted(keep, rows)
+        wanted = keep[np.minimum(places, len(keep) - 1)] == rows
+        for array, value in zip(arrays, values):
+            array[places[wanted]] = value.cpu().numpy()[wanted]
+    for array in arrays:
+        array.flush()
+    n, mean, cov = moments.mean_cov()
     runtime.barrier()
-    features = [torch.from_numpy(np.load(file)) for file in files]
-    features = [rows[features[1].any(1)] for rows in features]                             # without images that could not be read
-    runtime.barrier()
-    if rank == 0:
-        for file in files:
-            file.unlink()
-    return features
-
-
-def mean_cov(features):
-    moments = Moments(features.shape[1])
-    for rows in features.split(4096):
-        moments.add(rows)
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    moments.sums /= world                                                                  # every rank holds all rows
-    return moments.mean_cov()
+    if rank > 0:
+        return n, mean, cov, None, None
+    features, logits = (torch.from_numpy(np.load(file)) for file in files)
+    for file in files:
+        file.unlink()
+    readable = logits.any(1)                                                               # rows of unreadable images stay 0
+    return n, mean, cov, features[readable], logits[readable]
 
 
 def evaluate_recon(args, rank, world, device):
@@ -153,14 +177,8 @@ def evaluate_recon(args, rank, world, device):
     trained = runtime.checkpoint_args(args.ae)
     data, size = args.data or trained.get("data"), args.image_size or trained.get("image_size", 256)
     _, val_set = open_data(data, size, val_images=args.val_images, seed=trained.get("seed", 0))
-    say = print if rank == 0 else lambda *a: None
-    networks = {}
-    for name, load in (("lpips", lambda: PerceptualLoss().to(device)), ("inception", lambda: load_inception(device))):
-        try:
-            with runtime.rank_zero_first():
-                networks[name] = load()
-        except FileNotFoundError as error:
-            say(error)
+    loaders = dict(lpips=lambda: PerceptualLoss().to(device), inception=lambda: load_inception(device))
+    networks = {name: network for name, load in loaders.items() if (network := load_everywhere(load, rank, device))}
     names = ["psnr", "ssim", "l1"] + ["lpips"] * ("lpips" in networks)
     sums = torch.zeros(1 + len(names), dtype=torch.float64)
     moments = [Moments(2048, device) for _ in range(2)] if "inception" in networks else []
@@ -177,6 +195,7 @@ def evaluate_recon(args, rank, world, device):
     values = dict(zip(names, (sums[1:] / sums[0]).tolist()))
     if moments:
         (n, *a), (_, *b) = (moment.mean_cov() for moment in moments)
+        warn_small(n, rank)
         values[f"rFID@{n}"] = frechet_distance(*a, *b)
     report(values, dict(ae=args.ae, data=data or "built-in", size=size, n=int(sums[0])), args, rank)
 
@@ -187,7 +206,7 @@ def load_diffusion(path, ae_path, device):
     model = MODELS[checkpoint["model_name"]](**checkpoint["model_args"])
     model.load_state_dict(checkpoint["ema"])
     ae = load_autoencoder(ae_path or checkpoint["ae"])
-    if autoencoder_hash(ae) != checkpoint["ae_hash"]:
+    if autoencoder_hash(ae) != checkpoint["autoencoder"]:
         raise ValueError(f"--ae {ae_path or checkpoint['ae']}: not the autoencoder on whose latents {path} was trained")
     ae.set_latent_stats(checkpoint["latent_mean"], checkpoint["latent_std"])
     process = DDPM() if checkpoint["model_name"].startswith("UViT") else Interpolant()
@@ -195,7 +214,7 @@ def load_diffusion(path, ae_path, device):
 
 
 @torch.no_grad()
-def sample_images(model, process, ae, indices, args, device):
+def sample_images(model, process, ae, indices, args, device, dtype):
     """Samples number `indices` of --seed: (b, 3, H, W) uint8. Sample i and its label i % classes do not depend on batch or rank."""
     options = dict(steps=args.steps, noise=NoiseStream(args.seed, indices), cfg_interval=tuple(args.cfg_interval))
     if isinstance(process, Interpolant):
@@ -203,7 +222,9 @@ def sample_images(model, process, ae, indices, args, device):
     if model.num_classes:
         options |= dict(y=torch.as_tensor(indices, device=device) % model.num_classes, cfg=args.cfg)
     shape = (len(indices), model.in_channels, *model.input_size)
-    return to_uint8(ae.decode(ae.denormalize(process.sample(model, shape, **options))))
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        z = process.sample(model, shape, **options)
+    return to_uint8(ae.decode(ae.denormalize(z)))                                          # float32: bf16 is coarser than a grey level
 
 
 def evaluate_gen(args, rank, world, device):
@@ -212,11 +233,10 @@ def evaluate_gen(args, rank, world, device):
     model, process, ae, checkpoint = load_diffusion(args.ckpt, args.ae, device)
     if args.cfg != 1 and not model.num_classes:
         raise ValueError(f"--cfg {args.cfg}: {args.ckpt} is unconditional, it has no null class to guide away from; leave --cfg at 1")
-    trained = checkpoint["args"]
-    size, out = checkpoint["image_size"], pathlib.Path(args.out or pathlib.Path(args.ckpt).parent / "samples")
-    train_set, _ = open_data(args.data or trained["data"], size)
+    size, data, out = checkpoint["image_size"], args.data or checkpoint["data"], pathlib.Path(args.out or pathlib.Path(args.ckpt).parent / "samples")
+    train_set, _ = open_data(data, size, seed=checkpoint["data_seed"])
     reference_set = spread(train_set, args.reference_images or len(train_set))
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
 
     samples = shared_array(out / "samples.npy", np.uint8, (args.num_samples, size, size, 3), rank)
     start = time.perf_counter()
@@ -224,8 +244,11 @@ def evaluate_gen(args, rank, world, device):
     with tqdm(total=args.num_samples, unit="img", desc="sampling", disable=rank > 0 or not sys.stderr.isatty()) as progress:
         for indices in np.array_split(mine, max(1, math.ceil(len(mine) / args.batch_size))):
             if len(indices):
-                with autocast():
-                    samples[indices] = sample_images(model, process, ae, indices, args, device).movedim(1, -1).cpu().numpy()
+                samples[indices] = sample_images(model, process, ae, indices, args, device, dtype).movedim(1, -1).cpu().numpy()
+                if args.folder:
+                    (out / "images").mkdir(exist_ok=True)
+                    for i in indices:
+                        Image.fromarray(samples[i]).save(out / "images" / f"{i:06d}.png")
                 progress.update(len(indices) * world)
     samples.flush()
     runtime.barrier()
@@ -233,13 +256,8 @@ def evaluate_gen(args, rank, world, device):
     samples = np.load(out / "samples.npy", mmap_mode="r")
 
     values, weights = {}, "none"
-    try:
-        with runtime.rank_zero_first():
-            inception = load_inception(device)
-    except FileNotFoundError as error:
-        if rank == 0:
-            print(error)
-    else:
+    inception = load_everywhere(lambda: load_inception(device), rank, device)
+    if inception:
         values, weights = inception_metrics(inception, samples, reference_set, out, args, rank, world, device), "torch-fidelity"
     if rank == 0:
         count = min(args.num_samples, len(reference_set), 2048)                            # in memory, unlike all else here
@@ -251,15 +269,10 @@ def evaluate_gen(args, rank, world, device):
         picture_grid(fake[:64] * 0.5 + 0.5, out / "grid.png")
         if args.npz:
             runtime.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
-        if args.folder:
-            from PIL import Image
-            (out / "images").mkdir(exist_ok=True)
-            for i, image in enumerate(samples):
-                Image.fromarray(image).save(out / "images" / f"{i:06d}.png")
     sampler = f"{args.sampler}" if isinstance(process, Interpolant) else "ddim"
     report(values, dict(ckpt=args.ckpt, step=checkpoint["step"], model=checkpoint["model_name"], n=args.num_samples, sampler=sampler, steps=args.steps,
-                        cfg=args.cfg, cfg_interval=args.cfg_interval, seed=args.seed, weights=weights,
-                        reference=f"{len(reference_set)} training images of {args.data or trained['data'] or 'built-in'} at {size} px",
+                        cfg=args.cfg, cfg_interval=args.cfg_interval, seed=args.seed, dtype=dtype, weights=weights,
+                        reference=f"{len(reference_set)} training images of {data or 'built-in'} at {size} px",
                         seconds=round(seconds, 1)), args, rank)
     if rank == 0:
         (out / "samples.npy").unlink()
@@ -272,30 +285,29 @@ def inception_metrics(inception, samples, reference_set, out, args, rank, world,
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
     n = len(samples)
-    if n < 10_000 and rank == 0:
-        print(f"FID@{n}: with fewer than 10,000 samples FID is biased upwards; compare it only with FID at the same N")
+    warn_small(n, rank)
     chunks = np.array_split(np.arange(rank, n, world), max(1, math.ceil(n / world / args.batch_size)))
-    fake, logits = set_features(inception, ((torch.from_numpy(samples[i]).movedim(-1, 1), i) for i in chunks if len(i)), n, out, rank)
-    m, identity = len(reference_set), images_hash(reference_set)
+    _, mean, cov, fake, logits = inception_statistics(inception, ((torch.from_numpy(samples[i]).movedim(-1, 1), i) for i in chunks if len(i)),
+                                                      np.arange(n), out, rank, device)
+    identity = images_hash(reference_set)
     reference = pathlib.Path("out/reference") / f"{identity}-{reference_set.size}.npz"
-    how = dict(images=identity, size=reference_set.size, n=m, crop="ADM centre crop, 8 bit", network="torch-fidelity")
+    how = dict(images=identity, size=reference_set.size, n=len(reference_set), crop="ADM centre crop, 8 bit", network="torch-fidelity")
     if not reference.exists():                                                             # on all ranks: rank 0 writes it later than this
         batches = ((to_uint8(images), indices.numpy()) for images, _, indices in
                    val_batches(reference_set, args.batch_size * world, rank=rank, world=world, workers=args.workers, device=device))
-        real, _ = set_features(inception, batches, m, out, rank)
-        _, mean, cov = mean_cov(real)
+        keep = np.unique(np.linspace(0, len(reference_set) - 1, 10_000).astype(np.int64))   # spread over the classes
+        m, mu, sigma, features, _ = inception_statistics(inception, batches, keep, out, rank, device)
         if rank == 0:
-            runtime.write_atomic(reference, lambda file: np.savez(file, mu=mean.numpy(), sigma=cov.numpy(), features=real[:: -(-len(real) // 10_000)].numpy(),
-                                                                  how=json.dumps(how)))
+            runtime.write_atomic(reference, lambda file: np.savez(file, mu=mu.numpy(), sigma=sigma.numpy(), features=features.numpy(),
+                                                                  readable=m, how=json.dumps(how)))
         runtime.barrier()
     stored = np.load(reference)
     if json.loads(str(stored["how"])) != how:
         raise ValueError(f"{reference}: statistics of {stored['how']}, wanted {json.dumps(how)}; remove the file")
-    _, mean, cov = mean_cov(fake)
     values = {f"FID@{n}": frechet_distance(mean, cov, stored["mu"], stored["sigma"])}
-    if rank == 0:                                                                          # the rest on at most 10,000 of each
+    if rank == 0:
         values["IS"] = isc_features_to_metric(logits, splits=min(10, n))["inception_score_mean"]
-        a, b = fake[:10_000], torch.from_numpy(stored["features"])
+        a, b = fake[:10_000], torch.from_numpy(stored["features"])                         # the rest on at most 10,000 of each
         size = min(1000, len(a), len(b))
         values[f"KID_x1e3_subset{size}"] = 1000 * kid_features_to_metric(a, b, kid_subset_size=size, verbose=False)["kernel_inception_distance_mean"]
         if min(len(a), len(b)) > 3:
@@ -304,37 +316,46 @@ def inception_metrics(inception, samples, reference_set, out, args, rank, world,
 
 
 def image_set(spec, size, batch_size):
-    """A folder, zip, 'cifar10' or npz with arr_0 (N, H, W, 3) uint8, as batches of (uint8 (b, 3, H, W), row numbers); and its length."""
-    if str(spec).endswith(".npz"):
-        images = np.load(spec)["arr_0"]
-        n = len(images)
-        return ((torch.from_numpy(images[i:i + batch_size]).movedim(-1, 1), np.arange(i, min(n, i + batch_size)))
-                for i in range(0, n, batch_size)), n
+    """A folder, zip, 'cifar10', or an npz's images (N, H, W, 3) uint8, as batches of uint8 (b, 3, H, W), and its length."""
+    if isinstance(spec, np.ndarray):
+        return (torch.from_numpy(spec[i:i + batch_size]).movedim(-1, 1) for i in range(0, len(spec), batch_size)), len(spec)
     source = open_source(spec)
     n = len(source.names)
     dataset = ImageSet(spec, source, np.arange(n), np.zeros(n, np.int64), [], size)
-    return ((to_uint8(images), indices.numpy()) for images, _, indices in val_batches(dataset, batch_size)), n
+    return (to_uint8(images) for images, _, _ in val_batches(dataset, batch_size)), n
 
 
 def evaluate_fid(args, rank, world, device):
-    """Frechet distance of two sets, each a folder, a zip, an npz of images (arr_0) or an npz of statistics (mu, sigma)."""
-    if world > 1:
-        raise ValueError("evaluate.py fid: runs in one process; start it without torchrun")
-    inception, statistics = None, []
+    """Frechet distance of two sets, each a folder, a zip, an npz of images (arr_0, as it is) or an npz of statistics (mu, sigma)."""
+    inception, statistics, counts = None, [], []
     for spec in (args.a, args.b):
         if not (os.path.exists(spec) or spec == "cifar10"):
             raise FileNotFoundError(f"{spec}: no such folder, .zip or .npz")
-        if spec.endswith(".npz") and "mu" in np.load(spec):
-            stored = np.load(spec)
-            statistics.append((stored["mu"], stored["sigma"]))
-            continue
+        images = spec
+        if spec.endswith(".npz"):
+            try:
+                stored = np.load(spec)
+                found = {name: stored[name] for name in ("mu", "sigma", "arr_0") if name in stored}
+            except (ValueError, OSError, zipfile.BadZipFile):
+                raise ValueError(f"{spec}: not a readable .npz") from None
+            if {"mu", "sigma"} <= found.keys():
+                statistics.append((found["mu"], found["sigma"]))
+                continue
+            images = found.get("arr_0")
+            if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+                raise ValueError(f"{spec}: holds neither mu and sigma nor arr_0 (N, H, W, 3) uint8")
+        batches, n = image_set(images, args.image_size or 256, args.batch_size)
         inception = inception or load_inception(device)
-        batches, n = image_set(spec, args.image_size or 256, args.batch_size)
         moments = Moments(2048, device)
-        for images, _ in tqdm(batches, total=math.ceil(n / args.batch_size), disable=not sys.stderr.isatty()):
-            moments.add(inception(images)[0])
-        statistics.append(moments.mean_cov()[1:])
-    report(dict(FID=frechet_distance(*statistics[0], *statistics[1])), dict(a=args.a, b=args.b, size=args.image_size or 256), args, rank)
+        for x in tqdm(batches, total=math.ceil(n / args.batch_size), disable=not sys.stderr.isatty()):
+            moments.add(inception(x)[0])
+        n, *moments = moments.mean_cov()
+        statistics.append(moments)
+        counts.append(n)
+    name = f"FID@{min(counts)}" if counts else "FID"
+    if counts:
+        warn_small(min(counts))
+    report({name: frechet_distance(*statistics[0], *statistics[1])}, dict(a=args.a, b=args.b, size=args.image_size or 256), args, rank)
 
 
 def some_images(args, trained, device):
@@ -350,19 +371,17 @@ def autoencoders(args, device):
     if not files:
         raise FileNotFoundError(f"no out/ae/{args.preset}-*/ckpt.pt here; --ae: train autoencoders with train_ae.py, or give files")
     for file in files:
-        path = pathlib.Path(file)
-        yield path.parent.name if path.stem == "ckpt" else path.stem, load_autoencoder(file).to(device), runtime.checkpoint_args(file)
+        yield runtime.run_name(file), load_autoencoder(file).to(device), runtime.checkpoint_args(file)
 
 
 @torch.no_grad()
-def encode_all(ae, images, args, sample=True):
-    """Latents (N, C, h, w) of images, posterior samples with a fixed seed, or modes."""
-    generator, latents = torch.Generator().manual_seed(args.seed), []
-    for x in images.split(args.batch_size):
-        posterior = ae.encode(x)
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
-        latents.append(posterior.sample(noise) if sample else posterior.mode())
-    return torch.cat(latents)
+def encode_all(ae, images, batch_size, seed=None):
+    """Latents (N, C, h, w) of images: posterior samples with a seed, modes without."""
+    posteriors = [ae.encode(x) for x in images.split(batch_size)]
+    if seed is None:
+        return torch.cat([posterior.mode() for posterior in posteriors])
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([p.sample(torch.randn(p.mean.shape, generator=generator).to(p.mean.device)) for p in posteriors])
 
 
 def evaluate_spectrum(args, rank, world, device):
@@ -375,7 +394,7 @@ def evaluate_spectrum(args, rank, world, device):
     rows, drawn = [], set()
     for label, ae, trained in autoencoders(args, device):
         images = some_images(args, trained, device)
-        latents = encode_all(ae, images, args)
+        latents = encode_all(ae, images, args.batch_size, args.seed)
         small = match_resolution(images, latents.shape[-2:])
         curves = {} if latents.shape[-2:] in drawn else {"images": (small, 0.0, dict(color="black", lw=2)),
                                                          f"target, gamma {args.gamma:g}": (small, args.gamma, dict(color="black", ls="--"))}
@@ -422,7 +441,7 @@ def evaluate_bands(args, rank, world, device):
     diagonal = (torch.arange(8)[:, None] + torch.arange(8)).flatten()                      # anti-diagonal of each coefficient
     for ax, (label, ae, trained) in zip(axes[0, 1:], models):
         images = some_images(args, trained, device)
-        latents = encode_all(ae, images, args, sample=False)
+        latents = encode_all(ae, images, args.batch_size)
         if any(side % 8 for side in latents.shape[-2:]):
             raise ValueError(f"bands: {label}'s latents of {latents.shape[-2]}x{latents.shape[-1]} do not tile into 8x8 blocks; "
                              f"--image_size must be a multiple of {8 * ae.config.reduction}")
@@ -450,11 +469,11 @@ def evaluate_bands(args, rank, world, device):
 
 def evaluate_latents(args, rank, world, device):
     """Fig. 3: a few held-out images, and under them the latents of every autoencoder as PCA-RGB."""
-    args.val_images, rows = args.pictures, {}
+    rows = {}
     for label, ae, trained in autoencoders(args, device):
         images = some_images(args, trained, device)
         rows.setdefault("image", images * 0.5 + 0.5)
-        rows[label] = pca_rgb(encode_all(ae, images, args, sample=False))
+        rows[label] = pca_rgb(encode_all(ae, images, args.batch_size))
     out = pathlib.Path(args.out or "out/latents.png")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure_rows(rows, out)
@@ -462,6 +481,7 @@ def evaluate_latents(args, rank, world, device):
 
 
 def get_args():
+    """The command line: a command, and its flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -475,11 +495,14 @@ def get_args():
                            + ("all" if many else "the newest") + " of out/ae/<preset>-*/ckpt.pt)")
         p.add_argument("--data", default=None, help="folder, .zip or cifar10 (default: what was trained on)")
         p.add_argument("--image_size", type=int, default=None, help="pixels a side (default: as in training)")
-        p.add_argument("--val_images", type=int, default=1000, help="held-out images to use")
         p.add_argument("--batch_size", type=int, default=50, help="images per network call and process")
-        p.add_argument("--workers", type=int, default=4, help="loader processes")
+        if name in ("recon", "spectrum", "bands", "latents"):
+            p.add_argument("--val_images", type=int, default=8 if name == "latents" else 1000, help="held-out images to use")
+        if name in ("recon", "gen"):
+            p.add_argument("--workers", type=int, default=4, help="loader processes")
+        if name in ("gen", "spectrum"):
+            p.add_argument("--seed", type=int, default=0, help="of every draw, >= 0")
         p.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: cuda when there is a GPU")
-        p.add_argument("--seed", type=int, default=0, help="of every draw")
         p.add_argument("--out", default=None, help="file or folder to write (default: under out/)")
         p.add_argument("--results", default="results.jsonl", help="every result is appended here")
         return p
@@ -492,6 +515,7 @@ def get_args():
     p.add_argument("--sampler", choices=("em", "ode"), default="em", help="of SiT: Euler-Maruyama or Euler ODE (U-ViT: always DDIM)")
     p.add_argument("--cfg", type=float, default=1.0, help="guidance scale; 1 = off (paper: 1.8 on ImageNet)")
     p.add_argument("--cfg_interval", type=float, nargs=2, default=(0.0, 1.0), help="times between which guidance acts, 0 = data")
+    p.add_argument("--dtype", choices=("fp32", "bf16"), default=None, help="of the transformer (default: bf16 on cuda, fp32 on cpu)")
     p.add_argument("--reference_images", type=int, default=0, help="training images to compare with; 0 = all")
     p.add_argument("--npz", action="store_true", help="also write samples.npz (arr_0) for the ADM evaluation suite")
     p.add_argument("--folder", action="store_true", help="also write every sample as a PNG")
@@ -501,8 +525,7 @@ def get_args():
     p = command("spectrum", evaluate_spectrum, many=True)
     p.add_argument("--gamma", type=float, default=1.0, help="flattening exponent of the target")
     command("bands", evaluate_bands, many=True)
-    p = command("latents", evaluate_latents, many=True)
-    p.add_argument("--pictures", type=int, default=8, help="how many images")
+    command("latents", evaluate_latents, many=True)
     known = {name: {action.dest for action in p._actions} for name, p in commands.choices.items()}
     chosen = next((word for word in sys.argv[1:] if word in known), None)
     return runtime.parse_args(parser, {name: {k: v for k, v in values.items() if chosen and k in known[chosen]}
@@ -512,9 +535,11 @@ def get_args():
 def main():
     args = get_args()
     rank, world, device = runtime.start_processes(args.device)
-    for name in ("val_images", "batch_size", "num_samples", "steps", "pictures"):
-        if getattr(args, name, 1) <= 0:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be above 0")
+    if world > 1 and args.function not in (evaluate_recon, evaluate_gen):
+        raise ValueError(f"{args.command}: runs in one process; start it without torchrun")
+    for name, least in (("val_images", 1), ("batch_size", 1), ("num_samples", 2), ("steps", 2)):
+        if getattr(args, name, least) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be at least {least}")
     args.function(args, rank, world, device)
     runtime.barrier()
 

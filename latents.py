@@ -12,6 +12,7 @@ RAM stays bounded: a batch at a time goes in, and pages of the map come and go.
 """
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -51,7 +52,7 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
     identity    dict of plain values that open_cache will ask for
     batch_size  images per encoder call over all ranks
     progress    called with the number of images done, on every rank
-    raises      OSError before anything is encoded if the disk has no room; ValueError if a moment does not fit float16
+    raises      ValueError before anything is encoded if the disk has no room, or if a moment does not fit float16
     """
     folder, n = Path(folder), len(dataset)
     partial = folder.with_name(f".{folder.name}.tmp")
@@ -61,10 +62,14 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)                                     # left by a process that was killed
             partial.mkdir(parents=True)
+            room, needed = shutil.disk_usage(partial).free, 2 * math.prod(shape)
+            if needed > room:                                                              # a memory map on a full disk dies by signal
+                raise ValueError(f"--cache {folder}: needs {needed / 1e9:.1f} GB, {room / 1e9:.1f} GB are free; name a folder on another disk")
             for name, dtype, size in (("moments", np.float16, shape), ("labels", np.int64, (n,)), ("readable", bool, (n,))):
                 np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=dtype, shape=size).flush()
-                with open(partial / f"{name}.npy", "r+b") as file:                         # a map on a full disk dies by signal, so
-                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)  # the room is taken now, with an error
+                if hasattr(os, "posix_fallocate"):                                         # take the room now, where that can be done
+                    with open(partial / f"{name}.npy", "r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         barrier()
         moments, labels, readable = (np.load(partial / f"{name}.npy", mmap_mode="r+") for name in ("moments", "labels", "readable"))
         total = torch.zeros(3, C, dtype=torch.float64)                                     # count, sum z, sum z^2
@@ -72,7 +77,7 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
             for mirror, x in enumerate((images, images.flip(-1))):
                 q = ae.encode(x)
                 both = torch.cat([q.mean, q.logvar], dim=1)                                # (b, 2C, h, w)
-                if both.abs().max() > 65504:
+                if not both.abs().max() <= 65504:                                          # NaN included
                     raise ValueError(f"{folder}: a latent of {both.abs().max():.3g} does not fit the cache's float16; the autoencoder "
                                      "has diverged, or its latents need rescaling")
                 moments[indices.numpy(), mirror] = both.half().cpu().numpy()

@@ -13,7 +13,6 @@ Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), sampled from the posterior
 Numbering: arXiv:2603.14645 v1.
 """
 import os
-import urllib.error
 import warnings
 
 import torch
@@ -120,9 +119,9 @@ class PerceptualLoss(nn.Module):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")                                            # lpips calls torchvision's older interface
                 self.lpips = lpips.LPIPS(net="vgg", version="0.1", verbose=False)
-        except urllib.error.URLError as error:
+        except OSError as error:                                                           # no network, or it broke off
             place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-            raise FileNotFoundError(f"LPIPS needs torchvision's VGG-16, and downloading it failed ({error.reason}): fetch {url} yourself "
+            raise FileNotFoundError(f"LPIPS needs torchvision's VGG-16, and downloading it failed ({getattr(error, 'reason', error)}): fetch {url} yourself "
                                     f"and put it at {place}, or train without it: --lpips_weight 0") from None
         self.requires_grad_(False).eval()
 

@@ -7,7 +7,6 @@ its weights. Images (B, 3, H, W) in [-1, 1].
 import contextlib
 import os
 import sys
-import urllib.error
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +48,8 @@ def ssim(a, b, data_range=2.0):
     taps = (taps / taps.sum()).expand(C, 1, 11)
 
     def window(x):                                                                         # Gaussian mean over every 11x11 window
-        return F.conv2d(F.conv2d(x, taps[..., None], groups=C), taps[..., None, :], groups=C)
+        with torch.autocast(x.device.type, enabled=False):                                 # E[a^2] - E[a]^2 cancels in bf16
+            return F.conv2d(F.conv2d(x, taps[..., None], groups=C), taps[..., None, :], groups=C)
 
     mean_a, mean_b = window(a), window(b)
     var_a, var_b = window(a * a) - mean_a ** 2, window(b * b) - mean_b ** 2
@@ -102,9 +102,9 @@ def load_inception(device):
     try:
         with contextlib.redirect_stdout(sys.stderr):
             network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
-    except urllib.error.URLError as error:
+    except OSError as error:                                                               # no network, or it broke off
         place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(URL_INCEPTION_V3))
-        raise FileNotFoundError(f"no FID: the Inception weights could not be downloaded ({error.reason}); fetch {URL_INCEPTION_V3} and "
+        raise FileNotFoundError(f"no FID: the Inception weights could not be downloaded ({getattr(error, 'reason', error)}); fetch {URL_INCEPTION_V3} and "
                                 f"put it at {place}") from None
     network = network.to(device, memory_format=torch.channels_last)
 

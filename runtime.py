@@ -10,6 +10,7 @@ for the GLOBAL batch and then sliced. So a resumed run, or one on another number
 """
 import argparse
 import contextlib
+import datetime
 import json
 import os
 import pathlib
@@ -33,13 +34,17 @@ def start_processes(device=None):
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False                                                # float32 is meant where float32 is said
     if "RANK" not in os.environ:
         return 0, 1, torch.device(kind)
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node: process {local_rank} has no GPU, there are {torch.cuda.device_count()}; start one a GPU")
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None,
+                            timeout=datetime.timedelta(hours=2))                           # rank 0 alone downloads, saves and draws
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -68,6 +73,11 @@ def rank_zero_first():
             barrier()
 
 
+def everywhere(ok, device):
+    """True if ok holds on every process: what one cannot load, none may use."""
+    return all_sum(torch.tensor(float(not ok), device=device)).item() == 0
+
+
 def broadcast_parameters(module):
     """Rank 0's parameters and buffers to everybody, in place."""
     if dist.is_initialized():
@@ -94,7 +104,7 @@ def average_gradients(parameters):
 
 def all_mean(values):
     """{name: scalar} -> {name: float}, averaged over the processes; names must be the same everywhere. One transfer, one host sync."""
-    flat = torch.stack([torch.as_tensor(v).detach().double() for v in values.values()]).float()
+    flat = torch.stack([torch.as_tensor(v).detach().float() for v in values.values()])
     if dist.is_initialized():
         dist.all_reduce(flat)
         flat = flat / dist.get_world_size()
@@ -202,6 +212,12 @@ def newest(pattern, hint):
     return str(found[-1])
 
 
+def run_name(path):
+    """What a checkpoint file is called in folders and legends: its run's folder for ckpt.pt, else its own name without suffix."""
+    path = pathlib.Path(path)
+    return path.resolve().parent.name if path.stem == "ckpt" else path.stem
+
+
 def checkpoint_args(path):
     """The flags with which a run of this project made the checkpoint at path; {} for other people's files."""
     with contextlib.suppress(ValueError, OSError):
@@ -272,17 +288,16 @@ def parse_args(parser, presets, subparser=None):
 @contextlib.contextmanager
 def one_line_errors():
     """
-    Around a script's main: a ValueError or OSError raised by this project's own code is a message to the user, so it ends the
-    run with that one line and exit code 2. One raised inside a library is a bug and keeps its traceback.
+    Around a script's main: a ValueError raised by this project's own code, or an OSError about a file, is a message to the user, so
+    it ends the run with that one line and exit code 2. A ValueError from inside a library is a bug and keeps its traceback.
     """
     here = pathlib.Path(__file__).resolve().parent
     try:
         yield
+        stop_processes()                                                                   # not after an error: it would wait for the others
     except (ValueError, OSError) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        if pathlib.Path(frames[-1].filename).resolve().parent != here:
+        ours = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent == here
+        if not ours and not getattr(error, "filename", None):
             raise
         print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2)
-    finally:
-        stop_processes()

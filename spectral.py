@@ -15,6 +15,7 @@ A DCT, a resize and a blur are each a small matrix from the left and from the ri
 """
 import functools
 import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -178,7 +179,7 @@ def spectrum_distribution(x, n_bins=16, gamma=0.0, remove_dc=True):
 
 
 def _blur_matrix(n, sigma, radius, reflect):
-    """(n, n) matrix of a normalised Gaussian of 2*radius+1 taps; at the border it reflects (abc|cba without repeating c) or sees zeros."""
+    """(n, n) matrix of a normalised Gaussian of 2*radius+1 taps; at the border it reflects (abc|ba) or sees zeros."""
     offset = torch.arange(-radius, radius + 1)
     taps = torch.exp(-0.5 * (offset.double() / sigma) ** 2)
     source = torch.arange(n)[:, None] + offset[None, :]                                    # (n, taps), may lie outside 0..n-1
@@ -209,7 +210,7 @@ def match_resolution(x, size):
              1.2 with zero padding goes before it. Both are separable and linear, hence one matrix an axis
     """
     (H, W), (h, w) = x.shape[-2:], size
-    blur = H >= 16 * h and H > h
+    blur = H >= 16 * h
     return (_resize_matrix(H, h, blur, x.device, x.dtype) @ x @ _resize_matrix(W, w, blur, x.device, x.dtype).T)
 
 
@@ -393,6 +394,8 @@ def main():
     from matplotlib import cbook
     from PIL import Image, ImageOps, UnidentifiedImageError
     try:
+        if os.path.dirname(args.plot) and not os.path.isdir(os.path.dirname(args.plot)):
+            raise ValueError(f"--plot {args.plot}: no such folder")
         if args.size < 64 or args.size % 8:
             raise ValueError(f"--size {args.size}: must be a multiple of 8, at least 64")
         image = Image.open(args.image or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")

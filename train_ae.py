@@ -12,6 +12,7 @@ import dataclasses
 import math
 import random
 import sys
+import time
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ PAIRS = ("dsm", "se", "eq")                                                     
 
 
 def get_args():
+    """The flags; presets fill in what is not given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # what is run
     parser.add_argument("--preset", choices=PRESETS, default="celeba-f16d16", help="a named group of defaults; explicit flags win")
@@ -110,6 +112,8 @@ def check(args, config, world):
     for name in ("lr", "clip_grad", "log_every", "eval_every", "val_images"):
         value = getattr(args, name)
         need(math.isfinite(value) and value > 0, f"--{name} {value}: must be above 0")
+    need(args.keep_every < 1 or args.keep_every % args.eval_every == 0,
+         f"--keep_every {args.keep_every}: must be a multiple of --eval_every {args.eval_every}, when checkpoints are made")
 
 
 def draw_pair(args, rng):
@@ -133,7 +137,7 @@ def draw_pair(args, rng):
 
 
 @torch.no_grad()
-def validate(ae, batches, args):
+def validate(ae, batches, args, autocast):
     """
     Held-out images, each counted once over all ranks. Reconstructions decode the posterior's mode, spectra see its samples.
     Also stores the samples' mean and standard deviation per channel in the autoencoder (normalize, denormalize).
@@ -143,8 +147,10 @@ def validate(ae, batches, args):
     C = ae.config.latent_channels
     scores, profiles, moments = torch.zeros(5, dtype=torch.float64), torch.zeros(2, 16, dtype=torch.float64), torch.zeros(3, C, dtype=torch.float64)
     for images, _, indices in batches:
-        posterior = ae.encode(images)
-        recon = ae.decode(posterior.mode()).float()
+        with autocast():                                                                   # the networks; metrics are float32
+            posterior = ae.encode(images)
+            recon = ae.decode(posterior.mode())
+        recon = recon.float()
         noise = [torch.randn(posterior.mean.shape[1:], generator=torch.Generator().manual_seed(runtime.step_seed(args.seed, i)))
                  for i in indices.tolist()]                                                # image i has its noise on any rank
         latents = posterior.sample(torch.stack(noise).to(images.device))
@@ -166,13 +172,14 @@ def validate(ae, batches, args):
 
 
 @torch.no_grad()
-def picture(ae, images, path):
+def picture(ae, images, path, autocast):
     """reconstructions.png: held-out images, their reconstructions and latents, and DSM's question: does a low-passed latent decode to
     the low-passed image?"""
-    latents = ae.encode(images).mode()
-    rows = {"image": images, "reconstruction": ae.decode(latents), "latent (PCA)": pca_rgb(latents) * 2 - 1}
-    if latents.shape[-2] % 8 == 0 and latents.shape[-1] % 8 == 0:
-        rows |= {"low-passed, n=10": lowpass(images, 10), "decoded from\nlow-passed latent": ae.decode(lowpass(latents, 10))}
+    with autocast():
+        latents = ae.encode(images).mode()
+        rows = {"image": images, "reconstruction": ae.decode(latents), "latent (PCA)": pca_rgb(latents) * 2 - 1}
+        if latents.shape[-2] % 8 == 0 and latents.shape[-1] % 8 == 0:
+            rows |= {"low-pass n=10": lowpass(images, 10), "decoded from\nlow-pass latent": ae.decode(lowpass(latents, 10))}
     figure_rows({label: row.float() * 0.5 + 0.5 for label, row in rows.items()}, path)
 
 
@@ -181,7 +188,7 @@ def main():
     rank, world, device = runtime.start_processes(args.device)
     config = CONFIGS[args.model]
     check(args, config, world)
-    dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     # what may differ between the parts of a resumed run: where and how fast it runs, how often it reports, how long it lasts
     checkpoint = runtime.open_run(args.out, "ae", vars(args), args.resume, args.overwrite, free=(
         "out", "resume", "overwrite", "device", "workers", "steps", "log_every", "eval_every", "keep_every", "preset"))
@@ -207,32 +214,33 @@ def main():
             disc.load_state_dict(checkpoint["disc"])
             disc_optimizer.load_state_dict(checkpoint["disc_optimizer"])
         say(f"resuming {args.out} at step {start_step}")
+        del checkpoint                                                                     # gigabytes at paper scale
     for network in (ae, disc) if gan_on else (ae,):
         runtime.broadcast_parameters(network)
 
     say(f"{args.model}: {sum(p.numel() for p in ae.parameters()):,} parameters, {args.image_size} px -> {config.latent_channels} x "
         f"{args.image_size // config.reduction} x {args.image_size // config.reduction}; reg {' '.join(args.reg)}; {len(train_set):,} "
         f"training and {len(val_set):,} held-out images")
-    say(f"global batch {args.batch_size} = {world} x {args.batch_size // world} on {device.type} in {dtype}; learning rate {args.lr:g}, "
+    say(f"global batch {args.batch_size} = {world} x {args.batch_size // world} on {device.type} in {args.dtype}; learning rate {args.lr:g}, "
         f"not rescaled; {args.steps:,} steps -> {args.out}")
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     log = runtime.RunLog(f"{args.out}/log.jsonl", start_step) if rank == 0 else None
     batches = train_batches(train_set, args.batch_size, start_step=start_step, seed=args.seed, rank=rank, world=world,
                             workers=args.workers, device=device)
+    losses, timed_step, clock = {}, start_step, time.perf_counter()
     progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size, disable=rank > 0 or not sys.stderr.isatty())
 
     for step in range(start_step, args.steps + 1):
         last_step = step == args.steps
         if last_step or step % args.eval_every == 0:
-            with autocast():
-                report = validate(ae, val_batches(val_set, args.batch_size, rank=rank, world=world, device=device), args)
+            losses = {}                                                                    # a resumed run starts here with none, too
+            speed = (step - timed_step) * args.batch_size / (time.perf_counter() - clock)  # since the last validation
+            report = validate(ae, val_batches(val_set, args.batch_size, rank=rank, world=world, device=device), args, autocast)
             if rank == 0:
                 log.write(step, **{f"val_{k}": v for k, v in report.items()})
                 progress.write(f"step {step}: PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f}, L1 {report['l1']:.4f}, "
-                               f"ESM divergence {report['esm']:.4f}, latent PSD ~ f^-{report['alpha']:.2f}", file=sys.stdout)
-                first = torch.stack([val_set[i][0] for i in range(min(8, len(val_set)))]).to(device)
-                with autocast():
-                    picture(ae, first / 127.5 - 1, f"{args.out}/reconstructions.png")
+                               f"ESM divergence {report['esm']:.4f}, latent PSD ~ f^-{report['alpha']:.2f}"
+                               + (f", {speed:.1f} images/s" if step > start_step else ""), file=sys.stdout)
                 state = dict(stage="ae", step=step, args=vars(args), ae_config=dataclasses.asdict(config), model=ae.state_dict(),
                              optimizer=optimizer.state_dict())
                 if gan_on:
@@ -240,6 +248,9 @@ def main():
                 runtime.save_checkpoint(f"{args.out}/ckpt.pt", state)
                 if args.keep_every > 0 and step % args.keep_every == 0:
                     runtime.save_checkpoint(f"{args.out}/ckpt_{step}.pt", state)
+                first = torch.stack([val_set[i][0] for i in range(min(8, len(val_set)))]).to(device)
+                picture(ae, first / 127.5 - 1, f"{args.out}/reconstructions.png", autocast)
+            timed_step, clock = step, time.perf_counter()
         if last_step:
             break
 
@@ -261,7 +272,6 @@ def main():
             target, z = pair(images, latents)                                              # images and latents unless dsm, se or eq
             recon = ae.decode(z)
 
-        losses = {}
         if train_ae:
             losses["l1"] = F.l1_loss(recon.float(), target)
             rec_loss = losses["l1"]
@@ -299,12 +309,13 @@ def main():
             disc_optimizer.step()
             disc_optimizer.zero_grad(set_to_none=True)
 
+        losses = {name: value.detach() for name, value in losses.items()}                  # the latest value of each term, until logged
         progress.update(1)
         if step % args.log_every == 0:
-            losses = runtime.all_mean(losses)
+            losses, means = {}, runtime.all_mean(losses)
             if rank == 0:
-                log.write(step, **losses)
-                progress.set_postfix({k: f"{v:.4g}" for k, v in losses.items() if k in ("l1", "esm", "kl")})
+                log.write(step, **means)
+                progress.set_postfix({k: f"{v:.4g}" for k, v in means.items() if k in ("l1", "esm", "kl")})
     progress.close()
     say(f"latents: std {report['latent_std']:.3f}, PSD ~ f^-{report['alpha']:.2f} (images at that size: f^-{report['alpha_image']:.2f}), "
         f"divergence from the target flattened by gamma {args.gamma:g}: {report['esm']:.4f}")

@@ -35,6 +35,7 @@ PRESETS = {
 
 
 def get_args():
+    """The flags; presets fill in what is not given. Without --ae, the newest autoencoder of the preset is taken."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # what is run
     parser.add_argument("--preset", choices=PRESETS, default="celeba-f16d16", help="a named group of defaults; explicit flags win")
@@ -48,7 +49,7 @@ def get_args():
     # data and latents
     parser.add_argument("--ae", default=None, help="ckpt.pt of train_ae.py, or released weights that vae.py reads (default: the newest "
                         "out/ae/<preset>-*/ckpt.pt)")
-    parser.add_argument("--data", default=None, help="folder, .zip, or cifar10 (default: built-in dead-leaves images)")
+    parser.add_argument("--data", default=None, help="folder, .zip, or cifar10 (default: what the autoencoder was trained on)")
     parser.add_argument("--image_size", type=int, default=None, help="pixels a side (default: what the autoencoder was trained on, or 256)")
     parser.add_argument("--cache", default=None, help="folder of the latent cache (default: out/latents/<autoencoder>-<images>-<size>)")
     parser.add_argument("--encode_batch", type=int, default=64, help="images per encoder call over all processes")
@@ -74,7 +75,7 @@ def get_args():
     parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale of the grid; 1 = off")
     args = runtime.parse_args(parser, PRESETS)
     args.ae = args.ae or runtime.newest(f"out/ae/{args.preset}-*/ckpt.pt", "--ae: train one with train_ae.py, or give a file")
-    args.out = args.out or f"out/diffusion/{Path(args.ae).parent.name}"
+    args.out = args.out or f"out/diffusion/{runtime.run_name(args.ae)}"
     return args
 
 
@@ -88,12 +89,15 @@ def check(args, world):
         value = getattr(args, name)
         need(value > 0 and value % world == 0, f"--{name} {value}: must be above 0 and divide by the {world} processes")
     for name, low, high in (("label_dropout", 0, 1), ("beta2", 0, 1), ("ema", 0, 1), ("weight_decay", 0, math.inf), ("seed", 0, 2 ** 63),
-                            ("workers", 0, 1024), ("warmup_steps", 0, math.inf), ("steps", 0, math.inf), ("cfg", 0, math.inf)):
+                            ("workers", 0, 1024), ("warmup_steps", 0, math.inf), ("steps", 0, math.inf), ("cfg", 0, math.inf),
+                            ("sample_steps", 2, 1000)):
         value = getattr(args, name)
         need(math.isfinite(value) and low <= value <= high, f"--{name} {value}: must lie in {low}..{high}")
-    for name in ("lr", "clip_grad", "log_every", "eval_every", "sample_steps"):
+    for name in ("lr", "clip_grad", "log_every", "eval_every"):
         value = getattr(args, name)
         need(math.isfinite(value) and value > 0, f"--{name} {value}: must be above 0")
+    need(args.keep_every < 1 or args.keep_every % args.eval_every == 0,
+         f"--keep_every {args.keep_every}: must be a multiple of --eval_every {args.eval_every}, when checkpoints are made")
     need(args.num_classes >= -1, f"--num_classes {args.num_classes}: must be -1, 0 or the number of classes")
 
 
@@ -122,11 +126,11 @@ def open_latents(args, ae, train_set, rank, world, device):
 
 
 @torch.no_grad()
-def sample_grid(model, process, ae, args, device, shape, count=16):
+def sample_grid(model, process, ae, args, device, shape, autocast, count=16):
     """The first samples of --seed, decoded: (count, 3, H, W) in [0, 1]; conditional models show the classes in turn."""
     y = torch.arange(count, device=device) % model.num_classes if model.num_classes else None
-    z = process.sample(model, (count, *shape), steps=args.sample_steps, y=y, cfg=args.cfg if model.num_classes else 1.0,
-                       noise=NoiseStream(args.seed, range(count)))
+    with autocast():
+        z = process.sample(model, (count, *shape), steps=args.sample_steps, y=y, cfg=args.cfg, noise=NoiseStream(args.seed, range(count)))
     return ae.decode(ae.denormalize(z)) * 0.5 + 0.5
 
 
@@ -135,16 +139,17 @@ def main():
     rank, world, device = runtime.start_processes(args.device)
     check(args, world)
     say = print if rank == 0 else lambda *args, **kwargs: None
-    dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+    args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     ae = load_autoencoder(args.ae).to(device).requires_grad_(False)
-    image_size = args.image_size or runtime.checkpoint_args(args.ae).get("image_size", 256)
+    trained = runtime.checkpoint_args(args.ae)                                             # the autoencoder's own flags, if it is ours
+    image_size, data = args.image_size or trained.get("image_size", 256), args.data or trained.get("data")
     if image_size <= 0 or image_size % ae.config.reduction:
         raise ValueError(f"--image_size {image_size}: must be a multiple of {ae.config.reduction}, the reduction of {args.ae}")
     checkpoint = runtime.open_run(args.out, "diffusion", vars(args), args.resume, args.overwrite, free=(
         "out", "resume", "overwrite", "device", "workers", "steps", "log_every", "eval_every", "keep_every", "preset", "compile", "cache",
         "encode_batch", "sample_steps", "cfg"))
-    train_set, _ = open_data(args.data, image_size)
+    train_set, _ = open_data(data, image_size, seed=trained.get("seed", 0))
     num_classes = len(train_set.classes) if args.num_classes == -1 else args.num_classes
 
     side = image_size // ae.config.reduction
@@ -155,12 +160,17 @@ def main():
     cache = open_latents(args, ae, train_set, rank, world, device)
     if num_classes and cache.labels.max() >= num_classes:
         raise ValueError(f"--num_classes {num_classes}: the data has labels up to {cache.labels.max()}")
+    if args.cfg != 1 and not num_classes:
+        raise ValueError(f"--cfg {args.cfg}: an unconditional model has no null class to guide away from; leave --cfg at 1")
     uvit = args.model.startswith("UViT")
     process = DDPM() if uvit else Interpolant()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.99 if uvit else 0.9, args.beta2), weight_decay=args.weight_decay)
     start_step = 0
     if checkpoint:
         start_step = checkpoint["step"]
+        for name in ("autoencoder", "images"):
+            if checkpoint[name] != cache.meta[name]:
+                raise ValueError(f"--resume: the {name} changed since {args.out}/ckpt.pt was written; restore it, or name another --out")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         say(f"resuming {args.out} at step {start_step}")
@@ -169,12 +179,13 @@ def main():
     if checkpoint:
         for name, value in checkpoint["ema"].items():
             ema.shadow[name].copy_(value)
+        del checkpoint                                                                     # gigabytes at paper scale
     averaged = MODELS[args.model](**model_args).to(device).eval().requires_grad_(False)    # carries the EMA weights for sampling
     forward = torch.compile(model) if args.compile else model
 
     say(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on latents of {shape[0]} x {side} x {side}, "
         f"{num_classes or 'no'} classes")
-    say(f"global batch {args.batch_size} = {world} x {args.batch_size // world} on {device.type} in {dtype}; learning rate {args.lr:g}, "
+    say(f"global batch {args.batch_size} = {world} x {args.batch_size // world} on {device.type} in {args.dtype}; learning rate {args.lr:g}, "
         f"not rescaled; {args.steps:,} steps -> {args.out}")
     log = runtime.RunLog(f"{args.out}/log.jsonl", start_step) if rank == 0 else None
     batches = cache.batches(args.batch_size, start_step, args.seed, rank, world, device)
@@ -183,16 +194,15 @@ def main():
     for step in range(start_step, args.steps + 1):
         last_step = step == args.steps
         if rank == 0 and (last_step or step % args.eval_every == 0):
-            averaged.load_state_dict(ema.shadow)
-            if step > 0:
-                with autocast():
-                    picture_grid(sample_grid(averaged, process, ae, args, device, shape), f"{args.out}/samples.png")
             state = dict(stage="diffusion", step=step, args=vars(args), model_name=args.model, model_args=model_args,
-                         model=model.state_dict(), ema=ema.shadow, optimizer=optimizer.state_dict(), image_size=image_size, ae=str(args.ae),
-                         ae_hash=cache.meta["autoencoder"], latent_mean=cache.mean, latent_std=cache.std)
+                         model=model.state_dict(), ema=ema.shadow, optimizer=optimizer.state_dict(), ae=str(args.ae),
+                         data=data, image_size=image_size, data_seed=trained.get("seed", 0), autoencoder=cache.meta["autoencoder"],
+                         images=cache.meta["images"], latent_mean=cache.mean, latent_std=cache.std)
             runtime.save_checkpoint(f"{args.out}/ckpt.pt", state)
             if args.keep_every > 0 and step % args.keep_every == 0:
                 runtime.save_checkpoint(f"{args.out}/ckpt_{step}.pt", state)
+            averaged.load_state_dict(ema.shadow)
+            picture_grid(sample_grid(averaged, process, ae, args, device, shape, autocast), f"{args.out}/samples.png")
         if last_step:
             break
 

@@ -58,10 +58,13 @@ CONFIGS = {
 
 
 def group_norm(c, groups):
+    """GroupNorm with the eps of latent-diffusion, 1e-6."""
     return nn.GroupNorm(groups, c, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
+    """(norm, SiLU, 3x3 convolution) twice, plus the input, by a 1x1 convolution where the width changes."""
+
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1, self.conv1 = group_norm(c_in, groups), nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -92,6 +95,8 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    """3x3 convolution with stride 2: (B, C, H, W) -> (B, C, H/2, W/2)."""
+
     def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
@@ -101,6 +106,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Nearest neighbour, then a 3x3 convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+
     def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
@@ -124,6 +131,8 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution."""
+
     def __init__(self, c, groups):
         super().__init__()
         self.block_1, self.attn_1, self.block_2 = ResnetBlock(c, c, groups), AttnBlock(c, groups), ResnetBlock(c, c, groups)
@@ -133,6 +142,8 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Images (B, 3, H, W) -> (B, 2C, h, w), before quant_conv."""
+
     def __init__(self, cfg):
         super().__init__()
         c = cfg.ch
@@ -155,6 +166,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """(B, C, h, w), after post_quant_conv -> images (B, 3, H, W)."""
+
     def __init__(self, cfg):
         super().__init__()
         widths = [cfg.ch * mult for mult in cfg.ch_mult]
@@ -210,6 +223,8 @@ def init_weights(module):
 
 
 class AutoencoderKL(nn.Module):
+    """Encoder, posterior, decoder and the latents' statistics; built from an AEConfig, weights as init_weights leaves them."""
+
     def __init__(self, config):
         super().__init__()
         d = config.latent_channels

@@ -30,7 +30,7 @@ def test_pca_rgb_shows_the_strongest_direction_first(channels):
 
 
 def flags(material, tmp_path, *more):
-    return ["--ae", material / "ae" / "ckpt.pt", "--val_images", 1, "--batch_size", 2, "--workers", 0, "--device", "cpu",
+    return ["--ae", material / "ae" / "ckpt.pt", "--val_images", 1, "--batch_size", 2, "--device", "cpu",
             "--results", tmp_path / "results.jsonl", *more]
 
 
@@ -60,7 +60,7 @@ def test_recon_counts_every_image(material, tmp_path, monkeypatch, inception_hom
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train").symlink_to(material / "images")
     (tmp_path / "set" / "val").symlink_to(material / "images")
-    run(evaluate, "recon", *flags(material, tmp_path, "--data", tmp_path / "set", "--val_images", 7), monkeypatch=monkeypatch)
+    run(evaluate, "recon", *flags(material, tmp_path, "--data", tmp_path / "set", "--val_images", 7, "--workers", 0), monkeypatch=monkeypatch)
     result, = results(tmp_path)
     assert result["n"] == 7 and {"psnr", "ssim", "l1", "rFID@7"} <= result.keys() and "lpips" not in result
     assert result["rFID@7"] > 0 and 5 < result["psnr"] < 40
@@ -84,7 +84,7 @@ def test_fid_of_folder_npz_and_statistics(material, tmp_path, monkeypatch, incep
     np.savez(tmp_path / "images.npz", arr_0=np.stack(one_by_one))
     common = ["--image_size", 16, "--batch_size", 5, "--device", "cpu", "--results", tmp_path / "results.jsonl"]
     run(evaluate, "fid", material / "images", tmp_path / "images.npz", *common, monkeypatch=monkeypatch)
-    assert results(tmp_path)[0]["FID"] == pytest.approx(0, abs=1e-3)
+    assert results(tmp_path)[0]["FID@12"] == pytest.approx(0, abs=1e-3)
     monkeypatch.setattr(evaluate, "load_inception", lambda device: pytest.fail("no network needed"))
     for name, mean in (("a", 0.0), ("b", 2.0)):
         np.savez(tmp_path / f"{name}.npz", mu=np.full(3, mean), sigma=np.eye(3))
@@ -114,7 +114,8 @@ def test_gen_with_inception_weights(material, tmp_path, monkeypatch, inception_h
 
 @pytest.mark.parametrize("command, culprit", [
     (["fid", "nowhere", "nowhere"], "nowhere: no such folder"), (["recon", "--ae", "nowhere.pt"], "nowhere.pt"),
-    (["gen", "--ckpt", "nowhere.pt"], "nowhere.pt"), (["gen", "--num_samples", "0"], "--num_samples 0"), (["spectrum"], "--ae")])
+    (["gen", "--ckpt", "nowhere.pt"], "nowhere.pt"), (["gen", "--num_samples", "0"], "--num_samples 0"), (["spectrum"], "--ae"),
+    (["fid", __file__, "cifar10"], "neither a folder nor a .zip")])
 def test_bad_flags_end_with_one_line(command, culprit, tmp_path, monkeypatch, capsys):
     """Exit code 2 and one line with the culprit."""
     monkeypatch.chdir(tmp_path)

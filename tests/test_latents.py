@@ -99,11 +99,9 @@ def test_interrupted_encoding_leaves_nothing_behind(tmp_path, monkeypatch, error
 
 
 def test_no_room_is_an_error_before_encoding(tmp_path, monkeypatch):
-    """posix_fallocate fails like a full disk: OSError, nothing left, no image encoded."""
-    def full(*args):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(latents.os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left"):
+    """On a full disk: one line with what is needed, nothing left, no image encoded."""
+    monkeypatch.setattr(latents.shutil, "disk_usage", lambda path: type("", (), dict(free=100)))
+    with pytest.raises(ValueError, match="--cache .* needs 0.0 GB, 0.0 GB are free"):
         build(tmp_path, progress=lambda n: pytest.fail("encoded"))
     assert os.listdir(tmp_path) == []
 

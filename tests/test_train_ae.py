@@ -120,11 +120,11 @@ def test_discriminator_step_keeps_no_graph_through_the_autoencoder(tmp_path, mon
 
 
 @pytest.mark.parametrize("flags, culprit", [
-    (["--image_size", "30"], "--image_size 30"), (["--reg", "dsm", "--image_size", "48"], "--reg dsm"), (["--reg", "dsm", "se"], "--reg dsm se"),
+    (["--image_size", "31"], "--image_size 31"), (["--reg", "dsm", "--image_size", "40"], "--reg dsm"), (["--reg", "dsm", "se"], "--reg dsm se"),
     (["--reg", "none", "kl"], "--reg none"), (["--dsm_masks", "0", "15"], "--dsm_masks"), (["--gamma", "nan"], "--gamma nan"),
     (["--gamma", "-1"], "--gamma -1"), (["--batch_size", "0"], "--batch_size 0"), (["--lr", "0"], "--lr 0"), (["--lr", "inf"], "--lr inf"),
     (["--eval_every", "0"], "--eval_every 0"), (["--seed", "-1"], "--seed -1"), (["--data", "nowhere"], "--data nowhere"),
-    (["--gan_weight", "0.5", "--image_size", "64", "--reg", "se"], "--gan_weight 0.5"), (["--reg", "se", "--image_size", "24"], "--reg se"),
+    (["--gan_weight", "0.5", "--image_size", "64", "--reg", "se"], "--gan_weight 0.5"), (["--reg", "se", "--image_size", "28"], "--reg se"), (["--keep_every", "30"], "--keep_every 30"),
     (["--lpips_weight", "0.5", "--reg", "eq"], "--lpips_weight 0.5")])
 def test_bad_flags_end_with_one_line(flags, culprit, tmp_path, monkeypatch, capsys):
     """Exit code 2, one line that begins with the culprit, and nothing is left behind."""
