@@ -228,12 +228,13 @@ def sample_images(model, process, ae, indices, args, device, dtype):
 
 
 def evaluate_gen(args, rank, world, device):
-    """Sample args.num_samples images, write them, and compare them with the training images."""
+    """Sample images, write them (grid.png, samples.npz for the ADM evaluation suite), and compare them with the training images."""
     args.ckpt = args.ckpt or runtime.newest(f"out/diffusion/{args.preset}-*/ckpt.pt", "--ckpt: train one with train_diffusion.py")
     model, process, ae, checkpoint = load_diffusion(args.ckpt, args.ae, device)
     if args.cfg != 1 and not model.num_classes:
         raise ValueError(f"--cfg {args.cfg}: {args.ckpt} is unconditional, it has no null class to guide away from; leave --cfg at 1")
-    size, data, out = checkpoint["image_size"], args.data or checkpoint["data"], pathlib.Path(args.out or pathlib.Path(args.ckpt).parent / "samples")
+    size, data = checkpoint["image_size"], args.data or checkpoint["data"]
+    out = pathlib.Path(args.out or pathlib.Path(args.ckpt).parent / "samples")
     train_set, _ = open_data(data, size, seed=checkpoint["data_seed"])
     reference_set = spread(train_set, args.reference_images or len(train_set))
     dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
@@ -267,16 +268,15 @@ def evaluate_gen(args, rank, world, device):
             values[f"SWD_{side}px"] = distance
         values["spectral_KL"] = spectral_kl(fake, real)
         picture_grid(fake[:64] * 0.5 + 0.5, out / "grid.png")
-        if args.npz:
-            runtime.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
-    sampler = f"{args.sampler}" if isinstance(process, Interpolant) else "ddim"
-    report(values, dict(ckpt=args.ckpt, step=checkpoint["step"], model=checkpoint["model_name"], n=args.num_samples, sampler=sampler, steps=args.steps,
-                        cfg=args.cfg, cfg_interval=args.cfg_interval, seed=args.seed, dtype=dtype, weights=weights,
+        runtime.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
+    report(values, dict(ckpt=args.ckpt, step=checkpoint["step"], model=checkpoint["model_name"], n=args.num_samples,
+                        sampler=args.sampler if isinstance(process, Interpolant) else "ddim", steps=args.steps, cfg=args.cfg,
+                        cfg_interval=args.cfg_interval, seed=args.seed, dtype=dtype, weights=weights,
                         reference=f"{len(reference_set)} training images of {data or 'built-in'} at {size} px",
                         seconds=round(seconds, 1)), args, rank)
     if rank == 0:
         (out / "samples.npy").unlink()
-        print(f"wrote {out}/grid.png" + f", {out}/samples.npz" * args.npz + f", {out}/images/" * args.folder)
+        print(f"wrote {out}/grid.png, {out}/samples.npz" + f", {out}/images/" * args.folder)
 
 
 def inception_metrics(inception, samples, reference_set, out, args, rank, world, device):
@@ -517,7 +517,6 @@ def get_args():
     p.add_argument("--cfg_interval", type=float, nargs=2, default=(0.0, 1.0), help="times between which guidance acts, 0 = data")
     p.add_argument("--dtype", choices=("fp32", "bf16"), default=None, help="of the transformer (default: bf16 on cuda, fp32 on cpu)")
     p.add_argument("--reference_images", type=int, default=0, help="training images to compare with; 0 = all")
-    p.add_argument("--npz", action="store_true", help="also write samples.npz (arr_0) for the ADM evaluation suite")
     p.add_argument("--folder", action="store_true", help="also write every sample as a PNG")
     p = command("fid", evaluate_fid, ae=False)
     p.add_argument("a")

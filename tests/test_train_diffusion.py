@@ -38,7 +38,7 @@ def test_trains_samples_and_evaluates(model, material, tmp_path, monkeypatch, ca
     assert [line["step"] for line in log] == [0, 1, 2] and all(np.isfinite(line["loss"]) for line in log)
     checkpoint = runtime.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
     assert checkpoint["model_args"]["num_classes"] == 2 and (tmp_path / "samples.png").stat().st_size > 500
-    run(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--num_samples", 5, "--steps", 3, "--cfg", 1.5, "--batch_size", 2, "--npz", "--folder",
+    run(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--num_samples", 5, "--steps", 3, "--cfg", 1.5, "--batch_size", 2, "--folder",
         "--workers", 0, "--device", "cpu", "--results", tmp_path / "results.jsonl", monkeypatch=monkeypatch)
     result = json.loads((tmp_path / "results.jsonl").read_text())
     assert result["n"] == 5 and result["cfg"] == 1.5 and "SWD_16px" in result and not any(key.startswith("FID") for key in result)
@@ -81,7 +81,7 @@ def test_two_processes_equal_one(material, tmp_path, monkeypatch):
     for a, b in zip(read_log(one), read_log(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
     for out in (one, two):                                                                 # 5 samples do not divide by 2
-        flags = ["gen", "--ckpt", one / "ckpt.pt", "--num_samples", 5, "--steps", 3, "--npz", "--workers", 0, "--device", "cpu", "--out", out / "gen",
+        flags = ["gen", "--ckpt", one / "ckpt.pt", "--num_samples", 5, "--steps", 3, "--workers", 0, "--device", "cpu", "--out", out / "gen",
                  "--results", out / "results.jsonl"]
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))                                    # no Inception weights there
         run(evaluate, *flags, monkeypatch=monkeypatch) if out == one else torchrun("evaluate.py", *flags)
