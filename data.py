@@ -338,14 +338,18 @@ def open_data(spec, size, val_images=500, seed=0, builtin_images=4_000):
         raise ValueError(f"--data {spec}: a single image; two are the least, for one is held out")
     return tuple(ImageSet(spec, source, rows, labels[rows], classes, size) for rows in (train, held_out[:val_images]))
 
+def take(dataset, chosen):
+    """The pictures number `chosen` (ascending, (k,) int64) of a file set as a set of their own; all of them: the set itself."""
+    if len(chosen) == len(dataset):
+        return dataset
+    return ImageSet(dataset.spec, dataset.source, dataset.rows[chosen], dataset.labels[chosen], dataset.classes, dataset.size)
+
+
 def spread(dataset, n):
     """n pictures evenly spread over a set (class folders follow one another, so the first n would be one class); all if it has fewer."""
-    if n >= len(dataset):
-        return dataset
     if isinstance(dataset, DeadLeaves):
-        return DeadLeaves(dataset.size, n, dataset.seed, dataset.first)
-    chosen = np.linspace(0, len(dataset) - 1, n).astype(np.int64)
-    return ImageSet(dataset.spec, dataset.source, dataset.rows[chosen], dataset.labels[chosen], dataset.classes, dataset.size)
+        return DeadLeaves(dataset.size, min(n, len(dataset)), dataset.seed, dataset.first)
+    return take(dataset, np.linspace(0, len(dataset) - 1, min(n, len(dataset))).astype(np.int64))
 
 # ---- batches ----------------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ Every number and figure of the project.
     spectrum    radial PSD of images and of the latents of any number of autoencoders             Figs. 5, 7, 8
     bands       does a low-passed latent decode to the low-passed image? which band feeds which?  Sec. 3.3, Fig. 10
     latents     latents as pictures, PCA to RGB                                                   Fig. 3
+    similarity  which tokens a token of an image resembles, for each target of REPA               Fig. 6
 
 The formulas are in metrics.py. Every result is printed with its settings and appended to results.jsonl with command, commit and
 hardware. Without the Inception weights there is no FID, only the metrics that need none, under their own names.
@@ -33,58 +34,13 @@ from tqdm import tqdm
 import runtime
 from data import ImageSet, open_data, open_source, spread, val_batches
 from dit import DDPM, MODELS, Interpolant, NoiseStream
+from figures import figure_rows, pca_rgb, picture_grid
 from latents import autoencoder_hash, images_hash
 from losses import PerceptualLoss, esm_loss
 from metrics import Moments, frechet_distance, load_inception, psnr, sliced_wasserstein, spectral_kl, ssim, to_uint8
+from repa import filter_target, load_encoder
 from spectral import block_dct2, fit_power_law, lowpass, match_resolution, power_spectrum, radial_profile, rmsc, spectrum_distribution
 from vae import load_autoencoder
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-def pca_rgb(latents):
-    """
-    The first three principal components over all cells of all latents as colours (Fig. 3).
-    latents  (B, C, h, w), any C >= 1
-    returns  (B, 3, h, w) in [0, 1]; mid-grey is the mean, two standard deviations of each component span half the range
-    """
-    B, C, h, w = latents.shape
-    cells = latents.float().movedim(1, -1).reshape(-1, C)                                  # (B*h*w, C)
-    cells = cells - cells.mean(0)
-    with torch.autocast(latents.device.type, enabled=False):
-        _, directions = torch.linalg.eigh(cells.T @ cells)                                 # ascending eigenvalues
-    directions = directions[:, -3:].flip(-1)
-    directions = directions * directions.sum(0).sign().where(directions.sum(0) != 0, torch.ones(()).to(directions))  # one sign for all
-    components = F.pad(cells @ directions, (0, 3 - min(C, 3)))                             # (B*h*w, 3)
-    components = components / (2 * components.std(0, correction=0)).clamp_min(1e-12)
-    return (components * 0.25 + 0.5).clamp(0, 1).view(B, h, w, 3).movedim(-1, 1)
-
-
-def picture_grid(images, path, columns=8):
-    """Images (N, 3, H, W) in [0, 1], clipped, side by side as one PNG."""
-    from torchvision.utils import save_image
-    save_image(images.float().cpu().clamp(0, 1), path, nrow=columns, padding=2, pad_value=1.0)
-
-
-def figure_rows(rows, path):
-    """
-    A grid of pictures with a label before every row, as PNG.
-    rows     {label: (N, 3, h, w) in [0, 1]}; the N of all rows are equal, their sizes may differ (small ones are shown in blocks)
-    """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    columns = len(next(iter(rows.values())))
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.3 * columns + 0.3, 1.3 * len(rows)), squeeze=False,
-                                gridspec_kw=dict(wspace=0.04, hspace=0.04))
-    for (label, images), line in zip(rows.items(), axes):
-        line[0].set_ylabel(label, fontsize=8)
-        for image, ax in zip(images, line):
-            ax.imshow(image.float().cpu().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=100, bbox_inches="tight")
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -94,6 +50,7 @@ PRESETS = {
     "celeba-f16d16": {},
     "celeba-f8d4": {},
     "imagenet-f16d16": dict(cfg=1.8),
+    "imagenet-repa": dict(cfg=1.8),
     "quick": dict(num_samples=128, steps=50, batch_size=64, val_images=128, reference_images=1000, workers=0),
 }
 
@@ -396,8 +353,15 @@ def evaluate_spectrum(args, rank, world, device):
         images = some_images(args, trained, device)
         latents = encode_all(ae, images, args.batch_size, args.seed)
         small = match_resolution(images, latents.shape[-2:])
+        if args.encoder and latents.shape[-2:] not in drawn:
+            encoder = load_encoder(args.encoder, args.encoder_source).to(device)
+            grid = tuple(latents.shape[-2:])
+            features = torch.cat([F.normalize(encoder(x, grid), dim=-1) for x in images.split(args.batch_size)])
+            features = features.transpose(1, 2).unflatten(2, grid)                         # (N, D, h, w), unit length per token
         curves = {} if latents.shape[-2:] in drawn else {"images": (small, 0.0, dict(color="black", lw=2)),
                                                          f"target, gamma {args.gamma:g}": (small, args.gamma, dict(color="black", ls="--"))}
+        if args.encoder and curves:
+            curves[args.encoder] = (features, 0.0, dict(color="gray", ls="-."))
         drawn.add(latents.shape[-2:])
         for name, (x, gamma, style) in (curves | {label: (latents, 0.0, {})}).items():
             profile = radial_profile(power_spectrum(x - x.mean((-2, -1), keepdim=True))).mean(0).cpu()
@@ -480,6 +444,36 @@ def evaluate_latents(args, rank, world, device):
     print(f"wrote {out}")
 
 
+@torch.no_grad()
+def evaluate_similarity(args, rank, world, device):
+    """Fig. 6: cosine similarity of one token to all tokens of an image, for the raw, spnorm and DoG targets, with the RMSC of each."""
+    if args.image_size % 14:
+        raise ValueError(f"--image_size {args.image_size}: must be a multiple of 14, the encoder's patch")
+    side = args.image_size // 14
+    _, val_set = open_data(args.data, args.image_size, val_images=args.val_images)
+    images = torch.stack([val_set[i][0] for i in range(len(val_set))]).float().to(device) / 127.5 - 1
+    token = side * side // 2 + side // 2 if args.token is None else args.token
+    if not 0 <= token < side * side:
+        raise ValueError(f"--token {token}: there are {side * side} tokens, numbered row by row from 0")
+    encoder = load_encoder(args.encoder, args.encoder_source).to(device)
+    tokens = encoder(images, (side, side))                                                 # (N, T, D)
+    marked = (images * 0.5 + 0.5).clone()
+    row, column = 14 * (token // side), 14 * (token % side)
+    marked[:, :, row:row + 14, column:column + 14] = torch.tensor([1.0, 0.2, 0.2], device=device)[:, None, None]
+    rows, values = {"image, token in red": marked}, {}
+    for kind in ("none", "spnorm", "dog"):
+        target = F.normalize(filter_target(tokens, kind, (side, side)), dim=-1)
+        cosine = (target @ target[:, token, :, None])[..., 0].view(-1, 1, side, side)      # (N, 1, h, w) in [-1, 1]
+        contrast = rmsc(target).mean().item()
+        values[f"rmsc_{kind}"] = contrast
+        rows[f"{'raw' if kind == 'none' else kind}\nRMSC {contrast:.2f}"] = (cosine * 0.5 + 0.5).expand(-1, 3, -1, -1)
+    out = pathlib.Path(args.out or "out/similarity.png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure_rows(rows, out)
+    report(values, dict(encoder=args.encoder_source if args.encoder_source == "random" else args.encoder, n=len(images), token=token), args, rank)
+    print(f"wrote {out} (black = opposite, white = equal)")
+
+
 def get_args():
     """The command line: a command, and its flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -494,10 +488,11 @@ def get_args():
             p.add_argument("--ae", nargs="+" if many else None, default=None, help="autoencoder(s): ckpt.pt or released weights (default: "
                            + ("all" if many else "the newest") + " of out/ae/<preset>-*/ckpt.pt)")
         p.add_argument("--data", default=None, help="folder, .zip or cifar10 (default: what was trained on)")
-        p.add_argument("--image_size", type=int, default=None, help="pixels a side (default: as in training)")
+        p.add_argument("--image_size", type=int, default=224 if name == "similarity" else None, help="pixels a side (default: as in "
+                       "training; similarity: 224)")
         p.add_argument("--batch_size", type=int, default=50, help="images per network call and process")
-        if name in ("recon", "spectrum", "bands", "latents"):
-            p.add_argument("--val_images", type=int, default=8 if name == "latents" else 1000, help="held-out images to use")
+        if name in ("recon", "spectrum", "bands", "latents", "similarity"):
+            p.add_argument("--val_images", type=int, default=8 if name in ("latents", "similarity") else 1000, help="held-out images to use")
         if name in ("recon", "gen"):
             p.add_argument("--workers", type=int, default=4, help="loader processes")
         if name in ("gen", "spectrum"):
@@ -525,6 +520,13 @@ def get_args():
     p.add_argument("--gamma", type=float, default=1.0, help="flattening exponent of the target")
     command("bands", evaluate_bands, many=True)
     command("latents", evaluate_latents, many=True)
+    p = command("similarity", evaluate_similarity, ae=False)
+    p.add_argument("--token", type=int, default=None, help="number of the token, row by row from 0 (default: the middle)")
+    for name in ("spectrum", "similarity"):
+        p = commands.choices[name]
+        p.add_argument("--encoder", default="dinov2_vitb14" if name == "similarity" else None,
+                       help="DINOv2 model" + (", whose features are drawn beside the latents (Fig. 7)" if name == "spectrum" else ""))
+        p.add_argument("--encoder_source", default=None, help="a local clone of facebookresearch/dinov2, or random (for tests)")
     known = {name: {action.dest for action in p._actions} for name, p in commands.choices.items()}
     chosen = next((word for word in sys.argv[1:] if word in known), None)
     return runtime.parse_args(parser, {name: {k: v for k, v in values.items() if chosen and k in known[chosen]}

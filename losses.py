@@ -7,6 +7,8 @@ Every training loss of an autoencoder. What the methods of Table 1 have in commo
     DSM                 x, z -> DCT-masked x, z by one mask n drawn from {0, 8, 10, 12}                  dsm_pair   (Alg. 2, Fig. 10)
     Scale Equivariance  x, z -> both downsampled by k drawn from {1, 2, 4}                               scale_pair (a low-pass: A.4)
     EQ-VAE              x, z -> both scaled and rotated                                                  eq_pair
+    VA-VAE              projected z close to DINOv2 features, in cosine and in pairwise cosines          vf_loss
+    UAE                 the low frequencies of projected z close to those of DINOv2 features             low_freq_align_loss
     reconstruction      L1 + 0.5 LPIPS(decode(z), x) + 0.5 * adaptive weight * PatchGAN                  (Table 5)
 
 Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), sampled from the posterior, not normalised. Losses are float32 scalars.
@@ -19,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from spectral import lowpass, match_resolution, spectrum_distribution
+from spectral import dct2, idct2, lowpass, match_resolution, spectrum_distribution
 
 DSM_MASKS = (0, 8, 10, 12)                                                                 # anti-diagonals cut (Table 8, the best set)
 SCALES = (1, 2, 4)                                                                         # Scale Equivariance's reductions
@@ -47,6 +49,37 @@ def esm_loss(images, latents, gamma=1.0, n_bins=16):
         target = spectrum_distribution(match_resolution(images, latents.shape[-2:]), n_bins, gamma)  # (B, n_bins)
     P = spectrum_distribution(latents, n_bins)                                             # (B, n_bins)
     return (target * (target.log() - P.log())).sum(1).mean()
+
+
+def vf_loss(projected, features, cos_margin=0.5, dist_margin=0.25):
+    """
+    VA-VAE's alignment (Yao et al. 2025): a partial ESM, for features of a foundation model are smooth over space, and a latent that
+    shares their directions and their pairwise similarities inherits where in frequency they differ, though not its own power.
+    projected  (B, T, D) latent cells after a 1x1 projection to the feature width; features (B, T, D) of the same grid, no gradient
+    returns    mean relu(1 - cos_margin - cos(p_t, f_t)) + mean relu(|cos(p_s, p_t) - cos(f_s, f_t)| - dist_margin); 0 once both
+               are within their margins
+    """
+    with torch.autocast(projected.device.type, enabled=False):
+        p, f = F.normalize(projected.float(), dim=-1), F.normalize(features.detach().float(), dim=-1)
+        cosine = F.relu(1 - cos_margin - (p * f).sum(-1)).mean()
+        return cosine + F.relu((p @ p.transpose(1, 2) - f @ f.transpose(1, 2)).abs() - dist_margin).mean()
+
+
+def low_freq_align_loss(projected, features, grid, cutoff=0.25):
+    """
+    UAE as Table 1 describes it: only the low frequencies of the latent are aligned with those of the features. A partial ESM: the
+    low end of the spectrum takes its layout from the features, the high end is free.
+    projected, features  (B, T, D) on a grid (h, w), T = h*w in row-major order; no gradient into the features
+    cutoff   in (0, 1]: coefficients with u < cutoff * h and v < cutoff * w are kept (our choice of low-pass; the paper names none)
+    returns  1 - mean cosine of the low-passed tokens, in [0, 2]
+    """
+    h, w = grid
+
+    def low(tokens):                                                                       # (B, T, D) -> (B, T, D)
+        coefficients = dct2(tokens.transpose(1, 2).unflatten(2, grid))                     # (B, D, h, w)
+        keep = (torch.arange(h, device=tokens.device) < cutoff * h)[:, None] & (torch.arange(w, device=tokens.device) < cutoff * w)
+        return idct2(coefficients * keep).flatten(2).transpose(1, 2)
+    return 1 - F.cosine_similarity(low(projected), low(features.detach()), dim=-1).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -169,12 +202,15 @@ def hinge_g_loss(fake):
     return -fake.float().mean()
 
 
-def adaptive_weight(rec, gan, last_layer):
+def adaptive_weight(rec, gan, last_layer, average=lambda gradient: gradient):
     """
-    VQGAN's balance (Esser et al. 2021): |grad of rec| / |grad of gan| at the decoder's last convolution, so that both pull alike.
+    VQGAN's balance (Esser et al. 2021): |grad of rec| / |grad of gan| at one layer, so that both pull alike: the decoder's last
+    convolution for the GAN, the encoder's for an alignment of the latents.
     rec, gan     scalars that share a graph with last_layer (a parameter); the graph is kept
+    average      mean of a tensor over the processes, so that all use one weight
     returns      detached scalar in [0, 1e4]; the 1e-4 below the line keeps it finite when gan has no gradient
     """
     rec_grad, = torch.autograd.grad(rec, last_layer, retain_graph=True)
     gan_grad, = torch.autograd.grad(gan, last_layer, retain_graph=True)
+    rec_grad, gan_grad = average(rec_grad), average(gan_grad)
     return (rec_grad.float().norm() / (gan_grad.float().norm() + 1e-4)).clamp(0, 1e4).detach()

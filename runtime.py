@@ -73,6 +73,11 @@ def rank_zero_first():
             barrier()
 
 
+def mean_over_processes(tensor):
+    """The mean of a tensor over the processes; the tensor itself if there is one."""
+    return all_sum(tensor.clone()) / dist.get_world_size() if dist.is_initialized() else tensor
+
+
 def everywhere(ok, device):
     """True if ok holds on every process: what one cannot load, none may use."""
     return all_sum(torch.tensor(float(not ok), device=device)).item() == 0

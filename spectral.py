@@ -315,7 +315,7 @@ def spatial_norm(tokens, alpha=0.6):
 # python spectral.py --plot out.png
 
 def plot(image, path, title):
-    """Six panels that teach the ideas above. image (1, 3, H, W) in [-1, 1], H and W multiples of 8; writes a PNG to path."""
+    """Panels that teach the ideas above. image (1, 3, H, W) in [-1, 1], H and W multiples of 8; writes a PNG to path."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -325,15 +325,20 @@ def plot(image, path, title):
     frequency = (torch.arange(n_bins) + 0.5) / n_bins                                      # 1 = the highest frequency of the DCT grid
     profile = radial_profile(power_spectrum(image), n_bins)[0]
     alpha = fit_power_law(profile).item()
-    figure = plt.figure(figsize=(16, 9), layout="constrained")
+    figure = plt.figure(figsize=(18, 9), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1))
-    axes = top.subplots(1, 4)
+    axes = top.subplots(1, 5)
 
     ax = axes[0]
     ax.imshow((image[0].permute(1, 2, 0) * 0.5 + 0.5).clamp(0, 1))
     ax.set(title=title, xticks=[], yticks=[])
 
     ax = axes[1]
+    directions = F.normalize(image[0], dim=0).permute(1, 2, 0) * 0.5 + 0.5                 # every pixel, as a vector, of length 1
+    ax.imshow(directions)
+    ax.set(title="Fig. 2: without magnitudes\nthe layout is still there", xticks=[], yticks=[])
+
+    ax = axes[2]
     fit = frequency ** -alpha
     fit = fit * torch.exp((profile[1:].log() - fit[1:].log()).mean())
     ax.loglog(frequency, profile, "o-", ms=3, label="radial PSD of the image")
@@ -341,7 +346,7 @@ def plot(image, path, title):
     ax.set(title="Images follow a power law", xlabel="frequency (1 = corner of the DCT grid)", ylabel="power")
     ax.legend()
 
-    ax = axes[2]
+    ax = axes[3]
     small = match_resolution(image, (H // 8, W // 8))
     for gamma in (0.0, 0.6, 1.0, 1.4):
         target = spectrum_distribution(small, 16, gamma)[0]
@@ -350,7 +355,7 @@ def plot(image, path, title):
     ax.set(title="ESM: the target, flattened by $\\gamma$", xlabel="ring (1 = low frequency)", ylabel="share of log(1 + power)", ylim=(0, None))
     ax.legend()
 
-    ax = axes[3]
+    ax = axes[4]
     S = profile / profile[1:].mean()                                                       # power 1 on average, as a normalised latent
     for alpha_bar in (0.999, 0.9, 0.5, 0.1, 0.01):
         ax.loglog(frequency[1:], learnable_power(S, alpha_bar)[1:], label=f"$\\bar\\alpha_t$ = {alpha_bar}")

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 import runtime
 from data import open_data, train_batches, val_batches
-from evaluate import figure_rows, pca_rgb
+from figures import figure_rows, pca_rgb
 from losses import (DSM_MASKS, SCALES, PatchDiscriminator, PerceptualLoss, adaptive_weight, dsm_pair, eq_pair, esm_loss, hinge_d_loss,
-                    hinge_g_loss, kl_loss, scale_images, scale_pair)
+                    hinge_g_loss, kl_loss, low_freq_align_loss, scale_images, scale_pair, vf_loss)
 from metrics import psnr, ssim
+from repa import load_encoder
 from spectral import fit_power_law, lowpass, match_resolution, power_spectrum, radial_profile
 from vae import CONFIGS, AutoencoderKL
 
@@ -55,12 +56,16 @@ def get_args():
     parser.add_argument("--workers", type=int, default=8, help="loader processes per training process")
     # model and regulariser
     parser.add_argument("--model", choices=CONFIGS, default="f16d16", help="autoencoder: f = reduction, d = latent channels")
-    parser.add_argument("--reg", nargs="+", choices=("none", "kl", "esm", "dsm", "se", "eq"), default=["kl"],
-                        help="one or several: SD-VAE's KL, ESM, DSM, Scale Equivariance, EQ-VAE; none = reconstruction only")
+    parser.add_argument("--reg", nargs="+", choices=("none", "kl", "esm", "dsm", "se", "eq", "vf", "uae"), default=["kl"],
+                        help="one or several: SD-VAE's KL, ESM, DSM, Scale Equivariance, EQ-VAE, VA-VAE, UAE; none = reconstruction only")
     parser.add_argument("--gamma", type=float, default=1.0, help="ESM: flattening exponent of the target, >= 0")
     parser.add_argument("--esm_weight", type=float, default=0.01)
     parser.add_argument("--dsm_masks", type=int, nargs="+", default=list(DSM_MASKS), help="DSM: anti-diagonals cut, 0..14 each (Table 8)")
-    parser.add_argument("--kl_weight", type=float, default=1e-6, help="used by --reg kl and eq only")
+    parser.add_argument("--kl_weight", type=float, default=1e-6, help="used by --reg kl, eq and vf only")
+    parser.add_argument("--align_weight", type=float, default=0.1, help="VA-VAE, UAE: times the adaptive ratio of gradients")
+    parser.add_argument("--uae_cutoff", type=float, default=0.25, help="UAE: share of the frequencies aligned, in (0, 1]")
+    parser.add_argument("--encoder", default="dinov2_vitb14", help="VA-VAE, UAE: whose features the latents are aligned with")
+    parser.add_argument("--encoder_source", default=None, help="a local clone of facebookresearch/dinov2, or random (for tests)")
     # reconstruction
     parser.add_argument("--lpips_weight", type=float, default=0.5, help="0 = off (needs no VGG weights)")
     parser.add_argument("--gan_weight", type=float, default=0.5, help="0 = off")
@@ -90,10 +95,12 @@ def check(args, config, world):
             raise ValueError(message)
 
     side, remainder = divmod(args.image_size, config.reduction)
-    need(args.image_size > 0 and remainder == 0,
+    need(args.image_size >= 16, f"--image_size {args.image_size}: must be at least 16")
+    need(remainder == 0,
          f"--image_size {args.image_size}: must be a multiple of {config.reduction}, the reduction of --model {args.model}")
     need(args.batch_size > 0 and args.batch_size % world == 0, f"--batch_size {args.batch_size}: must divide by the {world} processes")
     need("none" not in args.reg or args.reg == ["none"], "--reg none: stands alone, or leave it out")
+    need(not {"vf", "uae"} <= set(args.reg), "--reg vf uae: both align the latent with the same features; choose one of them")
     pairs = [reg for reg in PAIRS if reg in args.reg]
     need(len(pairs) <= 1, f"--reg {' '.join(pairs)}: each changes what the decoder sees; choose one of them")
     need("dsm" not in args.reg or side % 8 == 0,
@@ -105,7 +112,8 @@ def check(args, config, world):
          f"side, and here they may be {smallest}; --gan_weight 0 switches it off")
     need(args.lpips_weight == 0 or smallest >= 16, f"--lpips_weight {args.lpips_weight}: LPIPS needs images of at least 16 pixels a side, "
          f"and here they may be {smallest}; --lpips_weight 0 switches it off")
-    for name in ("gamma", "esm_weight", "kl_weight", "lpips_weight", "gan_weight", "weight_decay", "seed", "workers", "gan_start",
+    need(0 < args.uae_cutoff <= 1, f"--uae_cutoff {args.uae_cutoff}: must lie in (0, 1]")
+    for name in ("gamma", "esm_weight", "kl_weight", "align_weight", "lpips_weight", "gan_weight", "weight_decay", "seed", "workers", "gan_start",
                  "warmup_steps", "steps"):
         value = getattr(args, name)
         need(math.isfinite(value) and value >= 0, f"--{name} {value}: must be a finite number, at least 0")
@@ -205,11 +213,19 @@ def main():
     if lpips_on:
         with runtime.rank_zero_first():
             perceptual = PerceptualLoss().to(device)
+    if {"vf", "uae"} & set(args.reg):                                                      # latent cells -> the encoder's feature width
+        with runtime.rank_zero_first():
+            encoder = load_encoder(args.encoder, args.encoder_source).to(device)
+        projection = torch.nn.Linear(config.latent_channels, encoder.width).to(device)
+        optimizer.add_param_group(dict(params=projection.parameters()))
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     start_step = 0
     if checkpoint:
         start_step = checkpoint["step"]
         ae.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        if "projection" in checkpoint:
+            projection.load_state_dict(checkpoint["projection"])
         if gan_on and "disc" in checkpoint:
             disc.load_state_dict(checkpoint["disc"])
             disc_optimizer.load_state_dict(checkpoint["disc_optimizer"])
@@ -243,6 +259,8 @@ def main():
                                + (f", {speed:.1f} images/s" if step > start_step else ""), file=sys.stdout)
                 state = dict(stage="ae", step=step, args=vars(args), ae_config=dataclasses.asdict(config), model=ae.state_dict(),
                              optimizer=optimizer.state_dict())
+                if {"vf", "uae"} & set(args.reg):
+                    state["projection"] = projection.state_dict()
                 if gan_on:
                     state |= dict(disc=disc.state_dict(), disc_optimizer=disc_optimizer.state_dict())
                 runtime.save_checkpoint(f"{args.out}/ckpt.pt", state)
@@ -282,20 +300,26 @@ def main():
             if "esm" in args.reg:
                 losses["esm"] = esm_loss(images, latents, args.gamma)
                 loss = loss + args.esm_weight * losses["esm"]
-            if "kl" in args.reg or "eq" in args.reg:
+            if {"kl", "eq", "vf"} & set(args.reg):
                 losses["kl"] = kl_loss(posterior.mean, posterior.logvar)
                 loss = loss + args.kl_weight * losses["kl"]
+            if {"vf", "uae"} & set(args.reg):
+                grid = latents.shape[-2:]
+                features, cells = encoder(images, grid), projection(latents.flatten(2).transpose(1, 2))  # (b, h*w, D) both
+                losses["align"] = vf_loss(cells, features) if "vf" in args.reg else low_freq_align_loss(cells, features, grid, args.uae_cutoff)
+                losses["align_weight"] = adaptive_weight(rec_loss, losses["align"], ae.encoder_last_layer, runtime.mean_over_processes)
+                loss = loss + args.align_weight * losses["align_weight"] * losses["align"]
             if gan_now:
                 disc.requires_grad_(False)
                 with autocast():
                     losses["gan"] = hinge_g_loss(disc(recon))
-                losses["gan_weight"] = adaptive_weight(rec_loss, losses["gan"], ae.last_layer)
+                losses["gan_weight"] = adaptive_weight(rec_loss, losses["gan"], ae.last_layer, runtime.mean_over_processes)
                 loss = loss + args.gan_weight * losses["gan_weight"] * losses["gan"]
                 disc.requires_grad_(True)
             loss.backward()
-            runtime.average_gradients(ae.parameters())
+            runtime.average_gradients(trained)
             losses["loss"] = loss
-            losses["grad_norm"] = torch.nn.utils.clip_grad_norm_(ae.parameters(), args.clip_grad)
+            losses["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, args.clip_grad)
             warm_up(optimizer, args, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

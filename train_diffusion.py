@@ -4,7 +4,8 @@ Stage 2: train a diffusion transformer on an autoencoder's latents.
     python train_diffusion.py --preset quick                                     a laptop, after train_ae.py --preset quick
     torchrun --nproc_per_node=8 train_diffusion.py --preset imagenet-f16d16 --ae out/ae/imagenet-f16d16-dsm/ckpt.pt --data DIR
 
-Every image is encoded once, as it is and mirrored, into a cache on disk (latents.py); the loop reads moments from there, samples the
+With --repa the tokens after one block are also aligned with filtered DINOv2 features of the same image, same crop, same mirror
+(repa.py). Every image is encoded once, as it is and mirrored, into a cache on disk (latents.py); the loop reads moments from there, samples the
 posterior and normalises by the latents' mean and std. SiT learns the interpolant's velocity, U-ViT the DDPM's noise (dit.py).
 The argparse defaults train U-ViT on CelebA 256. A run lives in --out: ckpt.pt, log.jsonl, samples.png.
 """
@@ -18,10 +19,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import runtime
-from data import open_data
+from data import open_data, take, train_batches
 from dit import DDPM, MODELS, Interpolant, NoiseStream
-from evaluate import picture_grid
+from figures import picture_grid
 from latents import LatentCache, autoencoder_hash, build_cache, images_hash
+from repa import DOG_SIGMAS, REPA_KINDS, Projector, alignment_loss, filter_target, load_encoder
 from vae import load_autoencoder
 
 SIT = dict(lr=1e-4, beta2=0.999, weight_decay=0.0, warmup_steps=0)                         # Table 6; the defaults are U-ViT's
@@ -29,7 +31,8 @@ PRESETS = {
     "celeba-f16d16": {},                                                                   # the argparse defaults
     "celeba-f8d4": dict(model="UViT-S/2"),
     "imagenet-f16d16": dict(model="SiT-B/1", steps=400_000, cfg=1.8, **SIT),
-    "quick": dict(model="SiT-tiny/2", steps=1500, batch_size=32, log_every=10, eval_every=500, sample_steps=50, ema=0.99, workers=0,
+    "imagenet-repa": dict(model="SiT-B/2", steps=400_000, cfg=1.8, repa="dog", **SIT),         # Table 6
+    "quick": dict(model="SiT-tiny/2", steps=1500, batch_size=32, log_every=10, eval_every=500, sample_steps=50, ema=0.99, workers=0, repa_depth=1,
                   **SIT | dict(lr=1e-3, warmup_steps=50)),
 }
 
@@ -39,7 +42,7 @@ def get_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # what is run
     parser.add_argument("--preset", choices=PRESETS, default="celeba-f16d16", help="a named group of defaults; explicit flags win")
-    parser.add_argument("--out", default=None, help="folder of the run (default: out/diffusion/<name of the autoencoder's run>)")
+    parser.add_argument("--out", default=None, help="folder of the run (default: out/diffusion/<name of the autoencoder's run>[-<repa>])")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and every draw, >= 0")
@@ -58,6 +61,15 @@ def get_args():
     parser.add_argument("--model", choices=MODELS, default="UViT-S/1", help="SiT-* learns velocities, UViT-* the noise of DDPM")
     parser.add_argument("--num_classes", type=int, default=-1, help="-1: as many as the data has class folders; 0: unconditional")
     parser.add_argument("--label_dropout", type=float, default=0.1, help="share of labels replaced by the null label, for guidance")
+    # representation alignment
+    parser.add_argument("--repa", choices=("none", *REPA_KINDS), default="none", help="REPA, iREPA, or the paper's DoG band-pass target")
+    parser.add_argument("--encoder", default="dinov2_vitb14", help="whose features are the target")
+    parser.add_argument("--encoder_source", default=None, help="a local clone of facebookresearch/dinov2, or random (for tests)")
+    parser.add_argument("--repa_weight", type=float, default=0.5, help="of the alignment loss, beside the diffusion loss")
+    parser.add_argument("--repa_depth", type=int, default=4, help="the block, from 1, whose output is aligned")
+    parser.add_argument("--dog_sigma1", type=float, default=DOG_SIGMAS[0], help="dog: the narrow Gaussian, in tokens")
+    parser.add_argument("--dog_sigma2", type=float, default=DOG_SIGMAS[1], help="dog: the wide Gaussian, in tokens")
+    parser.add_argument("--norm_std", type=float, default=1.0, help="dog: the target's standard deviation over space")
     # optimisation
     parser.add_argument("--steps", type=int, default=500_000)
     parser.add_argument("--batch_size", type=int, default=256, help="latents per step over all processes")
@@ -75,7 +87,7 @@ def get_args():
     parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale of the grid; 1 = off")
     args = runtime.parse_args(parser, PRESETS)
     args.ae = args.ae or runtime.newest(f"out/ae/{args.preset}-*/ckpt.pt", "--ae: train one with train_ae.py, or give a file")
-    args.out = args.out or f"out/diffusion/{runtime.run_name(args.ae)}"
+    args.out = args.out or f"out/diffusion/{runtime.run_name(args.ae)}" + (f"-{args.repa}" if args.repa != "none" else "")
     return args
 
 
@@ -90,7 +102,7 @@ def check(args, world):
         need(value > 0 and value % world == 0, f"--{name} {value}: must be above 0 and divide by the {world} processes")
     for name, low, high in (("label_dropout", 0, 1), ("beta2", 0, 1), ("ema", 0, 1), ("weight_decay", 0, math.inf), ("seed", 0, 2 ** 63),
                             ("workers", 0, 1024), ("warmup_steps", 0, math.inf), ("steps", 0, math.inf), ("cfg", 0, math.inf),
-                            ("sample_steps", 2, 1000)):
+                            ("sample_steps", 2, 1000), ("repa_weight", 0, math.inf), ("repa_depth", 1, 999)):
         value = getattr(args, name)
         need(math.isfinite(value) and low <= value <= high, f"--{name} {value}: must lie in {low}..{high}")
     for name in ("lr", "clip_grad", "log_every", "eval_every"):
@@ -98,6 +110,7 @@ def check(args, world):
         need(math.isfinite(value) and value > 0, f"--{name} {value}: must be above 0")
     need(args.keep_every < 1 or args.keep_every % args.eval_every == 0,
          f"--keep_every {args.keep_every}: must be a multiple of --eval_every {args.eval_every}, when checkpoints are made")
+    need(0 <= args.dog_sigma1 < args.dog_sigma2, f"--dog_sigma1 {args.dog_sigma1}: must be at least 0 and below --dog_sigma2 {args.dog_sigma2}")
     need(args.num_classes >= -1, f"--num_classes {args.num_classes}: must be -1, 0 or the number of classes")
 
 
@@ -164,7 +177,17 @@ def main():
         raise ValueError(f"--cfg {args.cfg}: an unconditional model has no null class to guide away from; leave --cfg at 1")
     uvit = args.model.startswith("UViT")
     process = DDPM() if uvit else Interpolant()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.99 if uvit else 0.9, args.beta2), weight_decay=args.weight_decay)
+    aligned, trained_parameters = args.repa != "none", list(model.parameters())
+    if aligned:
+        target_kind, projector_kind = REPA_KINDS[args.repa]
+        if args.repa_depth > model.depth:
+            raise ValueError(f"--repa_depth {args.repa_depth}: {args.model} has {model.depth} blocks")
+        with runtime.rank_zero_first():
+            encoder = load_encoder(args.encoder, args.encoder_source).to(device)
+        width = model.pos_embed.shape[-1]
+        projector = Projector(projector_kind, width, encoder.width).to(device)
+        trained_parameters += projector.parameters()
+    optimizer = torch.optim.AdamW(trained_parameters, lr=args.lr, betas=(0.99 if uvit else 0.9, args.beta2), weight_decay=args.weight_decay)
     start_step = 0
     if checkpoint:
         start_step = checkpoint["step"]
@@ -173,8 +196,11 @@ def main():
                 raise ValueError(f"--resume: the {name} changed since {args.out}/ckpt.pt was written; restore it, or name another --out")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        if aligned:
+            projector.load_state_dict(checkpoint["projector"])
         say(f"resuming {args.out} at step {start_step}")
-    runtime.broadcast_parameters(model)
+    for network in (model, projector) if aligned else (model,):
+        runtime.broadcast_parameters(network)
     ema = runtime.EMA(model, args.ema)
     if checkpoint:
         for name, value in checkpoint["ema"].items():
@@ -189,13 +215,15 @@ def main():
         f"not rescaled; {args.steps:,} steps -> {args.out}")
     log = runtime.RunLog(f"{args.out}/log.jsonl", start_step) if rank == 0 else None
     batches = cache.batches(args.batch_size, start_step, args.seed, rank, world, device)
+    if aligned:                                                                            # the same stream, so the same images and mirrors
+        image_batches = train_batches(take(train_set, cache.rows), args.batch_size, start_step, args.seed, rank, world, args.workers, device)
     progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size, disable=rank > 0 or not sys.stderr.isatty())
 
     for step in range(start_step, args.steps + 1):
         last_step = step == args.steps
         if rank == 0 and (last_step or step % args.eval_every == 0):
             state = dict(stage="diffusion", step=step, args=vars(args), model_name=args.model, model_args=model_args,
-                         model=model.state_dict(), ema=ema.shadow, optimizer=optimizer.state_dict(), ae=str(args.ae),
+                         model=model.state_dict(), projector=projector.state_dict() if aligned else None, ema=ema.shadow, optimizer=optimizer.state_dict(), ae=str(args.ae),
                          data=data, image_size=image_size, data_seed=trained.get("seed", 0), autoencoder=cache.meta["autoencoder"],
                          images=cache.meta["images"], latent_mean=cache.mean, latent_std=cache.std)
             runtime.save_checkpoint(f"{args.out}/ckpt.pt", state)
@@ -208,15 +236,26 @@ def main():
 
         # Everything random below is a function of (seed, step): see runtime.py
         generator = torch.Generator(device).manual_seed(runtime.step_seed(args.seed, step))
-        posterior, labels, _, _ = next(batches)
+        posterior, labels, indices, _ = next(batches)
         noise = runtime.sharded_randn(posterior.mean.shape, generator, rank, world)
         z = ae.normalize(posterior.sample(noise))                                          # (b, C, h, w), std 1
         with autocast():
-            loss = process.loss(forward, z, labels if num_classes else None, generator=generator,
-                                label_dropout=args.label_dropout, share=(rank, world))
-        loss.backward()
-        runtime.average_gradients(model.parameters())
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+            loss = process.loss(forward, z, labels if num_classes else None, generator=generator, label_dropout=args.label_dropout,
+                                share=(rank, world), return_hidden=args.repa_depth if aligned else None)
+        losses = dict(loss=loss)
+        if aligned:
+            losses["loss"], tokens = loss                                                  # scalar, (b, T, D) after block repa_depth
+            images, _, positions = next(image_batches)
+            assert (cache.rows[positions] == indices).all()
+            target = filter_target(encoder(images, model.grid), target_kind, model.grid, args.dog_sigma1, args.dog_sigma2, args.norm_std)
+            with autocast():
+                projected = projector(tokens, model.grid)
+            losses["align"] = alignment_loss(projected, target)
+            (losses["loss"] + args.repa_weight * losses["align"]).backward()
+        else:
+            losses["loss"].backward()
+        runtime.average_gradients(trained_parameters)
+        losses["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained_parameters, args.clip_grad)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
         optimizer.step()
@@ -225,7 +264,7 @@ def main():
 
         progress.update(1)
         if step % args.log_every == 0:
-            losses = runtime.all_mean(dict(loss=loss, grad_norm=grad_norm))
+            losses = runtime.all_mean(losses)
             if rank == 0:
                 log.write(step, **losses)
                 progress.set_postfix(loss=f"{losses['loss']:.4f}")

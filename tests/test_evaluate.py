@@ -9,7 +9,7 @@ import torch
 import evaluate
 import runtime
 from conftest import run
-from evaluate import pca_rgb
+from figures import pca_rgb
 
 
 def results(folder):
@@ -51,6 +51,18 @@ def test_bands_and_latents_draw(material, tmp_path, monkeypatch):
         run(evaluate, command, *flags(material, tmp_path, "--out", tmp_path / f"{command}.png"), monkeypatch=monkeypatch)
         assert (tmp_path / f"{command}.png").stat().st_size > 3000
     assert {"psnr_n0", "psnr_n8", "psnr_n10", "psnr_n12"} <= results(tmp_path)[0].keys()
+
+
+@pytest.mark.filterwarnings("ignore:.*untrained")
+def test_similarity_and_feature_spectrum(material, tmp_path, monkeypatch):
+    """Fig. 6 and Fig. 7 with the untrained encoder: figures, an RMSC per target, a curve for the features."""
+    common = ["--encoder_source", "random", "--device", "cpu", "--results", tmp_path / "results.jsonl", "--val_images", 1]
+    run(evaluate, "similarity", *common, "--image_size", 56, "--data", material / "images", "--out", tmp_path / "f.png", monkeypatch=monkeypatch)
+    result, = results(tmp_path)
+    assert {"rmsc_none", "rmsc_spnorm", "rmsc_dog"} <= result.keys() and (tmp_path / "f.png").stat().st_size > 3000
+    run(evaluate, "spectrum", *common, "--ae", material / "ae" / "ckpt.pt", "--encoder", "dinov2_vitb14", "--out", tmp_path / "s.png",
+        monkeypatch=monkeypatch)
+    assert any(line.startswith("dinov2_vitb14,") for line in (tmp_path / "s.csv").read_text().splitlines())
 
 
 def test_recon_counts_every_image(material, tmp_path, monkeypatch, inception_home):

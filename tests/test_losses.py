@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from losses import (PatchDiscriminator, PerceptualLoss, adaptive_weight, dsm_pair, eq_pair, esm_loss, hinge_d_loss, hinge_g_loss, kl_loss,
-                    scale_images, scale_pair)
+                    low_freq_align_loss, scale_images, scale_pair, vf_loss)
 from spectral import lowpass, spectrum_distribution
 
 close = torch.testing.assert_close
@@ -65,6 +65,37 @@ def test_esm_is_finite_in_bf16_and_on_constant_images():
         loss = esm_loss(images.bfloat16(), latents)
         loss.backward()
         assert loss.isfinite() and loss.dtype == torch.float32 and latents.grad.isfinite().all()
+
+
+# ---- VA-VAE and UAE
+
+def test_vf_loss_by_its_definition():
+    """Both hinges written out with loops; 0 for features that agree within the margins; gradient to the projection only."""
+    p, f = torch.randn(2, 5, 7, requires_grad=True), torch.randn(2, 5, 7, requires_grad=True)
+    cos = torch.nn.functional.cosine_similarity
+    point = torch.stack([(1 - 0.5 - cos(p[b, t], f[b, t], dim=0)).clamp_min(0) for b in range(2) for t in range(5)]).mean()
+    pair = torch.stack([((cos(p[b, s], p[b, t], dim=0) - cos(f[b, s], f[b, t], dim=0)).abs() - 0.25).clamp_min(0)
+                        for b in range(2) for s in range(5) for t in range(5)]).mean()
+    loss = vf_loss(p, f)
+    close(loss, point + pair)
+    loss.backward()
+    assert p.grad.abs().sum() > 0 and f.grad is None
+    assert vf_loss(3 * f, f) == 0
+
+
+def test_low_freq_align_loss_sees_low_frequencies_only():
+    """0 against itself; a change in the high frequencies alone does not move it, one in the low ones does; on 6 x 10."""
+    from spectral import dct2, idct2
+    f = torch.randn(2, 60, 7)
+
+    def change(u, v):                                                                      # one DCT coefficient of every channel
+        X = dct2(f.transpose(1, 2).unflatten(2, (6, 10)))
+        X[:, :, u, v] += 5 * torch.randn(2, 7)
+        return idct2(X).flatten(2).transpose(1, 2)
+    loss = lambda tokens: low_freq_align_loss(tokens, f, (6, 10), cutoff=0.5)
+    assert loss(f).abs() < 1e-6 and loss(change(3, 0)).abs() < 1e-5 and loss(change(0, 5)).abs() < 1e-5
+    assert loss(change(2, 4)) > 1e-2
+    assert low_freq_align_loss(change(5, 9), f, (6, 10), cutoff=1.0) > 1e-3
 
 
 # ---- pairs

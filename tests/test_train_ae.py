@@ -44,14 +44,16 @@ def same(a, b):
     return a == b
 
 
-@pytest.mark.parametrize("reg, term", [("none", None), ("kl", "kl"), ("esm", "esm"), ("dsm", None), ("se", None), ("eq", "kl"), ("esm dsm", "esm")])
+@pytest.mark.filterwarnings("ignore:.*untrained")
+@pytest.mark.parametrize("reg, term", [("none", None), ("kl", "kl"), ("esm", "esm"), ("dsm", None), ("se", None), ("eq", "kl"), ("esm dsm", "esm"),
+                                       ("vf", "kl align align_weight"), ("uae", "align align_weight")])
 def test_every_method_trains_and_computes_only_its_terms(reg, term, tmp_path, monkeypatch):
     """A few steps of each --reg: finite losses, the terms that belong to it and no others, a checkpoint that loads, a picture."""
     flags = ["--image_size", 64] if "dsm" in reg else []                                   # two 8x8 blocks a side
-    log = train(tmp_path, "--reg", *reg.split(), "--steps", 6, *flags, monkeypatch=monkeypatch)
+    log = train(tmp_path, "--reg", *reg.split(), "--steps", 6, "--encoder_source", "random", *flags, monkeypatch=monkeypatch)
     losses = [line for line in log if "loss" in line]
     assert len(losses) == 6
-    assert all(set(line) == {"step", "l1", "loss", "grad_norm"} | ({term} if term else set()) for line in losses)
+    assert all(set(line) == {"step", "l1", "loss", "grad_norm"} | set((term or "").split()) for line in losses)
     assert all(torch.tensor(list(line.values())).isfinite().all() for line in log)
     ae = load_autoencoder(tmp_path / "ckpt.pt")
     assert ae.config.latent_channels == 4 and (ae.latent_std != 1).all()                   # statistics came along
@@ -90,6 +92,21 @@ def test_two_processes_equal_one_for_esm(tmp_path, monkeypatch):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (a["step"], name)
 
 
+@pytest.mark.filterwarnings("ignore:.*untrained")
+@pytest.mark.parametrize("reg", ["vf", "uae"])
+def test_alignment_reaches_the_encoder_and_is_resumed(reg, tmp_path, monkeypatch):
+    """Without reconstruction's help the encoder moves another way than under --reg none; the projection is in the checkpoint."""
+    flags = ["--steps", 3, "--encoder_source", "random"]
+    train(tmp_path / "none", "--reg", "none", *flags, monkeypatch=monkeypatch)
+    train(tmp_path / reg, "--reg", reg, "--kl_weight", 0, "--align_weight", 1, *flags, monkeypatch=monkeypatch)
+    a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("none", reg))
+    assert not same(a["model"]["encoder.conv_in.weight"], b["model"]["encoder.conv_in.weight"])
+    assert "projection" in b and "projection" not in a
+    resumed = train(tmp_path / reg, "--reg", reg, "--kl_weight", 0, "--align_weight", 1, "--steps", 4, "--encoder_source", "random", "--resume",
+                    monkeypatch=monkeypatch)
+    assert resumed[-1]["step"] == 4
+
+
 def test_gan_alternates_on_two_processes(tmp_path):
     """From gan_start on, even steps train the autoencoder and odd ones the discriminator, under torchrun on the CPU, without a hang."""
     log = torchrun(tmp_path, 2, "--reg", "kl", "--gan_weight", "0.5", "--gan_start", "2", "--steps", "7")
@@ -120,8 +137,9 @@ def test_discriminator_step_keeps_no_graph_through_the_autoencoder(tmp_path, mon
 
 
 @pytest.mark.parametrize("flags, culprit", [
-    (["--image_size", "31"], "--image_size 31"), (["--reg", "dsm", "--image_size", "40"], "--reg dsm"), (["--reg", "dsm", "se"], "--reg dsm se"),
-    (["--reg", "none", "kl"], "--reg none"), (["--dsm_masks", "0", "15"], "--dsm_masks"), (["--gamma", "nan"], "--gamma nan"),
+    (["--image_size", "31"], "--image_size 31"), (["--image_size", "8"], "--image_size 8"), (["--reg", "dsm", "--image_size", "40"], "--reg dsm"), (["--reg", "dsm", "se"], "--reg dsm se"),
+    (["--reg", "none", "kl"], "--reg none"), (["--reg", "vf", "uae"], "--reg vf uae"), (["--reg", "uae", "--uae_cutoff", "0"], "--uae_cutoff 0"),
+    (["--reg", "vf", "--encoder", "resnet"], "resnet"), (["--dsm_masks", "0", "15"], "--dsm_masks"), (["--gamma", "nan"], "--gamma nan"),
     (["--gamma", "-1"], "--gamma -1"), (["--batch_size", "0"], "--batch_size 0"), (["--lr", "0"], "--lr 0"), (["--lr", "inf"], "--lr inf"),
     (["--eval_every", "0"], "--eval_every 0"), (["--seed", "-1"], "--seed -1"), (["--data", "nowhere"], "--data nowhere"),
     (["--gan_weight", "0.5", "--image_size", "64", "--reg", "se"], "--gan_weight 0.5"), (["--reg", "se", "--image_size", "28"], "--reg se"), (["--keep_every", "30"], "--keep_every 30"),
@@ -132,7 +150,7 @@ def test_bad_flags_end_with_one_line(flags, culprit, tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit) as exit, train_ae.runtime.one_line_errors():
         train_ae.main()
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.startswith(f"train_ae.py: {culprit}") and error.count("\n") == 1
+    assert exit.value.code == 2 and error.startswith("train_ae.py: ") and culprit in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import dit
 import evaluate
 import runtime
 import train_diffusion
@@ -65,13 +66,15 @@ def test_resuming_equals_never_stopping(material, tmp_path, monkeypatch):
     assert a.keys() == b.keys() and all(same(a[part], b[part]) for part in set(a) - {"args"})
 
 
+def torchrun(script, *flags):
+    """A script on two gloo processes."""
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *map(str, flags)],
+                            cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
 def test_two_processes_equal_one(material, tmp_path, monkeypatch):
     """Encoding, training and sampling on 2 gloo processes: the cache, the losses and the samples of one process, to float tolerance."""
-    def torchrun(script, *flags):
-        result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *map(str, flags)],
-                                cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
-
     one, two = tmp_path / "one", tmp_path / "two"
     for out in (one, two):
         flags = flags_of(material, out, "--steps", 3, "--cache", out / "cache")
@@ -87,6 +90,69 @@ def test_two_processes_equal_one(material, tmp_path, monkeypatch):
         run(evaluate, *flags, monkeypatch=monkeypatch) if out == one else torchrun("evaluate.py", *flags)
     a, b = (np.load(out / "gen" / "samples.npz")["arr_0"].astype(int) for out in (one, two))
     assert abs(a - b).max() <= 1 and len((two / "results.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*untrained")
+@pytest.mark.parametrize("kind", ["repa", "irepa", "dog"])
+def test_alignment_trains_the_blocks_below_it_and_no_others(kind, material, tmp_path, monkeypatch):
+    """With the diffusion loss switched off, the alignment term alone moves block 0 and the projector, and leaves block 1 alone."""
+    regress = dit.regress
+
+    def alignment_only(*args):
+        loss, tokens = regress(*args)
+        return loss * 0, tokens
+    monkeypatch.setattr(dit, "regress", alignment_only)
+    run(train_diffusion, *flags_of(material, tmp_path, "--steps", 3, "--repa", kind, "--encoder_source", "random", "--lr", 0.01),
+        monkeypatch=monkeypatch)
+    checkpoint = runtime.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
+    torch.manual_seed(0)
+    fresh = train_diffusion.MODELS["SiT-tiny/4"](**checkpoint["model_args"]).state_dict()
+    moved = lambda name: not torch.equal(fresh[name], checkpoint["model"][name])
+    assert moved("blocks.0.mlp.fc1.weight") or moved("blocks.0.adaLN_modulation.1.weight")
+    assert moved("x_embedder.proj.weight") and not moved("blocks.1.mlp.fc1.weight") and not moved("final_layer.linear.weight")
+    log = read_log(tmp_path)
+    assert all(-1 <= line["align"] <= 1 for line in log) and log[-1]["align"] < log[0]["align"]
+
+
+@pytest.mark.filterwarnings("ignore:.*untrained")
+def test_images_and_latents_share_crop_and_mirror(material, tmp_path, monkeypatch):
+    """What the target encoder is shown, encoded again, is the cached posterior that the transformer got, mirror included."""
+    shown, cached = [], []
+    load = train_diffusion.load_encoder
+
+    def spy_encoder(*args):
+        encoder = load(*args)
+        encoder.register_forward_pre_hook(lambda module, inputs: shown.append(inputs[0].clone()))
+        return encoder
+    monkeypatch.setattr(train_diffusion, "load_encoder", spy_encoder)
+    batches = train_diffusion.LatentCache.batches
+
+    def spy_batches(self, *args):
+        for item in batches(self, *args):
+            cached.append((item[0].mean.clone(), item[3]))
+            yield item
+    monkeypatch.setattr(train_diffusion.LatentCache, "batches", spy_batches)
+    run(train_diffusion, *flags_of(material, tmp_path, "--steps", 4, "--repa", "dog", "--encoder_source", "random"), monkeypatch=monkeypatch)
+    ae = train_diffusion.load_autoencoder(material / "ae" / "ckpt.pt")
+    assert len(shown) == 4 and np.concatenate([mirrored for _, mirrored in cached]).any()
+    for images, (mean, mirrored) in zip(shown, cached):
+        torch.testing.assert_close(ae.encode(images).mean, mean, rtol=2e-2, atol=2e-2)
+        assert (ae.encode(images.flip(-1)).mean - mean).abs().amax((1, 2, 3)).min() > 0.1    # the other mirror would not do
+
+
+@pytest.mark.filterwarnings("ignore:.*untrained")
+def test_two_processes_equal_one_with_alignment(material, tmp_path, monkeypatch):
+    """--repa dog on 2 gloo processes: the losses of one; and resuming equals never stopping."""
+    flags = ["--steps", 4, "--repa", "dog", "--encoder_source", "random", "--eval_every", 2]
+    run(train_diffusion, *flags_of(material, tmp_path / "one", *flags, "--keep_every", 2), monkeypatch=monkeypatch)
+    torchrun("train_diffusion.py", *flags_of(material, tmp_path / "two", *flags))
+    for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["align"] == pytest.approx(b["align"], rel=1e-2, abs=1e-3)
+    straight, log = runtime.load_checkpoint(tmp_path / "one" / "ckpt.pt", "diffusion"), read_log(tmp_path / "one")
+    (tmp_path / "one" / "ckpt_2.pt").rename(tmp_path / "one" / "ckpt.pt")
+    run(train_diffusion, *flags_of(material, tmp_path / "one", *flags, "--keep_every", 2, "--resume"), monkeypatch=monkeypatch)
+    resumed = runtime.load_checkpoint(tmp_path / "one" / "ckpt.pt", "diffusion")
+    assert log == read_log(tmp_path / "one") and all(same(straight[part], resumed[part]) for part in set(straight) - {"args"})
 
 
 def test_labels_are_dropped_and_average_is_sampled(material, tmp_path, monkeypatch):
@@ -105,14 +171,16 @@ def test_labels_are_dropped_and_average_is_sampled(material, tmp_path, monkeypat
     (["--image_size", "17"], "--image_size 17"), (["--batch_size", "0"], "--batch_size 0"), (["--label_dropout", "1.5"], "--label_dropout 1.5"),
     (["--lr", "nan"], "--lr nan"), (["--model", "SiT-tiny/2", "--image_size", "18"], "patch"), (["--num_classes", "1"], "--num_classes 1"),
     (["--ae", "nowhere.pt"], "nowhere.pt"), (["--data", "nowhere"], "--data nowhere"), (["--num_classes", "-2"], "--num_classes -2"),
-    (["--ae", "README.md"], "README.md")])
+    (["--ae", "README.md"], "README.md"), (["--repa", "dog", "--encoder_source", "random", "--repa_depth", "3"], "--repa_depth 3"),
+    (["--dog_sigma1", "3"], "--dog_sigma1 3"), (["--repa", "dog", "--encoder", "resnet"], "resnet")])
 def test_bad_flags_end_with_one_line(flags, culprit, material, tmp_path, monkeypatch, capsys):
     """Exit code 2, one line with the culprit, no run folder."""
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as exit, runtime.one_line_errors():
         run(train_diffusion, *flags_of(material, tmp_path / "run", *flags), monkeypatch=monkeypatch)
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and culprit in error and error.count("\n") == 1
+    lines = [line for line in error.splitlines() if "Warning" not in line and "warn(" not in line]
+    assert exit.value.code == 2 and culprit in error and len(lines) == 1
     assert not (tmp_path / "run").exists()
 
 

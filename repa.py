@@ -1,0 +1,197 @@
+"""
+Representation alignment: the tokens of an early block of the diffusion transformer, projected, are turned towards the features that
+a frozen DINOv2 has of the clean image. What the three methods change is the target's spectrum (Sec. 3.5): raw DINOv2 tokens share a
+large common direction, their DC, and a cosine spends itself on it; less DC is more contrast between places.
+
+    loss      -mean_t cos(projector(hidden_t), target_t), coefficient 0.5, hidden tokens after block 4                     (Table 6)
+    REPA      target = features                                            3-layer MLP, SiLU, width 2048                  (Yu et al. 2025)
+    iREPA     target = (features - 0.6 mean) / std over the tokens         3x3 convolution                                (Singh et al. 2025)
+    REPA-DoG  target = DoG * features / std over the tokens, Eq. 6         3x3 convolution
+    RMSC      contrast of the target's directions = its energy outside DC, Prop. 3.2 (spectral.rmsc)
+
+Images (B, 3, H, W) in [-1, 1]; tokens (B, T, D), row-major on a grid (h, w), T = h*w: the transformer's grid and the target's are the
+same, so the image is resized to 14 px a token (256 px -> 224 px -> 16x16). Numbering: arXiv:2603.14645 v1.
+"""
+import os
+import warnings
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from spectral import dog, full_precision, spatial_norm
+
+ENCODERS = {f"dinov2_vit{size}14{suffix}": width for suffix in ("", "_reg")                # _reg: with 4 register tokens
+            for size, width in dict(s=384, b=768, l=1024, g=1536).items()}
+REPOSITORY = "facebookresearch/dinov2:12592a9bdfea0a6e4ee4767cd5a8d3195c0e3509"            # its hubconf.py has all of ENCODERS
+WEIGHTS = "https://dl.fbaipublicfiles.com/dinov2"
+REPA_KINDS = {"repa": ("none", "mlp"), "irepa": ("spnorm", "conv"), "dog": ("dog", "conv")}  # --repa: target filter, projector
+DOG_SIGMAS = (1.0, 2.5)                                                                    # in tokens; our choice, see filter_target
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The target encoder
+
+class Encoder(nn.Module):
+    """
+    A frozen network that gives one feature vector per token; always in evaluation mode, no parameter asks for a gradient.
+    network  module whose forward_features(x)["x_norm_patchtokens"] is (B, T, width) for x (B, 3, patch*h, patch*w), ImageNet-normalised
+    forward(images, grid): images (B, 3, H, W) in [-1, 1], grid (h, w) with H/h = W/w -> tokens (B, h*w, width), float32, no graph.
+             The network computes in bf16 on CUDA and in float32 elsewhere; normalisation and resize are float32
+    raises   ValueError if the grid does not fit the image or the network answers with another token count or width
+    """
+
+    def __init__(self, network, width, patch=14):
+        super().__init__()
+        self.network, self.width, self.patch = network, width, patch
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)  # ImageNet, images in [0, 1]
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode=True):
+        """Stays in evaluation mode: a target that moves by dropout is no target."""
+        return super().train(False)
+
+    @torch.no_grad()                                       # not inference_mode: the loss must save the target for its own backward
+    def forward(self, images, grid):
+        (H, W), (h, w) = images.shape[-2:], grid
+        if H * w != W * h:
+            raise ValueError(f"Encoder: an image of {H}x{W} does not fit a token grid of {h}x{w}; H/h must equal W/w")
+        device = images.device.type
+        with torch.autocast(device, enabled=False):
+            x = (images.float() * 0.5 + 0.5 - self.mean) / self.std
+            x = F.interpolate(x, (self.patch * h, self.patch * w), mode="bicubic", align_corners=False)  # as REPA: no antialiasing
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            tokens = self.network.forward_features(x)["x_norm_patchtokens"].float()
+        if tokens.shape[1:] != (h * w, self.width):
+            raise ValueError(f"Encoder: expected {h}x{w} = {h * w} tokens of width {self.width}, the network gave {tokens.shape[1]} of width "
+                             f"{tokens.shape[2]}; give the name and the patch size that belong to it")
+        return tokens
+
+
+class RandomViT(nn.Module):
+    """A small untrained ViT with DINOv2's interface, for tests and demonstrations: patches of 14 px, width 64, two pre-norm blocks."""
+
+    def __init__(self, width=64, patch=14):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, stride=patch)
+        self.position = nn.Parameter(0.5 * torch.randn(1, width, 16, 16))
+        self.blocks = nn.Sequential(*[nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=True,
+                                                                 norm_first=True) for _ in range(2)])
+        self.norm = nn.LayerNorm(width)
+
+    def forward_features(self, x):
+        x = self.patches(x)                                                                # (B, D, h, w)
+        x = x + F.interpolate(self.position, x.shape[-2:], mode="bicubic", align_corners=False)
+        return {"x_norm_patchtokens": self.norm(self.blocks(x.flatten(2).transpose(1, 2)))}  # (B, h*w, D)
+
+
+def load_encoder(name="dinov2_vitb14", source=None):
+    """
+    DINOv2 (Oquab et al. 2023) as a frozen Encoder on the CPU.
+    name     a key of ENCODERS
+    source   None: the code by torch.hub, one pinned commit; a folder: a clone of that repository; "random": a small untrained ViT of
+             width 64, the same in every run and on every rank, whatever the name. The weights of the first two come from the official
+             URL, once: torch.hub keeps them below TORCH_HOME, and a file that lies there already is taken
+    raises   ValueError for an unknown name; FileNotFoundError without code, weights or network, with the places where they belong
+    """
+    if name not in ENCODERS:
+        raise ValueError(f"encoder {name}: unknown, take one of {', '.join(ENCODERS)}")
+    if source == "random":
+        warnings.warn("--encoder_source random: the target is an UNTRAINED network; it exercises the code and teaches the model NOTHING")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)                                         # torch.manual_seed would reach the GPUs too
+            return Encoder(RandomViT(), width=64)
+    if source is not None and not os.path.isfile(os.path.join(source, "hubconf.py")):
+        raise FileNotFoundError(f"--encoder_source {source}: no hubconf.py in there; give the folder of a clone of "
+                                f"https://github.com/{REPOSITORY.split(':')[0]}, or random")
+    file = name.replace("_reg", "_reg4") + "_pretrain.pth"
+    url = f"{WEIGHTS}/{name.removesuffix('_reg')}/{file}"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "xFormers")                                  # DINOv2 says that it does without
+            network = torch.hub.load(source or REPOSITORY, name, source="local" if source else "github", pretrained=False, verbose=False,
+                                     trust_repo=True, skip_validation=True)                # validation knows heads of branches only
+        network.load_state_dict(torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, weights_only=True))
+    except OSError as error:                                                               # no network, or it broke off
+        raise FileNotFoundError(f"{name}: fetching it failed ({getattr(error, 'reason', error)}): put {url} at "
+                                f"{os.path.join(torch.hub.get_dir(), 'checkpoints', file)} and give a clone of "
+                                f"https://github.com/{REPOSITORY.replace(':', '/tree/')} as --encoder_source DIR") from None
+    except RuntimeError as error:                                                          # code without this name, or other weights
+        raise ValueError(f"{name} from {source or REPOSITORY} with {file}: {' '.join(str(error).split())[:300]}") from None
+    return Encoder(network, ENCODERS[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The target's filter (Sec. 3.5)
+
+@full_precision
+def filter_target(tokens, kind, grid, sigma1=DOG_SIGMAS[0], sigma2=DOG_SIGMAS[1], norm_std=1.0):
+    """
+    What of the features the transformer is to match.
+    tokens   (B, T, D) on the grid (h, w), T = h*w
+    kind     "none"; "spnorm": spectral.spatial_norm; "dog": Eq. 6 on the grid, then every channel divided by its std over the tokens
+    sigma1, sigma2  of the DoG, in tokens, 0 <= sigma1 < sigma2
+    norm_std    std over the tokens that each channel of "dog" gets. All channels alike, so no cosine sees it: it sets the scale only
+    returns  (B, T, D), float32
+    raises   ValueError for an unknown kind, a grid that does not hold T tokens, sigmas out of order
+
+    The default sigmas are our choice, the paper's text names none. On a 16x16 grid DCT index u is u / 2 cycles per image. Where objects
+    and their parts lie is said by u = 2 .. 8, one to four cycles; u = 0 is the common offset, u = 1 a slope across the image, and beyond
+    8 neighbours differ: edges of single tokens, and noise. Gain of the sampled kernels, G(sigma1) - G(sigma2):
+        (1.0, 2.5)   0 at DC, peak 0.59 at u = 4.3, half of it at u = 1.9 and 7.9: that band
+        (1.0, 2.0)   peak 0.47 at u = 4.9, half at 2.3 and 8.6: loses the lowest row of the layout
+        (0.5, 2.0)   peak at u = 6, half not before 14: nearly a high-pass
+        (1.0, 4.0)   peak at u = 3.1, half at 1.3 and 7.0: lets slopes through
+    """
+    T, (h, w) = tokens.shape[1], grid
+    if T != h * w:
+        raise ValueError(f"filter_target: {T} tokens do not fill a grid of {h}x{w}")
+    if kind == "none":
+        return tokens
+    if kind == "spnorm":
+        return spatial_norm(tokens)
+    if kind == "dog":
+        x = dog(tokens.transpose(1, 2).unflatten(2, (h, w)), sigma1, sigma2)               # (B, D, h, w)
+        x = x.flatten(2).transpose(1, 2)                                                   # (B, T, D)
+        return norm_std * x / (x.std(dim=1, keepdim=True, correction=0) + 1e-6)
+    raise ValueError(f"filter_target: kind {kind!r} is none of none, spnorm, dog")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The transformer's side
+
+class Projector(nn.Module):
+    """
+    From the transformer's width to the encoder's; trained with the model, not needed to sample.
+    kind     "mlp": three linear layers with SiLU, token by token (REPA); "conv": one 3x3 convolution on the grid (iREPA, REPA-DoG)
+    dim, out_dim    widths; hidden: of the mlp
+    forward(tokens, grid): (B, T, dim) on the grid (h, w) -> (B, T, out_dim)
+    raises   ValueError for an unknown kind, or tokens of another width or count
+    """
+
+    def __init__(self, kind, dim, out_dim, hidden=2048):
+        super().__init__()
+        if kind not in ("mlp", "conv"):
+            raise ValueError(f"Projector: kind {kind!r} is none of mlp, conv")
+        self.kind, self.dim = kind, dim
+        self.layers = nn.Conv2d(dim, out_dim, 3, padding=1) if kind == "conv" else nn.Sequential(
+            nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out_dim))
+
+    def forward(self, tokens, grid):
+        if tokens.shape[1:] != (grid[0] * grid[1], self.dim):
+            raise ValueError(f"Projector: got {tokens.shape[1]} tokens of width {tokens.shape[2]}, expected {grid[0]}x{grid[1]} of width {self.dim}")
+        if self.kind == "mlp":
+            return self.layers(tokens)
+        return self.layers(tokens.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+
+
+@full_precision
+def alignment_loss(projected, target):
+    """
+    -mean over tokens and batch of the cosine between projected and target, both (B, T, D); the gradient goes to projected only.
+    returns  float32 scalar in [-1, 1], -1 when every token points as its target; ValueError if the shapes differ (they would broadcast)
+    """
+    if projected.shape != target.shape:
+        raise ValueError(f"alignment_loss: projected tokens {tuple(projected.shape)} and target {tuple(target.shape)} differ in shape")
+    return -F.cosine_similarity(projected, target.detach().to(projected.dtype), dim=-1).mean()
