@@ -52,7 +52,7 @@ class Encoder(nn.Module):
         """Stays in evaluation mode: a target that moves by dropout is no target."""
         return super().train(False)
 
-    @torch.no_grad()                                       # not inference_mode: the loss must save the target for its own backward
+    @torch.no_grad()                                       # not inference_mode: a loss may have to save the target for its backward
     def forward(self, images, grid):
         (H, W), (h, w) = images.shape[-2:], grid
         if H * w != W * h:
@@ -140,8 +140,8 @@ def filter_target(tokens, kind, grid, sigma1=DOG_SIGMAS[0], sigma2=DOG_SIGMAS[1]
     and their parts lie is said by u = 2 .. 8, one to four cycles; u = 0 is the common offset, u = 1 a slope across the image, and beyond
     8 neighbours differ: edges of single tokens, and noise. Gain of the sampled kernels, G(sigma1) - G(sigma2):
         (1.0, 2.5)   0 at DC, peak 0.59 at u = 4.3, half of it at u = 1.9 and 7.9: that band
-        (1.0, 2.0)   peak 0.47 at u = 4.9, half at 2.3 and 8.6: loses the lowest row of the layout
-        (0.5, 2.0)   peak at u = 6, half not before 14: nearly a high-pass
+        (1.0, 2.0)   peak 0.47 at u = 4.9, half at 2.3 and 8.6: weak at the lowest of the layout
+        (0.5, 2.0)   peak at u = 6.5, above half of it from 2.7 to the end: nearly a high-pass
         (1.0, 4.0)   peak at u = 3.1, half at 1.3 and 7.0: lets slopes through
     """
     T, (h, w) = tokens.shape[1], grid

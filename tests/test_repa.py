@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from repa import DOG_SIGMAS, ENCODERS, REPA_KINDS, REPOSITORY, Encoder, Projector, alignment_loss, filter_target, load_encoder
-from spectral import directional_energy, rmsc
+from spectral import directional_energy, dog, rmsc
 
 close = torch.testing.assert_close
 GRID = (9, 14)
@@ -56,8 +56,9 @@ def test_dog_equals_scipy():
 def test_dog_kills_constants_everywhere_and_ramps_away_from_the_border():
     """Without DC gain a constant vanishes also at the border; symmetric kernels let no slope through, but a mirrored border is a kink."""
     grid = (40, 50)
-    constant = torch.full((1, 2000, 1), 7.0)
-    assert filter_target(constant, "dog", grid).abs().max() < 2                            # only rounding over 1e-6: no structure
+    assert filter_target(torch.full((1, 2000, 1), 7.0).double(), "dog", grid).abs().max() < 1e-6
+    tokens = torch.randn(1, 2000, 3).double()
+    close(filter_target(tokens + 7, "dog", grid), filter_target(tokens, "dog", grid))
     y, x = torch.meshgrid(torch.arange(40.0), torch.arange(50.0), indexing="ij")
     ramp = (0.3 * y - 0.2 * x + 1).reshape(1, 2000, 1)
     out = on_grid(filter_target(ramp, "dog", grid), grid)[0, :, :, 0]
@@ -80,7 +81,6 @@ def test_default_sigmas_pass_the_layout_band():
     n, period = 16, np.arange(0, 16, 0.05)                                                 # u of a 16-token side, u / 32 cycles per token
     x = np.arange(-40, 41)
     waves = torch.from_numpy(np.cos(2 * np.pi * period[:, None] / (2 * n) * x)).float()    # (U, 81): one row a frequency
-    from spectral import dog
     gain = dog(waves[:, None, None].expand(-1, 1, 3, -1), *DOG_SIGMAS)[:, 0, 1, 40].numpy()  # at the crest, far from the border
     assert abs(gain[0]) < 1e-6
     assert gain.max() == pytest.approx(0.59, abs=0.005) and period[gain.argmax()] == pytest.approx(4.3, abs=0.1)
@@ -91,8 +91,8 @@ def test_default_sigmas_pass_the_layout_band():
 def test_filters_raise_the_contrast_of_smooth_features():
     """Sec. 3.5: a common offset makes all directions alike; spnorm takes most of it away, DoG all."""
     tokens = smooth_features()
-    raw, spnorm, dog = (rmsc(filter_target(tokens, kind, (16, 20))) for kind in ("none", "spnorm", "dog"))
-    assert (spnorm > 1.3 * raw).all() and (dog > 2 * raw).all() and (dog > spnorm).all()
+    raw, spnorm, band = (rmsc(filter_target(tokens, kind, (16, 20))) for kind in ("none", "spnorm", "dog"))
+    assert (spnorm > 1.3 * raw).all() and (band > 2 * raw).all() and (band > spnorm).all()
 
 
 @pytest.mark.parametrize("kind", ["none", "spnorm", "dog"])
@@ -149,14 +149,16 @@ def test_alignment_loss_is_minus_the_mean_cosine():
 def test_gradient_goes_to_the_projection_only():
     """A filtered target of the encoder carries no graph, and a target that does gets no gradient."""
     encoder, images = random_encoder(), torch.rand(2, 3, 32, 48, requires_grad=True)
-    target = filter_target(encoder(images, (4, 6)), "dog", (4, 6))
-    assert not target.requires_grad
+    raw = encoder(images, (4, 6))
+    target = filter_target(raw, "dog", (4, 6))
+    assert not raw.requires_grad and not target.requires_grad and not raw.is_inference()   # an inference tensor cannot be saved for backward
     projected, free = torch.randn(2, 24, 64, requires_grad=True), torch.randn(2, 24, 64, requires_grad=True)
-    (alignment_loss(projected, target) + alignment_loss(projected, free)).backward()       # also: the target can be saved for backward
+    for one in (target, free, raw):
+        alignment_loss(projected, one).backward()
     assert projected.grad.abs().sum() > 0 and free.grad is None and images.grad is None
     assert all(p.grad is None and not p.requires_grad for p in encoder.parameters())
-    stepped = (projected - 50 * projected.grad).detach()
-    assert alignment_loss(stepped, target) < alignment_loss(projected, target)
+    before = sum(alignment_loss(projected, one) for one in (target, free, raw))
+    assert sum(alignment_loss(projected - 50 * projected.grad, one) for one in (target, free, raw)) < before
 
 
 # ---- projector
@@ -218,7 +220,10 @@ def test_encoder_normalises_then_resizes():
     assert tokens.shape == (2, 24, 3)
     with torch.autocast("cpu", torch.bfloat16):
         assert encoder(images.bfloat16(), (4, 6)).dtype == torch.float32
-        close(encoder(images, (4, 6)), tokens)                                             # bf16 on CUDA only
+        small = random_encoder()
+        tokens = small(images, (4, 6))
+    with torch.no_grad():
+        close(tokens, small.network.forward_features(x)["x_norm_patchtokens"], rtol=0, atol=1e-4)  # the network in bf16: on CUDA only
 
 
 def test_encoder_refuses_a_wrong_grid_or_width():
@@ -279,23 +284,26 @@ def dinov2_vitb14_reg(pretrained=True):
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """An empty TORCH_HOME, and no network."""
-    def offline(*args, **kwargs):
+def offline_hub(tmp_path, monkeypatch):
+    """An empty TORCH_HOME, a clone, and no network; requested lists the URLs that were asked for."""
+    def offline(request, *args, **kwargs):
+        requested.append(getattr(request, "full_url", request))
         raise urllib.error.URLError("no route")
+    requested = []
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     monkeypatch.setattr(torch.hub, "urlopen", offline)
     (tmp_path / "home" / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "clone").mkdir()
     (tmp_path / "clone" / "hubconf.py").write_text(HUBCONF)
-    return tmp_path
+    return tmp_path, requested
 
 
 @pytest.mark.parametrize("name, file", [("dinov2_vits14", "dinov2_vits14_pretrain.pth"),
                                         ("dinov2_vitb14_reg", "dinov2_vitb14_reg4_pretrain.pth")])
-def test_torch_hub_with_a_clone_and_planted_weights(hub, name, file):
+def test_torch_hub_with_a_clone_and_planted_weights(offline_hub, name, file):
     """torch.hub's real path: code from the clone, or from the hub's copy of the pinned commit; weights from TORCH_HOME, no network."""
+    hub, requested = offline_hub
     weights = {"colours.weight": torch.randn(ENCODERS[name], 3), "colours.bias": torch.randn(ENCODERS[name])}
     torch.save(weights, hub / "home" / "hub" / "checkpoints" / file)
     encoder, images = load_encoder(name, source=str(hub / "clone")), torch.rand(2, 3, 32, 48)
@@ -305,10 +313,12 @@ def test_torch_hub_with_a_clone_and_planted_weights(hub, name, file):
     assert not any(p.requires_grad for p in encoder.parameters())
     (hub / "clone").rename(hub / "home" / "hub" / REPOSITORY.replace("/", "_").replace(":", "_"))
     close(load_encoder(name)(images, (4, 6)), tokens)
+    assert requested == []
 
 
-def test_without_network_one_line_says_what_goes_where(hub):
-    """No code and no weights, or code without weights: URL, place and flag, in one line."""
+def test_without_network_one_line_says_what_goes_where(offline_hub):
+    """No code and no weights, or code without weights: URL, place and flag, in one line. The pinned commit is asked for at once."""
+    hub, requested = offline_hub
     for source in (None, str(hub / "clone")):
         with pytest.raises(FileNotFoundError) as error:
             load_encoder("dinov2_vitb14_reg", source)
@@ -316,10 +326,14 @@ def test_without_network_one_line_says_what_goes_where(hub):
         assert "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth" in message
         assert os.path.join("home", "hub", "checkpoints", "dinov2_vitb14_reg4_pretrain.pth") in message
         assert "--encoder_source DIR" in message and "no route" in message and "\n" not in message
+    commit = REPOSITORY.split(":")[1]
+    assert len(commit) == 40 and commit in requested[0] and len(requested) == 2            # no look for a branch: a commit is none
+    assert requested[1].endswith("dinov2_vitb14_reg4_pretrain.pth")
 
 
-def test_wrong_clone_or_wrong_weights_are_named(hub):
+def test_wrong_clone_or_wrong_weights_are_named(offline_hub):
     """A folder without hubconf.py, a clone without this encoder, the weights of another network: one line each."""
+    hub, _ = offline_hub
     with pytest.raises(FileNotFoundError, match="hubconf.py"):
         load_encoder(source=str(hub / "home"))
     with pytest.raises(ValueError, match="Cannot find callable dinov2_vitl14"):
