@@ -377,8 +377,10 @@ def plot(image, path, title):
     grid = 16                                                                              # DINOv2 tokens of a 256 px image
     omega = torch.arange(grid) / (2 * grid)                                                # cycles per token of DCT row u
     response = lambda sigma: torch.exp(-2 * (math.pi * sigma * omega) ** 2)
-    for sigma1, sigma2 in ((0.5, 1.0), (0.5, 2.0), (1.0, 2.0), (1.0, 4.0)):
-        ax.plot(range(grid), response(sigma1) - response(sigma2), "o-", ms=3, label=f"$\\sigma$ = {sigma1}, {sigma2}")
+    for sigma1, sigma2 in ((0.5, 2.0), (1.0, 2.0), (1.0, 4.0), (1.0, 2.5)):
+        ours = (sigma1, sigma2) == (1.0, 2.5)                                              # repa.DOG_SIGMAS
+        ax.plot(range(grid), response(sigma1) - response(sigma2), marker="o", ms=3, lw=3 if ours else 1,
+                label=f"$\\sigma$ = {sigma1}, {sigma2}" + " (ours)" * ours)
     ax.set(title="Eq. 6: DoG on a 16x16 token grid", xlabel="DCT frequency u (0 = DC)", ylabel="gain")
     ax.legend()
     figure.savefig(path, dpi=80)
