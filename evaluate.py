@@ -32,7 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import runtime
-from data import ImageSet, open_data, open_source, spread, val_batches
+from data import ImageSet, center_crop, open_data, open_source, spread, to_rgb, val_batches
 from dit import DDPM, MODELS, Interpolant, NoiseStream
 from figures import figure_rows, pca_rgb, picture_grid
 from latents import autoencoder_hash, images_hash
@@ -341,41 +341,57 @@ def encode_all(ae, images, batch_size, seed=None):
     return torch.cat([p.sample(torch.randn(p.mean.shape, generator=generator).to(p.mean.device)) for p in posteriors])
 
 
+@torch.no_grad()
 def evaluate_spectrum(args, rank, world, device):
-    """Radial power of the images (at the latents' size), their flattened target, and the latents of every autoencoder: figure and CSV."""
+    """
+    Radial power of the images (at the latents' size), their flattened target, and the latents of every autoencoder: figure and CSV.
+    With --encoder also the DINOv2 features of the images, unit length per token (Fig. 7); then autoencoders are not needed.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    if args.encoder_source and not args.encoder:
+        raise ValueError(f"--encoder_source {args.encoder_source}: needs --encoder, the name of the model")
+    encoder = load_encoder(args.encoder, args.encoder_source).to(device) if args.encoder else None
+    nothing = not args.ae and not list(pathlib.Path().glob(f"out/ae/{args.preset}-*/ckpt.pt"))
+    models = [(None, None, {})] if encoder and nothing else autoencoders(args, device)
     rings = np.arange(1, 17)
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     rows, drawn = [], set()
-    for label, ae, trained in autoencoders(args, device):
+
+    def draw(name, batches, gamma=0.0, descriptor=True, **style):
+        """One curve of a set that comes as tensors (b, C, h, w); a descriptor only where the scale means something."""
+        n, profile, shares = 0, 0, 0
+        for x in batches:
+            n += len(x)
+            profile = profile + radial_profile(power_spectrum(x - x.mean((-2, -1), keepdim=True))).sum(0).cpu()
+            shares = shares + spectrum_distribution(x, gamma=gamma).sum(0).cpu()
+        profile, shares = profile / n * torch.arange(1, 17) ** gamma, shares / n
+        left.loglog(rings, profile / profile.sum(), marker="o", ms=3, label=f"{name}: $f^{{-{fit_power_law(profile):.2f}}}$", **style)
+        if descriptor:
+            right.plot(rings, shares, marker="o", ms=3, label=name, **style)
+        rows.extend(dict(curve=name, ring=r, power=p.item(), share=(p / profile.sum()).item(), descriptor=d.item() if descriptor else "")
+                    for r, p, d in zip(rings, profile, shares))
+
+    for label, ae, trained in models:
         images = some_images(args, trained, device)
-        latents = encode_all(ae, images, args.batch_size, args.seed)
-        small = match_resolution(images, latents.shape[-2:])
-        if args.encoder and latents.shape[-2:] not in drawn:
-            encoder = load_encoder(args.encoder, args.encoder_source).to(device)
-            grid = tuple(latents.shape[-2:])
-            features = torch.cat([F.normalize(encoder(x, grid), dim=-1) for x in images.split(args.batch_size)])
-            features = features.transpose(1, 2).unflatten(2, grid)                         # (N, D, h, w), unit length per token
-        curves = {} if latents.shape[-2:] in drawn else {"images": (small, 0.0, dict(color="black", lw=2)),
-                                                         f"target, gamma {args.gamma:g}": (small, args.gamma, dict(color="black", ls="--"))}
-        if args.encoder and curves:
-            curves[args.encoder] = (features, 0.0, dict(color="gray", ls="-."))
-        drawn.add(latents.shape[-2:])
-        for name, (x, gamma, style) in (curves | {label: (latents, 0.0, {})}).items():
-            profile = radial_profile(power_spectrum(x - x.mean((-2, -1), keepdim=True))).mean(0).cpu()
-            profile = profile * torch.arange(1, 17) ** gamma
-            descriptor = spectrum_distribution(x, gamma=gamma).mean(0).cpu()
-            left.loglog(rings, profile / profile.sum(), marker="o", ms=3, label=f"{name}: $f^{{-{fit_power_law(profile):.2f}}}$", **style)
-            right.plot(rings, descriptor, marker="o", ms=3, label=name, **style)
-            rows += [dict(curve=name, ring=r, power=p.item(), share=(p / profile.sum()).item(), descriptor=d.item())
-                     for r, p, d in zip(rings, profile, descriptor)]
-        values = dict(alpha=fit_power_law(radial_profile(power_spectrum(latents)).mean(0)).item(),
-                      alpha_images=fit_power_law(radial_profile(power_spectrum(small)).mean(0)).item(),
-                      esm=esm_loss(images, latents, args.gamma).item(), rmsc=rmsc(latents.flatten(2).transpose(1, 2)).mean().item(),
-                      std=latents.std().item())
-        report(values, dict(autoencoder=label, gamma=args.gamma, n=len(images), latent="x".join(map(str, latents.shape[1:]))), args, rank)
+        latents = encode_all(ae, images, args.batch_size, args.seed) if ae else None
+        grid = tuple(latents.shape[-2:] if ae else (side // 16 for side in images.shape[-2:]))
+        small = match_resolution(images, grid)
+        if grid not in drawn:
+            draw("images", [small], color="black", lw=2)
+            draw(f"target, gamma {args.gamma:g}", [small], args.gamma, color="black", ls="--")
+            if encoder:
+                features = (F.normalize(encoder(x, grid), dim=-1).transpose(1, 2).unflatten(2, grid) for x in images.split(args.batch_size))
+                draw("random encoder" if args.encoder_source == "random" else args.encoder, features, descriptor=False, color="gray", ls="-.")
+        drawn.add(grid)
+        if ae:
+            draw(label, [latents])
+            values = dict(alpha=fit_power_law(radial_profile(power_spectrum(latents)).mean(0)).item(),
+                          alpha_images=fit_power_law(radial_profile(power_spectrum(small)).mean(0)).item(),
+                          esm=esm_loss(images, latents, args.gamma).item(), rmsc=rmsc(latents.flatten(2).transpose(1, 2)).mean().item(),
+                          std=latents.std().item())
+            report(values, dict(autoencoder=label, gamma=args.gamma, n=len(images), latent="x".join(map(str, latents.shape[1:]))), args, rank)
     left.set(title="Radial power, each curve scaled to sum 1", xlabel="ring (1 = low frequency)", ylabel="share of power")
     right.set(title="What ESM compares: log(1 + power), scaled to sum 1", xlabel="ring (1 = low frequency)", ylim=(0, None))
     for ax in (left, right):
@@ -450,13 +466,19 @@ def evaluate_similarity(args, rank, world, device):
     if args.image_size % 14:
         raise ValueError(f"--image_size {args.image_size}: must be a multiple of 14, the encoder's patch")
     side = args.image_size // 14
-    _, val_set = open_data(args.data, args.image_size, val_images=args.val_images)
-    images = torch.stack([val_set[i][0] for i in range(len(val_set))]).float().to(device) / 127.5 - 1
+    if args.image:
+        try:
+            pixels = np.array(center_crop(to_rgb(Image.open(args.image)), args.image_size))
+        except OSError as error:                                                           # no such file, or not an image
+            raise ValueError(f"--image {args.image}: {error.strerror or 'not an image that PIL can read'}") from None
+        images = torch.from_numpy(pixels).permute(2, 0, 1)[None].float().to(device) / 127.5 - 1
+    else:
+        images = some_images(args, {}, device)
     token = side * side // 2 + side // 2 if args.token is None else args.token
     if not 0 <= token < side * side:
         raise ValueError(f"--token {token}: there are {side * side} tokens, numbered row by row from 0")
     encoder = load_encoder(args.encoder, args.encoder_source).to(device)
-    tokens = encoder(images, (side, side))                                                 # (N, T, D)
+    tokens = torch.cat([encoder(x, (side, side)) for x in images.split(args.batch_size)])  # (N, T, D)
     marked = (images * 0.5 + 0.5).clone()
     row, column = 14 * (token // side), 14 * (token % side)
     marked[:, :, row:row + 14, column:column + 14] = torch.tensor([1.0, 0.2, 0.2], device=device)[:, None, None]
@@ -487,7 +509,7 @@ def get_args():
         if ae:
             p.add_argument("--ae", nargs="+" if many else None, default=None, help="autoencoder(s): ckpt.pt or released weights (default: "
                            + ("all" if many else "the newest") + " of out/ae/<preset>-*/ckpt.pt)")
-        p.add_argument("--data", default=None, help="folder, .zip or cifar10 (default: what was trained on)")
+        p.add_argument("--data", default=None, help="folder, .zip or cifar10 (default: what was trained on; similarity: built-in)")
         p.add_argument("--image_size", type=int, default=224 if name == "similarity" else None, help="pixels a side (default: as in "
                        "training; similarity: 224)")
         p.add_argument("--batch_size", type=int, default=50, help="images per network call and process")
@@ -521,6 +543,7 @@ def get_args():
     command("bands", evaluate_bands, many=True)
     command("latents", evaluate_latents, many=True)
     p = command("similarity", evaluate_similarity, ae=False)
+    p.add_argument("--image", default=None, help="an image file (default: the first --val_images held-out images of --data)")
     p.add_argument("--token", type=int, default=None, help="number of the token, row by row from 0 (default: the middle)")
     for name in ("spectrum", "similarity"):
         p = commands.choices[name]
@@ -529,7 +552,7 @@ def get_args():
         p.add_argument("--encoder_source", default=None, help="a local clone of facebookresearch/dinov2, or random (for tests)")
     known = {name: {action.dest for action in p._actions} for name, p in commands.choices.items()}
     chosen = next((word for word in sys.argv[1:] if word in known), None)
-    return runtime.parse_args(parser, {name: {k: v for k, v in values.items() if chosen and k in known[chosen]}
+    return runtime.parse_args(parser, {name: {k: v for k, v in values.items() if chosen and k in known[chosen] and chosen not in ("latents", "similarity")}
                                        for name, values in PRESETS.items()}, commands.choices.get(chosen))
 
 

@@ -13,6 +13,7 @@ Images (B, 3, H, W) in [-1, 1]; tokens (B, T, D), row-major on a grid (h, w), T 
 same, so the image is resized to 14 px a token (256 px -> 224 px -> 16x16). Numbering: arXiv:2603.14645 v1.
 """
 import os
+import pickle
 import warnings
 
 import torch
@@ -117,7 +118,7 @@ def load_encoder(name="dinov2_vitb14", source=None):
         raise FileNotFoundError(f"{name}: fetching it failed ({getattr(error, 'reason', error)}): put {url} at "
                                 f"{os.path.join(torch.hub.get_dir(), 'checkpoints', file)} and give a clone of "
                                 f"https://github.com/{REPOSITORY.replace(':', '/tree/')} as --encoder_source DIR") from None
-    except RuntimeError as error:                                                          # code without this name, or other weights
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ImportError, SyntaxError) as error:  # code without this name, other weights
         raise ValueError(f"{name} from {source or REPOSITORY} with {file}: {' '.join(str(error).split())[:300]}") from None
     return Encoder(network, ENCODERS[name])
 

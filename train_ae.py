@@ -199,7 +199,7 @@ def main():
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     # what may differ between the parts of a resumed run: where and how fast it runs, how often it reports, how long it lasts
     checkpoint = runtime.open_run(args.out, "ae", vars(args), args.resume, args.overwrite, free=(
-        "out", "resume", "overwrite", "device", "workers", "steps", "log_every", "eval_every", "keep_every", "preset"))
+        "out", "resume", "overwrite", "device", "workers", "steps", "log_every", "eval_every", "keep_every", "preset", "encoder_source"))
     say = print if rank == 0 else lambda *args, **kwargs: None
 
     train_set, val_set = open_data(args.data, args.image_size, val_images=args.val_images, seed=args.seed)
@@ -213,10 +213,11 @@ def main():
     if lpips_on:
         with runtime.rank_zero_first():
             perceptual = PerceptualLoss().to(device)
-    if {"vf", "uae"} & set(args.reg):                                                      # latent cells -> the encoder's feature width
+    aligned = bool({"vf", "uae"} & set(args.reg))
+    if aligned:                                                                            # latent cells -> the encoder's feature width
         with runtime.rank_zero_first():
             encoder = load_encoder(args.encoder, args.encoder_source).to(device)
-        projection = torch.nn.Linear(config.latent_channels, encoder.width).to(device)
+        projection = torch.nn.Linear(config.latent_channels, encoder.width, bias=False).to(device)  # a bias could match the common part alone
         optimizer.add_param_group(dict(params=projection.parameters()))
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     start_step = 0
@@ -231,7 +232,8 @@ def main():
             disc_optimizer.load_state_dict(checkpoint["disc_optimizer"])
         say(f"resuming {args.out} at step {start_step}")
         del checkpoint                                                                     # gigabytes at paper scale
-    for network in (ae, disc) if gan_on else (ae,):
+    networks = [ae] + ([disc] if gan_on else []) + ([projection] if aligned else [])
+    for network in networks:
         runtime.broadcast_parameters(network)
 
     say(f"{args.model}: {sum(p.numel() for p in ae.parameters()):,} parameters, {args.image_size} px -> {config.latent_channels} x "
@@ -259,7 +261,7 @@ def main():
                                + (f", {speed:.1f} images/s" if step > start_step else ""), file=sys.stdout)
                 state = dict(stage="ae", step=step, args=vars(args), ae_config=dataclasses.asdict(config), model=ae.state_dict(),
                              optimizer=optimizer.state_dict())
-                if {"vf", "uae"} & set(args.reg):
+                if aligned:
                     state["projection"] = projection.state_dict()
                 if gan_on:
                     state |= dict(disc=disc.state_dict(), disc_optimizer=disc_optimizer.state_dict())
@@ -303,7 +305,7 @@ def main():
             if {"kl", "eq", "vf"} & set(args.reg):
                 losses["kl"] = kl_loss(posterior.mean, posterior.logvar)
                 loss = loss + args.kl_weight * losses["kl"]
-            if {"vf", "uae"} & set(args.reg):
+            if aligned:
                 grid = latents.shape[-2:]
                 features, cells = encoder(images, grid), projection(latents.flatten(2).transpose(1, 2))  # (b, h*w, D) both
                 losses["align"] = vf_loss(cells, features) if "vf" in args.reg else low_freq_align_loss(cells, features, grid, args.uae_cutoff)

@@ -56,7 +56,7 @@ def get_args():
     parser.add_argument("--image_size", type=int, default=None, help="pixels a side (default: what the autoencoder was trained on, or 256)")
     parser.add_argument("--cache", default=None, help="folder of the latent cache (default: out/latents/<autoencoder>-<images>-<size>)")
     parser.add_argument("--encode_batch", type=int, default=64, help="images per encoder call over all processes")
-    parser.add_argument("--workers", type=int, default=8, help="loader processes per training process while encoding")
+    parser.add_argument("--workers", type=int, default=8, help="loader processes per training process, for encoding and for --repa")
     # model
     parser.add_argument("--model", choices=MODELS, default="UViT-S/1", help="SiT-* learns velocities, UViT-* the noise of DDPM")
     parser.add_argument("--num_classes", type=int, default=-1, help="-1: as many as the data has class folders; 0: unconditional")
@@ -105,7 +105,7 @@ def check(args, world):
                             ("sample_steps", 2, 1000), ("repa_weight", 0, math.inf), ("repa_depth", 1, 999)):
         value = getattr(args, name)
         need(math.isfinite(value) and low <= value <= high, f"--{name} {value}: must lie in {low}..{high}")
-    for name in ("lr", "clip_grad", "log_every", "eval_every"):
+    for name in ("lr", "clip_grad", "log_every", "eval_every", "norm_std", "dog_sigma2"):
         value = getattr(args, name)
         need(math.isfinite(value) and value > 0, f"--{name} {value}: must be above 0")
     need(args.keep_every < 1 or args.keep_every % args.eval_every == 0,
@@ -161,7 +161,7 @@ def main():
         raise ValueError(f"--image_size {image_size}: must be a multiple of {ae.config.reduction}, the reduction of {args.ae}")
     checkpoint = runtime.open_run(args.out, "diffusion", vars(args), args.resume, args.overwrite, free=(
         "out", "resume", "overwrite", "device", "workers", "steps", "log_every", "eval_every", "keep_every", "preset", "compile", "cache",
-        "encode_batch", "sample_steps", "cfg"))
+        "encode_batch", "sample_steps", "cfg", "encoder_source"))
     train_set, _ = open_data(data, image_size, seed=trained.get("seed", 0))
     num_classes = len(train_set.classes) if args.num_classes == -1 else args.num_classes
 
@@ -170,13 +170,6 @@ def main():
     model_args = dict(input_size=side, in_channels=shape[0], num_classes=num_classes)
     torch.manual_seed(args.seed)                                                           # the initial weights; nothing else uses it
     model = MODELS[args.model](**model_args).to(device)
-    cache = open_latents(args, ae, train_set, rank, world, device)
-    if num_classes and cache.labels.max() >= num_classes:
-        raise ValueError(f"--num_classes {num_classes}: the data has labels up to {cache.labels.max()}")
-    if args.cfg != 1 and not num_classes:
-        raise ValueError(f"--cfg {args.cfg}: an unconditional model has no null class to guide away from; leave --cfg at 1")
-    uvit = args.model.startswith("UViT")
-    process = DDPM() if uvit else Interpolant()
     aligned, trained_parameters = args.repa != "none", list(model.parameters())
     if aligned:
         target_kind, projector_kind = REPA_KINDS[args.repa]
@@ -184,9 +177,19 @@ def main():
             raise ValueError(f"--repa_depth {args.repa_depth}: {args.model} has {model.depth} blocks")
         with runtime.rank_zero_first():
             encoder = load_encoder(args.encoder, args.encoder_source).to(device)
-        width = model.pos_embed.shape[-1]
-        projector = Projector(projector_kind, width, encoder.width).to(device)
+        projector = Projector(projector_kind, model.pos_embed.shape[-1], encoder.width).to(device)
+        encoder(torch.zeros(1, 3, image_size, image_size, device=device), model.grid)      # what does not fit says so now, not in hours
         trained_parameters += projector.parameters()
+        if model.grid != (16, 16):
+            say(f"--repa: a grid of {model.grid[0]}x{model.grid[1]} tokens, so the encoder sees {14 * model.grid[0]} x {14 * model.grid[1]} pixels; "
+                "the DoG's sigmas are in tokens, and their defaults are meant for 16x16")
+    cache = open_latents(args, ae, train_set, rank, world, device)
+    if num_classes and cache.labels.max() >= num_classes:
+        raise ValueError(f"--num_classes {num_classes}: the data has labels up to {cache.labels.max()}")
+    if args.cfg != 1 and not num_classes:
+        raise ValueError(f"--cfg {args.cfg}: an unconditional model has no null class to guide away from; leave --cfg at 1")
+    uvit = args.model.startswith("UViT")
+    process = DDPM() if uvit else Interpolant()
     optimizer = torch.optim.AdamW(trained_parameters, lr=args.lr, betas=(0.99 if uvit else 0.9, args.beta2), weight_decay=args.weight_decay)
     start_step = 0
     if checkpoint:
@@ -196,6 +199,8 @@ def main():
                 raise ValueError(f"--resume: the {name} changed since {args.out}/ckpt.pt was written; restore it, or name another --out")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        if aligned and checkpoint.get("projector") is None:
+            raise ValueError(f"--resume: {args.out}/ckpt.pt was trained without --repa; name another --out")
         if aligned:
             projector.load_state_dict(checkpoint["projector"])
         say(f"resuming {args.out} at step {start_step}")
@@ -246,7 +251,9 @@ def main():
         if aligned:
             losses["loss"], tokens = loss                                                  # scalar, (b, T, D) after block repa_depth
             images, _, positions = next(image_batches)
-            assert (cache.rows[positions] == indices).all()
+            if (cache.rows[positions] != indices).any():                                   # another one came in its place
+                lost = train_set.name(indices[cache.rows[positions] != indices][0])
+                raise ValueError(f"--data {data}: {lost} is in the latent cache, but can no longer be read; restore it and --resume")
             target = filter_target(encoder(images, model.grid), target_kind, model.grid, args.dog_sigma1, args.dog_sigma2, args.norm_std)
             with autocast():
                 projected = projector(tokens, model.grid)

@@ -62,7 +62,31 @@ def test_similarity_and_feature_spectrum(material, tmp_path, monkeypatch):
     assert {"rmsc_none", "rmsc_spnorm", "rmsc_dog"} <= result.keys() and (tmp_path / "f.png").stat().st_size > 3000
     run(evaluate, "spectrum", *common, "--ae", material / "ae" / "ckpt.pt", "--encoder", "dinov2_vitb14", "--out", tmp_path / "s.png",
         monkeypatch=monkeypatch)
-    assert any(line.startswith("dinov2_vitb14,") for line in (tmp_path / "s.csv").read_text().splitlines())
+    assert any(line.startswith("random encoder,") for line in (tmp_path / "s.csv").read_text().splitlines())
+
+
+@pytest.mark.filterwarnings("ignore:.*untrained")
+def test_similarity_of_one_file_and_features_without_an_autoencoder(material, tmp_path, monkeypatch):
+    """--image takes one file; spectrum --encoder needs no autoencoder."""
+    monkeypatch.chdir(tmp_path)                                                            # no out/ae here
+    common = ["--encoder_source", "random", "--device", "cpu"]
+    image = sorted((material / "images").glob("*/*.png"))[0]
+    run(evaluate, "similarity", *common, "--image_size", 56, "--image", image, monkeypatch=monkeypatch)
+    assert results(tmp_path)[0]["n"] == 1
+    run(evaluate, "spectrum", *common, "--encoder", "dinov2_vitb14", "--data", material / "images", "--image_size", 64, "--val_images", 1,
+        monkeypatch=monkeypatch)
+    assert (tmp_path / "out" / "spectrum.csv").read_text().count("random encoder") == 16
+    with pytest.raises(ValueError, match="--image nowhere.png: No such file"):
+        run(evaluate, "similarity", *common, "--image", "nowhere.png", monkeypatch=monkeypatch)
+
+
+def test_the_figure_shows_the_default_sigmas():
+    """spectral.py cannot import repa.py; its DoG panel names the same pair."""
+    import inspect
+
+    import repa
+    import spectral
+    assert f"(sigma1, sigma2) == {repa.DOG_SIGMAS}" in inspect.getsource(spectral.plot)
 
 
 def test_recon_counts_every_image(material, tmp_path, monkeypatch, inception_home):
