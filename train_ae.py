@@ -238,7 +238,7 @@ def main():
 
     say(f"{args.model}: {sum(p.numel() for p in ae.parameters()):,} parameters, {args.image_size} px -> {config.latent_channels} x "
         f"{args.image_size // config.reduction} x {args.image_size // config.reduction}; reg {' '.join(args.reg)}; {len(train_set):,} "
-        f"training and {len(val_set):,} held-out images")
+        f"training and {len(val_set):,} held-out images ({args.data or 'built-in'})")
     say(f"global batch {args.batch_size} = {world} x {args.batch_size // world} on {device.type} in {args.dtype}; learning rate {args.lr:g}, "
         f"not rescaled; {args.steps:,} steps -> {args.out}")
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")

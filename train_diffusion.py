@@ -215,7 +215,7 @@ def main():
     forward = torch.compile(model) if args.compile else model
 
     say(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on latents of {shape[0]} x {side} x {side}, "
-        f"{num_classes or 'no'} classes")
+        f"{num_classes or 'no'} classes; images: {data or 'built-in'} at {image_size} px")
     say(f"global batch {args.batch_size} = {world} x {args.batch_size // world} on {device.type} in {args.dtype}; learning rate {args.lr:g}, "
         f"not rescaled; {args.steps:,} steps -> {args.out}")
     log = runtime.RunLog(f"{args.out}/log.jsonl", start_step) if rank == 0 else None
