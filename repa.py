@@ -27,6 +27,7 @@ ENCODERS = {f"dinov2_vit{size}14{suffix}": width for suffix in ("", "_reg")     
 REPOSITORY = "facebookresearch/dinov2:12592a9bdfea0a6e4ee4767cd5a8d3195c0e3509"            # its hubconf.py has all of ENCODERS
 WEIGHTS = "https://dl.fbaipublicfiles.com/dinov2"
 REPA_KINDS = {"repa": ("none", "mlp"), "irepa": ("spnorm", "conv"), "dog": ("dog", "conv")}  # --repa: target filter, projector
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))                                  # mean and std of its images in [0, 1]
 DOG_SIGMAS = (1.0, 2.5)                                                                    # in tokens; our choice, see filter_target
 
 
@@ -45,8 +46,8 @@ class Encoder(nn.Module):
     def __init__(self, network, width, patch=14):
         super().__init__()
         self.network, self.width, self.patch = network, width, patch
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)  # ImageNet, images in [0, 1]
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+        for name, values in zip(("mean", "std"), IMAGENET):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
@@ -87,14 +88,50 @@ class RandomViT(nn.Module):
         return {"x_norm_patchtokens": self.norm(self.blocks(x.flatten(2).transpose(1, 2)))}  # (B, h*w, D)
 
 
+class LabelNet(nn.Module):
+    """
+    A small residual network that miniature.py trains on class labels: a target encoder for 32 px images where DINOv2 is out of reach,
+    and the features of FD-cifar. forward: (B, 3, H, W) in [-1, 1] -> logits; pooled: -> (B, 192); forward_features: DINOv2's interface
+    with one token per 4x4 pixels, width 96.
+    """
+    width, patch, token_width = 192, 4, 96
+
+    def __init__(self, num_classes):
+        super().__init__()
+        layer = lambda i, o, stride=1: nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+        self.stages = nn.ModuleList([nn.ModuleList([layer(i, o, 2), nn.Sequential(layer(o, o), layer(o, o))])
+                                     for i, o in ((3, 48), (48, self.token_width), (self.token_width, self.width))])
+        self.head = nn.Linear(self.width, num_classes)
+
+    def stage(self, x, stages):
+        for down, residual in stages:                                                      # each halves the sides
+            x = down(x)
+            x = x + residual(x)
+        return x
+
+    def pooled(self, images):
+        return self.stage(images, self.stages).mean((2, 3))
+
+    def forward(self, images):
+        return self.head(self.pooled(images))
+
+    def forward_features(self, x):
+        mean, std = (torch.tensor(s, device=x.device).view(1, 3, 1, 1) for s in IMAGENET)
+        x = 2 * (x * std + mean) - 1                                                       # Encoder normalised it as DINOv2 wants it
+        tokens = self.stage(x, self.stages[:2]).flatten(2).transpose(1, 2)                 # (B, H/4 * W/4, 96)
+        return {"x_norm_patchtokens": F.layer_norm(tokens, tokens.shape[-1:])}
+
+
 def load_encoder(name="dinov2_vitb14", source=None):
     """
     DINOv2 (Oquab et al. 2023) as a frozen Encoder on the CPU.
     name     a key of ENCODERS
     source   None: the code by torch.hub, one pinned commit; a folder: a clone of that repository; "random": a small untrained ViT of
-             width 64, the same in every run and on every rank, whatever the name. The weights of the first two come from the official
-             URL, once: torch.hub keeps them below TORCH_HOME, and a file that lies there already is taken
-    raises   ValueError for an unknown name; FileNotFoundError without code, weights or network, with the places where they belong
+             width 64, the same in every run and on every rank, whatever the name; a .pt file: the LabelNet that miniature.py trained. The
+             weights of the first two come from the official URL, once: torch.hub keeps them below TORCH_HOME, and a file that lies
+             there already is taken
+    raises   ValueError for an unknown name or a file without a LabelNet; FileNotFoundError without code, weights or network, with the
+             places where they belong
     """
     if name not in ENCODERS:
         raise ValueError(f"encoder {name}: unknown, take one of {', '.join(ENCODERS)}")
@@ -103,6 +140,16 @@ def load_encoder(name="dinov2_vitb14", source=None):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)                                         # torch.manual_seed would reach the GPUs too
             return Encoder(RandomViT(), width=64)
+    if source is not None and source.endswith(".pt"):
+        try:
+            checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+            network = LabelNet(checkpoint["num_classes"])
+            network.load_state_dict(checkpoint["model"])
+        except OSError:
+            raise FileNotFoundError(f"--encoder_source {source}: no such file; miniature.py trains one") from None
+        except Exception:                                                                  # a damaged or foreign file fails in any way
+            raise ValueError(f"--encoder_source {source}: not a LabelNet of miniature.py") from None
+        return Encoder(network, LabelNet.token_width, LabelNet.patch)
     if source is not None and not os.path.isfile(os.path.join(source, "hubconf.py")):
         raise FileNotFoundError(f"--encoder_source {source}: no hubconf.py in there; give the folder of a clone of "
                                 f"https://github.com/{REPOSITORY.split(':')[0]}, or random")
