@@ -4,6 +4,8 @@ Pictures that the scripts share: latents as colours (Fig. 3), grids of samples, 
 import torch
 import torch.nn.functional as F
 
+from runtime import write_atomic
+
 
 def pca_rgb(latents):
     """
@@ -26,7 +28,7 @@ def pca_rgb(latents):
 def picture_grid(images, path, columns=8):
     """Images (N, 3, H, W) in [0, 1], clipped, side by side as one PNG."""
     from torchvision.utils import save_image
-    save_image(images.float().cpu().clamp(0, 1), path, nrow=columns, padding=2, pad_value=1.0)
+    write_atomic(path, lambda file: save_image(images.float().cpu().clamp(0, 1), file, "png", nrow=columns, padding=2, pad_value=1.0))
 
 
 def figure_rows(rows, path):
@@ -45,5 +47,5 @@ def figure_rows(rows, path):
         for image, ax in zip(images, line):
             ax.imshow(image.float().cpu().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=100, bbox_inches="tight"))
     plt.close(figure)

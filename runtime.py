@@ -11,11 +11,14 @@ for the GLOBAL batch and then sliced. So a resumed run, or one on another number
 import argparse
 import contextlib
 import datetime
+import io
 import json
 import os
 import pathlib
+import signal
 import sys
 import tempfile
+import time
 import traceback
 
 import numpy as np
@@ -29,7 +32,7 @@ import torch.distributed as dist
 def start_processes(device=None):
     """
     Join torchrun's process group if there is one. device: "cpu", "cuda" or None (CUDA when there is a GPU).
-    returns (rank, world, torch.device); NCCL on CUDA, gloo on the CPU
+    returns (rank, world, torch.device); tensors on CUDA travel by NCCL, those on the CPU by gloo
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
@@ -43,7 +46,7 @@ def start_processes(device=None):
         if local_rank >= torch.cuda.device_count():
             raise ValueError(f"--nproc_per_node: process {local_rank} has no GPU, there are {torch.cuda.device_count()}; start one a GPU")
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None,
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None,
                             timeout=datetime.timedelta(hours=2))                           # rank 0 alone downloads, saves and draws
     return dist.get_rank(), dist.get_world_size(), device
 
@@ -107,20 +110,37 @@ def average_gradients(parameters):
             bucket, size = [], 0
 
 
-def all_mean(values):
-    """{name: scalar} -> {name: float}, averaged over the processes; names must be the same everywhere. One transfer, one host sync."""
-    flat = torch.stack([torch.as_tensor(v).detach().float() for v in values.values()])
-    if dist.is_initialized():
-        dist.all_reduce(flat)
-        flat = flat / dist.get_world_size()
-    return dict(zip(values, flat.tolist()))
-
-
 def all_sum(tensor):
     """Sum of a tensor over the processes, in place; returns it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+class StopSignal:
+    """
+    `with StopSignal() as stop:` SIGTERM (what a cluster sends before it takes a machine away) and Ctrl-C no longer end the process. The
+    loop asks stop.asked() once a step, saves and leaves; all processes get the same answer. A second Ctrl-C ends it at once.
+    """
+
+    def __enter__(self):
+        self.name = None
+        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def asked(self):
+        """True on all processes once one of them got a signal. The flag travels on the CPU: no GPU waits for it."""
+        flag = torch.tensor(float(self.name is not None))
+        return bool(all_sum(flag) > 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -153,15 +173,28 @@ def write_atomic(path, write):
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    failures = []
+
+    class Watched(io.FileIO):                                                              # torch.save and numpy hide why a write failed
+        def write(self, data):
+            try:
+                return super().write(data)
+            except OSError as error:
+                failures.append(error)
+                raise
     try:
-        with os.fdopen(handle, "wb") as file:
+        with io.BufferedWriter(Watched(handle, "wb")) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())                                             # mkstemp's files are private
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         pathlib.Path(temporary).unlink(missing_ok=True)
+        if failures or isinstance(error, OSError):
+            cause = failures[0] if failures else error
+            kept = "what was there before is whole" if path.exists() else "nothing is left of it"
+            raise OSError(f"{path}: cannot be written ({cause.strerror}); {kept}; make room or name another place, then run again") from None
         raise
 
 
@@ -194,14 +227,24 @@ def open_run(out, stage, args, resume, overwrite, free=()):
     """
     Claim the folder of a run: nothing that an earlier run left there is lost without being asked for.
     args     dict of plain values; on resume they must equal the checkpoint's, but for those named in free
-    returns  the checkpoint to resume from, or None for a fresh start. ValueError names every flag that contradicts the checkpoint
+    returns  the newest complete checkpoint of the run to resume from, or None for a fresh start
+    raises   ValueError naming every flag that contradicts the checkpoint, or when there are checkpoints but none can be read
     """
-    path = pathlib.Path(out) / "ckpt.pt"
-    if path.exists() and not resume and not overwrite:
+    folder = pathlib.Path(out)
+    kept = sorted(folder.glob("ckpt_*.pt"), key=lambda path: (len(path.name), path.name), reverse=True)  # newest first
+    found = [path for path in (folder / "ckpt.pt", *kept) if path.exists()]
+    if found and not resume and not overwrite:
         raise ValueError(f"--out {out}: holds a run already; add --resume to continue it, --overwrite to replace it, or name another")
-    if not resume or not path.exists():
+    if not resume or not found:
         return None
-    checkpoint = load_checkpoint(path, stage)
+    for path in found:
+        try:
+            checkpoint = load_checkpoint(path, stage)
+            break
+        except ValueError as error:
+            if path == found[-1] or "not a readable" not in str(error):
+                raise
+            print(f"{error}; trying an older one", file=sys.stderr, flush=True)
     saved = checkpoint["args"]
     changed = [f"--{k} {args[k]} (was {saved[k]})" for k in args if k in saved and k not in free and args[k] != saved[k]]
     if changed:
@@ -232,23 +275,102 @@ def checkpoint_args(path):
 
 class RunLog:
     """
-    log.jsonl: one JSON object a line, each with its step. Opening it for a resume at step s drops the lines of steps >= s, which will
-    be written again, and a last line that a crash cut short.
+    log.jsonl, written by rank 0: one JSON object a line, each with its step. `add` collects every step's terms on their device, `write`
+    averages them over steps and processes, so that the loop waits for the GPU only when a line is due.
+    Opening it for a resume at step s drops the lines of steps >= s, which will be written again, and a last line that a crash cut short;
+    it also clears the folder of half-written files and of the later checkpoints of a run that is replaced.
+    state     what `state()` returned when the checkpoint was made: the terms collected but not yet written
+    bad_limit so many steps in a row that are not finite end the run
     """
 
-    def __init__(self, path, start_step=0):
-        path = pathlib.Path(path)
+    def __init__(self, path, rank=0, start_step=0, state=None, bad_limit=10):
+        self.path, self.rank, self.bad_limit = pathlib.Path(path), rank, bad_limit
+        self.totals = {tuple(names.split()): total for names, total in (state or {}).items()}  # names: (sum, count) (2, k)
+        self.not_finite, self.in_a_row, self.skipped, self.zeros = [], {}, 0, {}
+        if rank > 0:
+            return
         kept = []
-        if start_step > 0 and path.exists():
-            for line in path.read_text().splitlines():
+        if start_step > 0 and self.path.exists():
+            for line in self.path.read_text().splitlines():
                 with contextlib.suppress(json.JSONDecodeError):
                     if json.loads(line)["step"] < start_step:
                         kept.append(line + "\n")
-        write_atomic(path, lambda file: file.write("".join(kept).encode()))
-        self.file = open(path, "a", buffering=1)                                           # a line at a time, so that a crash cuts one
+        for stale in [path for path in self.path.parent.glob("ckpt_*.pt") if path.stem[5:].isdigit() and int(path.stem[5:]) > start_step]:
+            stale.unlink()                                                                 # of the run that this one replaces
+        for stale in self.path.parent.glob(".*.tmp"):
+            stale.unlink()                                                                 # of a write that was killed
+        write_atomic(self.path, lambda file: file.write("".join(kept).encode()))
+        self.file = open(self.path, "a", buffering=1)                                      # a line at a time, so that a crash cuts one
 
-    def write(self, step, **values):
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+    def line(self, step, **values):
+        """Append one line now (rank 0)."""
+        if self.rank == 0:
+            try:
+                self.file.write(json.dumps({"step": step, **values}) + "\n")
+            except OSError as error:
+                raise OSError(f"{self.path}: cannot be written ({error.strerror}); make room, then --resume") from None
+
+    def add(self, step, terms):
+        """terms: {name: scalar tensor}, the same names on all processes. What is not finite is kept apart from the means."""
+        values = torch.stack([value.detach().float() for value in terms.values()])         # (k,)
+        finite = values.isfinite()
+        total = torch.stack([values.where(finite, values.new_zeros(())), finite.float()])  # (2, k)
+        names = tuple(terms)
+        self.totals[names] = self.totals[names].to(total.device) + total if names in self.totals else total
+        self.not_finite.append((step, names, ~finite))
+
+    def finite(self, step):
+        """Whether all that was added for this step is finite on all processes, as a bool tensor on the device."""
+        flags = torch.cat([flags for at, _, flags in self.not_finite if at == step])
+        return mean_over_processes(flags.any().float()) == 0
+
+    def state(self):
+        """What is collected and not yet written, as the mean over the processes: goes into checkpoints. Call it on all of them."""
+        return {" ".join(names): mean_over_processes(total).cpu() for names, total in self.totals.items()}
+
+    def write(self, step):
+        """
+        One line with the means since the last one, one for each step that was skipped; call it on all processes. returns {name: mean}
+        raises ValueError after bad_limit steps in a row that were not finite: nothing was learned from them, the checkpoint is good
+        """
+        flags = all_sum(torch.cat([flags for *_, flags in self.not_finite]).float()).tolist()  # the one wait for the device
+        steps = {}
+        for at, names, _ in self.not_finite:
+            bad, flags = [name for name, flag in zip(names, flags) if flag], flags[len(names):]
+            steps[at] = [a + b for a, b in zip(steps.get(at, ([], [])), (list(names), bad))]
+        for at, (names, bad) in steps.items():
+            kind = frozenset(names)                                                        # a GAN's two kinds of steps are counted apart
+            self.in_a_row[kind] = self.in_a_row.get(kind, 0) + 1 if bad else 0
+            if bad:
+                self.skipped += 1
+                self.line(at, not_finite=sorted(set(bad)), skipped=self.skipped)
+            if self.in_a_row[kind] >= self.bad_limit:
+                raise ValueError(f"step {at}: {', '.join(sorted(set(bad)))} not finite, {self.bad_limit} steps in a row; nothing was learned from "
+                                 f"them, and {self.path.parent}/ckpt.pt is from before. Try a lower --lr, --dtype fp32, or look at the data; "
+                                 "then --resume")
+        sums = {}
+        for names, total in self.totals.items():
+            for name, *pair in zip(names, *all_sum(total.clone()).tolist()):
+                sums[name] = [a + b for a, b in zip(sums.get(name, (0, 0)), pair)]
+        means = {name: total / count for name, (total, count) in sums.items() if count}
+        self.totals, self.not_finite = {}, []
+        for name, mean in means.items():
+            self.zeros[name] = self.zeros.get(name, 0) + 1 if mean == 0 else 0
+            if self.zeros[name] == 10 and self.rank == 0:
+                print(f"step {step}: {name} was exactly 0 in the last 10 lines of {self.path}; is its weight 0, its margin reached, its gradient cut?",
+                      file=sys.stderr, flush=True)
+        self.line(step, **means)
+        return means
+
+
+def step_if(finite, optimizer):
+    """
+    optimizer.step() and zero_grad, but where `finite`, a bool tensor, is false weights, moments and step count stay as they were.
+    Decided on the device, without waiting for it. optimizer: fused AdamW, whose kernels ask for the attribute found_inf
+    """
+    optimizer.found_inf = 1.0 - finite.float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 class EMA:
@@ -304,5 +426,7 @@ def one_line_errors():
         ours = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent == here
         if not ours and not getattr(error, "filename", None):
             raise
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(5)                                                                  # rank 0 most often says the same, and torchrun then ends us
         print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2)

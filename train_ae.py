@@ -75,6 +75,7 @@ def get_args():
     # optimisation
     parser.add_argument("--steps", type=int, default=500_000)
     parser.add_argument("--batch_size", type=int, default=48, help="images per step over all processes")
+    parser.add_argument("--grad_accum", type=int, default=1, help="parts in which a process works through its share of the batch, to save memory")
     parser.add_argument("--lr", type=float, default=5e-5, help="of both networks; constant after the warm-up")
     parser.add_argument("--warmup_steps", type=int, default=2000)
     parser.add_argument("--weight_decay", type=float, default=0.005)
@@ -98,7 +99,9 @@ def check(args, config, world):
     need(args.image_size >= 16, f"--image_size {args.image_size}: must be at least 16")
     need(remainder == 0,
          f"--image_size {args.image_size}: must be a multiple of {config.reduction}, the reduction of --model {args.model}")
-    need(args.batch_size > 0 and args.batch_size % world == 0, f"--batch_size {args.batch_size}: must divide by the {world} processes")
+    need(args.grad_accum > 0, f"--grad_accum {args.grad_accum}: must be at least 1")
+    need(args.batch_size > 0 and args.batch_size % (world * args.grad_accum) == 0,
+         f"--batch_size {args.batch_size}: must be above 0 and divide by {world} processes times --grad_accum {args.grad_accum}")
     need("none" not in args.reg or args.reg == ["none"], "--reg none: stands alone, or leave it out")
     need(not {"vf", "uae"} <= set(args.reg), "--reg vf uae: both align the latent with the same features; choose one of them")
     pairs = [reg for reg in PAIRS if reg in args.reg]
@@ -199,17 +202,18 @@ def main():
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     # what may differ between the parts of a resumed run: where and how fast it runs, how often it reports, how long it lasts
     checkpoint = runtime.open_run(args.out, "ae", vars(args), args.resume, args.overwrite, free=(
-        "out", "resume", "overwrite", "device", "workers", "steps", "log_every", "eval_every", "keep_every", "preset", "encoder_source"))
+        "out", "resume", "overwrite", "device", "workers", "grad_accum", "steps", "log_every", "eval_every", "keep_every", "preset", "encoder_source"))
     say = print if rank == 0 else lambda *args, **kwargs: None
 
     train_set, val_set = open_data(args.data, args.image_size, val_images=args.val_images, seed=args.seed)
     torch.manual_seed(args.seed)                                                           # the initial weights; nothing else uses it
     ae = AutoencoderKL(config).to(device)
-    optimizer = torch.optim.AdamW(ae.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    adamw = lambda network: torch.optim.AdamW(network.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+    optimizer = adamw(ae)
     gan_on, lpips_on = args.gan_weight > 0 and args.gan_start < args.steps, args.lpips_weight > 0
     if gan_on:
         disc = PatchDiscriminator().to(device)
-        disc_optimizer = torch.optim.AdamW(disc.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+        disc_optimizer = adamw(disc)
     if lpips_on:
         with runtime.rank_zero_first():
             perceptual = PerceptualLoss().to(device)
@@ -220,7 +224,7 @@ def main():
         projection = torch.nn.Linear(config.latent_channels, encoder.width, bias=False).to(device)  # a bias could match the common part alone
         optimizer.add_param_group(dict(params=projection.parameters()))
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    start_step = 0
+    start_step, means = 0, {}
     if checkpoint:
         start_step = checkpoint["step"]
         ae.load_state_dict(checkpoint["model"])
@@ -230,6 +234,7 @@ def main():
         if gan_on and "disc" in checkpoint:
             disc.load_state_dict(checkpoint["disc"])
             disc_optimizer.load_state_dict(checkpoint["disc_optimizer"])
+        means = checkpoint["means"]
         say(f"resuming {args.out} at step {start_step}")
         del checkpoint                                                                     # gigabytes at paper scale
     networks = [ae] + ([disc] if gan_on else []) + ([projection] if aligned else [])
@@ -242,110 +247,125 @@ def main():
     say(f"global batch {args.batch_size} = {world} x {args.batch_size // world} on {device.type} in {args.dtype}; learning rate {args.lr:g}, "
         f"not rescaled; {args.steps:,} steps -> {args.out}")
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
-    log = runtime.RunLog(f"{args.out}/log.jsonl", start_step) if rank == 0 else None
+    log = runtime.RunLog(f"{args.out}/log.jsonl", rank, start_step, means)
     batches = train_batches(train_set, args.batch_size, start_step=start_step, seed=args.seed, rank=rank, world=world,
                             workers=args.workers, device=device)
-    losses, timed_step, clock = {}, start_step, time.perf_counter()
+    share = args.batch_size // world                                                       # images of this process per step
+    timed_step, clock = start_step, time.perf_counter()
     progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size, disable=rank > 0 or not sys.stderr.isatty())
 
-    for step in range(start_step, args.steps + 1):
-        last_step = step == args.steps
-        if last_step or step % args.eval_every == 0:
-            losses = {}                                                                    # a resumed run starts here with none, too
-            speed = (step - timed_step) * args.batch_size / (time.perf_counter() - clock)  # since the last validation
-            report = validate(ae, val_batches(val_set, args.batch_size, rank=rank, world=world, device=device), args, autocast)
-            if rank == 0:
-                log.write(step, **{f"val_{k}": v for k, v in report.items()})
-                progress.write(f"step {step}: PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f}, L1 {report['l1']:.4f}, "
-                               f"ESM divergence {report['esm']:.4f}, latent PSD ~ f^-{report['alpha']:.2f}"
-                               + (f", {speed:.1f} images/s" if step > start_step else ""), file=sys.stdout)
-                state = dict(stage="ae", step=step, args=vars(args), ae_config=dataclasses.asdict(config), model=ae.state_dict(),
-                             optimizer=optimizer.state_dict())
-                if aligned:
-                    state["projection"] = projection.state_dict()
-                if gan_on:
-                    state |= dict(disc=disc.state_dict(), disc_optimizer=disc_optimizer.state_dict())
-                runtime.save_checkpoint(f"{args.out}/ckpt.pt", state)
-                if args.keep_every > 0 and step % args.keep_every == 0:
-                    runtime.save_checkpoint(f"{args.out}/ckpt_{step}.pt", state)
-                first = torch.stack([val_set[i][0] for i in range(min(8, len(val_set)))]).to(device)
-                picture(ae, first / 127.5 - 1, f"{args.out}/reconstructions.png", autocast)
-            timed_step, clock = step, time.perf_counter()
-        if last_step:
-            break
+    def save(step):
+        """All of the run at this step into ckpt.pt; called on all processes."""
+        state = dict(stage="ae", step=step, args=vars(args), ae_config=dataclasses.asdict(config), model=ae.state_dict(),
+                     optimizer=optimizer.state_dict(), means=log.state())
+        if aligned:
+            state["projection"] = projection.state_dict()
+        if gan_on:
+            state |= dict(disc=disc.state_dict(), disc_optimizer=disc_optimizer.state_dict())
+        if rank == 0:
+            runtime.save_checkpoint(f"{args.out}/ckpt.pt", state)
+            if args.keep_every > 0 and step % args.keep_every == 0:
+                runtime.save_checkpoint(f"{args.out}/ckpt_{step}.pt", state)
 
-        # Everything random below is a function of (seed, step): see runtime.py
-        seed = runtime.step_seed(args.seed, step)
-        rng, generator = random.Random(seed), torch.Generator(device).manual_seed(seed)
-        gan_now = gan_on and step >= args.gan_start
-        train_ae = not gan_now or args.gan_every_step or step % 2 == 0
-        train_disc = gan_now and (args.gan_every_step or step % 2 == 1)
+    with runtime.StopSignal() as stop:
+        for step in range(start_step, args.steps + 1):
+            last_step = step == args.steps
+            if stop.asked():
+                save(step)
+                say(f"{stop.name or 'a signal to another process'}: stopped before step {step} of {args.steps}, {args.out}/ckpt.pt is written; "
+                    "the same command with --resume continues")
+                break
+            if last_step or step % args.eval_every == 0:
+                speed = (step - timed_step) * args.batch_size / (time.perf_counter() - clock)  # since the last validation
+                report = validate(ae, val_batches(val_set, args.batch_size, rank=rank, world=world, device=device), args, autocast)
+                log.line(step, **{f"val_{k}": v for k, v in report.items()})
+                save(step)
+                if rank == 0:
+                    progress.write(f"step {step}: PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f}, L1 {report['l1']:.4f}, "
+                                   f"ESM divergence {report['esm']:.4f}, latent PSD ~ f^-{report['alpha']:.2f}"
+                                   + (f", {speed:.1f} images/s" if step > start_step else ""), file=sys.stdout)
+                    first = torch.stack([val_set[i][0] for i in range(min(8, len(val_set)))]).to(device)
+                    picture(ae, first / 127.5 - 1, f"{args.out}/reconstructions.png", autocast)
+                timed_step, clock = step, time.perf_counter()
+            if last_step:
+                say(f"latents: std {report['latent_std']:.3f}, PSD ~ f^-{report['alpha']:.2f} (images at that size: f^-{report['alpha_image']:.2f}), "
+                    f"divergence from the target flattened by gamma {args.gamma:g}: {report['esm']:.4f}")
+                say(f"wrote {args.out}/ckpt.pt, log.jsonl, reconstructions.png")
+                break
 
-        images, _, _ = next(batches)                                                       # (b, 3, H, W) in [-1, 1]
-        image_scale, pair = draw_pair(args, rng)
-        if image_scale < 1:
-            images = scale_images(images, image_scale, config.reduction)
-        with torch.set_grad_enabled(train_ae), autocast():                                 # a discriminator step keeps no graph here
-            posterior = ae.encode(images)
-            noise = runtime.sharded_randn(posterior.mean.shape, generator, rank, world)
-            latents = posterior.sample(noise)                                              # (b, C, h, w)
-            target, z = pair(images, latents)                                              # images and latents unless dsm, se or eq
-            recon = ae.decode(z)
+            # Everything random below is a function of (seed, step): see runtime.py
+            seed = runtime.step_seed(args.seed, step)
+            rng, generator = random.Random(seed), torch.Generator(device).manual_seed(seed)
+            gan_now = gan_on and step >= args.gan_start
+            train_ae = not gan_now or args.gan_every_step or step % 2 == 0
+            train_disc = gan_now and (args.gan_every_step or step % 2 == 1)
 
-        if train_ae:
-            losses["l1"] = F.l1_loss(recon.float(), target)
-            rec_loss = losses["l1"]
-            if lpips_on:
-                losses["lpips"] = perceptual(recon, target)
-                rec_loss = rec_loss + args.lpips_weight * losses["lpips"]
-            loss = rec_loss
-            if "esm" in args.reg:
-                losses["esm"] = esm_loss(images, latents, args.gamma)
-                loss = loss + args.esm_weight * losses["esm"]
-            if {"kl", "eq", "vf"} & set(args.reg):
-                losses["kl"] = kl_loss(posterior.mean, posterior.logvar)
-                loss = loss + args.kl_weight * losses["kl"]
-            if aligned:
-                grid = latents.shape[-2:]
-                features, cells = encoder(images, grid), projection(latents.flatten(2).transpose(1, 2))  # (b, h*w, D) both
-                losses["align"] = vf_loss(cells, features) if "vf" in args.reg else low_freq_align_loss(cells, features, grid, args.uae_cutoff)
-                losses["align_weight"] = adaptive_weight(rec_loss, losses["align"], ae.encoder_last_layer, runtime.mean_over_processes)
-                loss = loss + args.align_weight * losses["align_weight"] * losses["align"]
-            if gan_now:
-                disc.requires_grad_(False)
-                with autocast():
-                    losses["gan"] = hinge_g_loss(disc(recon))
-                losses["gan_weight"] = adaptive_weight(rec_loss, losses["gan"], ae.last_layer, runtime.mean_over_processes)
-                loss = loss + args.gan_weight * losses["gan_weight"] * losses["gan"]
-                disc.requires_grad_(True)
-            loss.backward()
-            runtime.average_gradients(trained)
-            losses["loss"] = loss
-            losses["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, args.clip_grad)
-            warm_up(optimizer, args, step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if train_disc:
-            with autocast():
-                losses["disc"] = hinge_d_loss(disc(target), disc(recon.detach()))
-            losses["disc"].backward()
-            runtime.average_gradients(disc.parameters())
-            torch.nn.utils.clip_grad_norm_(disc.parameters(), args.clip_grad)
-            warm_up(disc_optimizer, args, (step - args.gan_start) // (1 if args.gan_every_step else 2))
-            disc_optimizer.step()
-            disc_optimizer.zero_grad(set_to_none=True)
+            batch, _, _ = next(batches)                                                    # (share, 3, H, W) in [-1, 1]
+            image_scale, pair = draw_pair(args, rng)
+            if image_scale < 1:
+                batch = scale_images(batch, image_scale, config.reduction)
+            h, w = (side // config.reduction for side in batch.shape[-2:])
+            draws = runtime.sharded_randn((share, config.latent_channels, h, w), generator, rank, world)
+            for images, noise in zip(batch.chunk(args.grad_accum), draws.chunk(args.grad_accum)):  # (b, ...) each: what fits the memory
+                losses = {}
+                with torch.set_grad_enabled(train_ae), autocast():                         # a discriminator step keeps no graph here
+                    posterior = ae.encode(images)
+                    latents = posterior.sample(noise)                                      # (b, C, h, w)
+                    target, z = pair(images, latents)                                      # images and latents unless dsm, se or eq
+                    recon = ae.decode(z)
 
-        losses = {name: value.detach() for name, value in losses.items()}                  # the latest value of each term, until logged
-        progress.update(1)
-        if step % args.log_every == 0:
-            losses, means = {}, runtime.all_mean(losses)
-            if rank == 0:
-                log.write(step, **means)
+                if train_ae:
+                    losses["l1"] = F.l1_loss(recon.float(), target)
+                    rec_loss = losses["l1"]
+                    if lpips_on:
+                        losses["lpips"] = perceptual(recon, target)
+                        rec_loss = rec_loss + args.lpips_weight * losses["lpips"]
+                    loss = rec_loss
+                    if "esm" in args.reg:
+                        losses["esm"] = esm_loss(images, latents, args.gamma)
+                        loss = loss + args.esm_weight * losses["esm"]
+                    if {"kl", "eq", "vf"} & set(args.reg):
+                        losses["kl"] = kl_loss(posterior.mean, posterior.logvar)
+                        loss = loss + args.kl_weight * losses["kl"]
+                    if aligned:
+                        grid = latents.shape[-2:]
+                        features, cells = encoder(images, grid), projection(latents.flatten(2).transpose(1, 2))  # (b, h*w, D) both
+                        losses["align"] = vf_loss(cells, features) if "vf" in args.reg else low_freq_align_loss(cells, features, grid, args.uae_cutoff)
+                        losses["align_weight"] = adaptive_weight(rec_loss, losses["align"], ae.encoder_last_layer, runtime.mean_over_processes)
+                        loss = loss + args.align_weight * losses["align_weight"] * losses["align"]
+                    if gan_now:
+                        disc.requires_grad_(False)
+                        with autocast():
+                            losses["gan"] = hinge_g_loss(disc(recon))
+                        losses["gan_weight"] = adaptive_weight(rec_loss, losses["gan"], ae.last_layer, runtime.mean_over_processes)
+                        loss = loss + args.gan_weight * losses["gan_weight"] * losses["gan"]
+                        disc.requires_grad_(True)
+                    (loss / args.grad_accum).backward()
+                    losses["loss"] = loss
+                if train_disc:
+                    with autocast():
+                        losses["disc"] = hinge_d_loss(disc(target), disc(recon.detach()))
+                    (losses["disc"] / args.grad_accum).backward()
+                log.add(step, losses)
+
+            if train_ae:
+                runtime.average_gradients(trained)
+                grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_grad)
+                warm_up(optimizer, args, step)
+                log.add(step, dict(grad_norm=grad_norm))
+                runtime.step_if(log.finite(step), optimizer)
+            if train_disc:
+                runtime.average_gradients(disc.parameters())
+                grad_norm = torch.nn.utils.clip_grad_norm_(disc.parameters(), args.clip_grad)
+                warm_up(disc_optimizer, args, (step - args.gan_start) // (1 if args.gan_every_step else 2))
+                log.add(step, dict(disc_grad_norm=grad_norm))
+                runtime.step_if(log.finite(step), disc_optimizer)
+
+            progress.update(1)
+            if step % args.log_every == 0:
+                means = log.write(step)
                 progress.set_postfix({k: f"{v:.4g}" for k, v in means.items() if k in ("l1", "esm", "kl")})
     progress.close()
-    say(f"latents: std {report['latent_std']:.3f}, PSD ~ f^-{report['alpha']:.2f} (images at that size: f^-{report['alpha_image']:.2f}), "
-        f"divergence from the target flattened by gamma {args.gamma:g}: {report['esm']:.4f}")
-    say(f"wrote {args.out}/ckpt.pt, log.jsonl, reconstructions.png")
     runtime.barrier()
 
 

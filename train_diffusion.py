@@ -73,6 +73,7 @@ def get_args():
     # optimisation
     parser.add_argument("--steps", type=int, default=500_000)
     parser.add_argument("--batch_size", type=int, default=256, help="latents per step over all processes")
+    parser.add_argument("--grad_accum", type=int, default=1, help="parts in which a process works through its share of the batch, to save memory")
     parser.add_argument("--lr", type=float, default=2e-4, help="constant after the warm-up, never rescaled")
     parser.add_argument("--beta2", type=float, default=0.99, help="AdamW's second beta; the first is 0.99 for UViT, 0.9 for SiT")
     parser.add_argument("--weight_decay", type=float, default=0.03)
@@ -97,9 +98,11 @@ def check(args, world):
         if not condition:
             raise ValueError(message)
 
-    for name in ("batch_size", "encode_batch"):
+    for name, parts in (("batch_size", args.grad_accum), ("encode_batch", 1)):
         value = getattr(args, name)
-        need(value > 0 and value % world == 0, f"--{name} {value}: must be above 0 and divide by the {world} processes")
+        need(parts > 0, f"--grad_accum {parts}: must be at least 1")
+        need(value > 0 and value % (world * parts) == 0, f"--{name} {value}: must be above 0 and divide by {world} processes"
+             + f" times --grad_accum {parts}" * (parts > 1))
     for name, low, high in (("label_dropout", 0, 1), ("beta2", 0, 1), ("ema", 0, 1), ("weight_decay", 0, math.inf), ("seed", 0, 2 ** 63),
                             ("workers", 0, 1024), ("warmup_steps", 0, math.inf), ("steps", 0, math.inf), ("cfg", 0, math.inf),
                             ("sample_steps", 2, 1000), ("repa_weight", 0, math.inf), ("repa_depth", 1, 999)):
@@ -160,7 +163,7 @@ def main():
     if image_size <= 0 or image_size % ae.config.reduction:
         raise ValueError(f"--image_size {image_size}: must be a multiple of {ae.config.reduction}, the reduction of {args.ae}")
     checkpoint = runtime.open_run(args.out, "diffusion", vars(args), args.resume, args.overwrite, free=(
-        "out", "resume", "overwrite", "device", "workers", "steps", "log_every", "eval_every", "keep_every", "preset", "compile", "cache",
+        "out", "resume", "overwrite", "device", "workers", "steps", "log_every", "eval_every", "keep_every", "preset", "compile", "cache", "grad_accum",
         "encode_batch", "sample_steps", "cfg", "encoder_source"))
     train_set, _ = open_data(data, image_size, seed=trained.get("seed", 0))
     num_classes = len(train_set.classes) if args.num_classes == -1 else args.num_classes
@@ -190,10 +193,11 @@ def main():
         raise ValueError(f"--cfg {args.cfg}: an unconditional model has no null class to guide away from; leave --cfg at 1")
     uvit = args.model.startswith("UViT")
     process = DDPM() if uvit else Interpolant()
-    optimizer = torch.optim.AdamW(trained_parameters, lr=args.lr, betas=(0.99 if uvit else 0.9, args.beta2), weight_decay=args.weight_decay)
-    start_step = 0
+    optimizer = torch.optim.AdamW(trained_parameters, lr=args.lr, betas=(0.99 if uvit else 0.9, args.beta2), weight_decay=args.weight_decay,
+                                  fused=True)
+    start_step, means = 0, {}
     if checkpoint:
-        start_step = checkpoint["step"]
+        start_step, means = checkpoint["step"], checkpoint["means"]
         for name in ("autoencoder", "images"):
             if checkpoint[name] != cache.meta[name]:
                 raise ValueError(f"--resume: the {name} changed since {args.out}/ckpt.pt was written; restore it, or name another --out")
@@ -218,67 +222,81 @@ def main():
         f"{num_classes or 'no'} classes; images: {data or 'built-in'} at {image_size} px")
     say(f"global batch {args.batch_size} = {world} x {args.batch_size // world} on {device.type} in {args.dtype}; learning rate {args.lr:g}, "
         f"not rescaled; {args.steps:,} steps -> {args.out}")
-    log = runtime.RunLog(f"{args.out}/log.jsonl", start_step) if rank == 0 else None
+    log = runtime.RunLog(f"{args.out}/log.jsonl", rank, start_step, means)
     batches = cache.batches(args.batch_size, start_step, args.seed, rank, world, device)
     if aligned:                                                                            # the same stream, so the same images and mirrors
         image_batches = train_batches(take(train_set, cache.rows), args.batch_size, start_step, args.seed, rank, world, args.workers, device)
     progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size, disable=rank > 0 or not sys.stderr.isatty())
 
-    for step in range(start_step, args.steps + 1):
-        last_step = step == args.steps
-        if rank == 0 and (last_step or step % args.eval_every == 0):
-            state = dict(stage="diffusion", step=step, args=vars(args), model_name=args.model, model_args=model_args,
-                         model=model.state_dict(), projector=projector.state_dict() if aligned else None, ema=ema.shadow, optimizer=optimizer.state_dict(), ae=str(args.ae),
-                         data=data, image_size=image_size, data_seed=trained.get("seed", 0), autoencoder=cache.meta["autoencoder"],
-                         images=cache.meta["images"], latent_mean=cache.mean, latent_std=cache.std)
+    def save(step):
+        """All of the run at this step into ckpt.pt; called on all processes."""
+        state = dict(stage="diffusion", step=step, args=vars(args), model_name=args.model, model_args=model_args, model=model.state_dict(),
+                     projector=projector.state_dict() if aligned else None, ema=ema.shadow, optimizer=optimizer.state_dict(),
+                     means=log.state(), ae=str(args.ae), data=data, image_size=image_size, data_seed=trained.get("seed", 0),
+                     autoencoder=cache.meta["autoencoder"], images=cache.meta["images"], latent_mean=cache.mean, latent_std=cache.std)
+        if rank == 0:
             runtime.save_checkpoint(f"{args.out}/ckpt.pt", state)
             if args.keep_every > 0 and step % args.keep_every == 0:
                 runtime.save_checkpoint(f"{args.out}/ckpt_{step}.pt", state)
-            averaged.load_state_dict(ema.shadow)
-            picture_grid(sample_grid(averaged, process, ae, args, device, shape, autocast), f"{args.out}/samples.png")
-        if last_step:
-            break
 
-        # Everything random below is a function of (seed, step): see runtime.py
-        generator = torch.Generator(device).manual_seed(runtime.step_seed(args.seed, step))
-        posterior, labels, indices, _ = next(batches)
-        noise = runtime.sharded_randn(posterior.mean.shape, generator, rank, world)
-        z = ae.normalize(posterior.sample(noise))                                          # (b, C, h, w), std 1
-        with autocast():
-            loss = process.loss(forward, z, labels if num_classes else None, generator=generator, label_dropout=args.label_dropout,
-                                share=(rank, world), return_hidden=args.repa_depth if aligned else None)
-        losses = dict(loss=loss)
-        if aligned:
-            losses["loss"], tokens = loss                                                  # scalar, (b, T, D) after block repa_depth
-            images, _, positions = next(image_batches)
-            if (cache.rows[positions] != indices).any():                                   # another one came in its place
-                lost = train_set.name(indices[cache.rows[positions] != indices][0])
-                raise ValueError(f"--data {data}: {lost} is in the latent cache, but can no longer be read; restore it and --resume")
-            target = filter_target(encoder(images, model.grid), target_kind, model.grid, args.dog_sigma1, args.dog_sigma2, args.norm_std)
-            with autocast():
-                projected = projector(tokens, model.grid)
-            losses["align"] = alignment_loss(projected, target)
-            (losses["loss"] + args.repa_weight * losses["align"]).backward()
-        else:
-            losses["loss"].backward()
-        runtime.average_gradients(trained_parameters)
-        losses["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained_parameters, args.clip_grad)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(model, step)
+    with runtime.StopSignal() as stop:
+        for step in range(start_step, args.steps + 1):
+            last_step = step == args.steps
+            stopping = stop.asked()
+            if stopping or last_step or step % args.eval_every == 0:
+                save(step)
+            if stopping:
+                say(f"{stop.name or 'a signal to another process'}: stopped before step {step} of {args.steps}, {args.out}/ckpt.pt is written; "
+                    "the same command with --resume continues")
+                break
+            if rank == 0 and (last_step or step % args.eval_every == 0):
+                averaged.load_state_dict(ema.shadow)
+                picture_grid(sample_grid(averaged, process, ae, args, device, shape, autocast), f"{args.out}/samples.png")
+            if last_step:
+                say(f"wrote {args.out}/ckpt.pt, log.jsonl, samples.png")
+                break
 
-        progress.update(1)
-        if step % args.log_every == 0:
-            losses = runtime.all_mean(losses)
-            if rank == 0:
-                log.write(step, **losses)
-                progress.set_postfix(loss=f"{losses['loss']:.4f}")
-                if step % (10 * args.log_every) == 0:
-                    progress.write(f"step {step}: loss {losses['loss']:.4f}", file=sys.stdout)
+            # Everything random below is a function of (seed, step): see runtime.py
+            generator = torch.Generator(device).manual_seed(runtime.step_seed(args.seed, step))
+            posterior, labels, indices, _ = next(batches)
+            noise = runtime.sharded_randn(posterior.mean.shape, generator, rank, world)
+            latents, state = ae.normalize(posterior.sample(noise)), generator.get_state()      # (share, C, h, w), std 1
+            if aligned:
+                images, _, positions = next(image_batches)
+                if (cache.rows[positions] != indices).any():                               # another one came in its place
+                    lost = train_set.name(indices[cache.rows[positions] != indices][0])
+                    raise ValueError(f"--data {data}: {lost} is in the latent cache, but can no longer be read; restore it and --resume")
+            for part in range(args.grad_accum):                                            # (b, ...) each: what fits the memory
+                mine = slice(part * len(latents) // args.grad_accum, (part + 1) * len(latents) // args.grad_accum)
+                generator.set_state(state)                                                 # each part draws for the global batch, takes its own
+                with autocast():
+                    loss = process.loss(forward, latents[mine], labels[mine] if num_classes else None, generator, args.label_dropout,
+                                        args.repa_depth if aligned else None, (rank * args.grad_accum + part, world * args.grad_accum))
+                losses = dict(loss=loss)
+                if aligned:
+                    losses["loss"], tokens = loss                                          # scalar, (b, T, D) after block repa_depth
+                    target = filter_target(encoder(images[mine], model.grid), target_kind, model.grid, args.dog_sigma1, args.dog_sigma2, args.norm_std)
+                    with autocast():
+                        projected = projector(tokens, model.grid)
+                    losses["align"] = alignment_loss(projected, target)
+                total = losses["loss"] + args.repa_weight * losses["align"] if aligned else losses["loss"]
+                (total / args.grad_accum).backward()
+                log.add(step, losses)
+            runtime.average_gradients(trained_parameters)
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained_parameters, args.clip_grad)
+            log.add(step, dict(grad_norm=grad_norm))
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
+            runtime.step_if(log.finite(step), optimizer)
+            ema.update(model, step)
+
+            progress.update(1)
+            if step % args.log_every == 0:
+                means = log.write(step)
+                progress.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
+                if rank == 0 and step % (10 * args.log_every) == 0:
+                    progress.write(f"step {step}: loss {means.get('loss', math.nan):.4f}", file=sys.stdout)
     progress.close()
-    say(f"wrote {args.out}/ckpt.pt, log.jsonl, samples.png")
     runtime.barrier()
 
 

@@ -68,11 +68,11 @@ def test_log_continues_without_gaps_or_repeats(tmp_path):
     path = tmp_path / "log.jsonl"
     log = runtime.RunLog(path)
     for step in range(6):
-        log.write(step, loss=step / 10)
+        log.line(step, loss=step / 10)
     log.file.write('{"step": 6, "lo')
     log.file.close()
     log = runtime.RunLog(path, start_step=4)
-    log.write(4, loss=0.4)
+    log.line(4, loss=0.4)
     log.file.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
 
@@ -113,7 +113,11 @@ p = [torch.nn.Parameter(torch.zeros(3, 5)), torch.nn.Parameter(torch.zeros(9 * 2
 p[0].grad, p[1].grad = torch.full((3, 5), float(rank)), torch.full((9 * 2 ** 20,), 1.0 + rank)
 runtime.average_gradients(p)
 assert p[0].grad.eq(0.5).all() and p[1].grad.eq(1.5).all() and p[2].grad is None
-assert runtime.all_mean(dict(a=torch.tensor(rank), b=1.0)) == dict(a=0.5, b=1.0)
+log = runtime.RunLog({str(tmp_path / "log.jsonl")!r}, rank)
+log.add(0, dict(a=torch.tensor(rank), b=torch.tensor(float("nan") if rank == 1 else 1.0)))
+assert not log.finite(0)
+log.add(1, dict(a=torch.tensor(rank + 2)))
+assert log.finite(1) and log.write(1) == dict(a=1.5, b=1.0)
 runtime.stop_processes()
 """)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
