@@ -1,7 +1,12 @@
 """The tests import the flat modules from the folder above. Fixtures: a fixed seed, small material, planted Inception weights."""
+import contextlib
+import multiprocessing
 import os
 import pathlib
+import resource
+import socket
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +15,10 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="the whole stress tests: every method, more kills, thousands of steps")
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +30,62 @@ def run(module, *flags, monkeypatch):
     """module.main() in this process, with these flags on its command line."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
     module.main()
+
+
+# A script in a process of its own, forked from a server that has imported everything: it starts in a second and can be killed.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["conftest", "train_ae", "train_diffusion", "evaluate"])
+
+
+def _child(module, argv, cwd, output, environment, largest_file, patch):
+    os.environ.update(environment)
+    os.chdir(cwd)
+    with open(output, "a", buffering=1) as sys.stdout:
+        sys.stderr = sys.stdout
+        os.dup2(sys.stdout.fileno(), 1), os.dup2(sys.stdout.fileno(), 2)
+        torch.set_num_threads(1)
+        if largest_file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))       # writing more fails as on a full disk
+        import runtime
+        script = __import__(module)
+        if patch:
+            patch(script)
+        sys.argv = [f"{module}.py", *argv]
+        with runtime.one_line_errors():
+            script.main()
+
+
+def start(module, *flags, cwd, output, rank=0, world=1, port=None, largest_file=None, patch=None):
+    """Start module.main() with these flags, as one of `world` gloo processes if port is given; returns the process."""
+    group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) if port else {}
+    process = SERVER.Process(target=_child, args=(module, [str(flag) for flag in flags], str(cwd), str(output), group, largest_file, patch))
+    process.start()
+    return process
+
+
+def run_ranks(world, module, *flags, cwd, output, patch=None, timeout=120):
+    """The same on `world` processes to the end; AssertionError with their output unless all exit with 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1] if world > 1 else None
+    ranks = [start(module, *flags, cwd=cwd, output=f"{output}.{rank}", rank=rank, world=world, port=port, patch=patch) for rank in range(world)]
+    stop = time.monotonic() + timeout
+    for process in ranks:
+        process.join(max(0, stop - time.monotonic()))
+    with contextlib.suppress(AttributeError):
+        [process.kill() for process in ranks if process.is_alive()]
+    assert [process.exitcode for process in ranks] == [0] * world, "".join(pathlib.Path(f"{output}.{rank}").read_text() for rank in range(world))
+
+
+def same(a, b):
+    """Equality, bit for bit, of nested dicts and lists of tensors and plain values."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
 
 
 @pytest.fixture(scope="session")

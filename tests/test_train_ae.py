@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train_ae
-from conftest import ROOT
+from conftest import ROOT, same
 from vae import load_autoencoder
 
 TINY = ["--preset", "quick", "--image_size", "32", "--batch_size", "4", "--val_images", "6", "--workers", "0", "--device", "cpu",
@@ -31,17 +31,6 @@ def torchrun(out, processes, *flags):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return read_log(out)
-
-
-def same(a, b):
-    """Equality, bit for bit, of nested dicts and lists of tensors and plain values."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.mark.filterwarnings("ignore:.*untrained")

@@ -13,8 +13,7 @@ import dit
 import evaluate
 import runtime
 import train_diffusion
-from conftest import ROOT, run
-from test_train_ae import same
+from conftest import ROOT, run, same
 
 TINY = ["--preset", "quick", "--model", "SiT-tiny/4", "--batch_size", "4", "--device", "cpu", "--log_every", "1", "--eval_every", "100",
         "--warmup_steps", "2", "--sample_steps", "2", "--encode_batch", "8"]

@@ -1,0 +1,287 @@
+"""
+Nothing is lost: runs are killed at random moments, stopped by signals, put on full disks and fed with numbers that are not finite.
+`--long` kills every method, 36 times in all; without it two methods, 4 times.
+"""
+import json
+import os
+import pathlib
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import runtime
+import train_ae
+from conftest import ROOT, run, same, start
+
+TINY_AE = ("--preset quick --image_size 32 --batch_size 4 --val_images 4 --device cpu --log_every 2 --eval_every 3 --warmup_steps 2 --steps 12 "
+           "--encoder_source random --gan_weight 0.5 --gan_start 4").split()
+TINY_SIT = ("--preset quick --model SiT-tiny/4 --batch_size 4 --device cpu --log_every 2 --eval_every 3 --warmup_steps 2 --sample_steps 2 "
+            "--encode_batch 8 --steps 12").split()
+METHODS = {reg: ("train_ae", [*TINY_AE, "--reg", reg, *(["--image_size", "64"] if reg == "dsm" else ["--image_size", "96"] if reg in ("se", "eq") else [])])
+           for reg in ("none", "kl", "esm", "dsm", "se", "eq", "vf", "uae")}
+METHODS["diffusion with dog"] = ("train_diffusion", [*TINY_SIT, "--repa", "dog", "--repa_depth", "1", "--encoder_source", "random"])
+
+
+def command(method, material):
+    """(module, flags but for --out) of a short run."""
+    module, flags = METHODS[method]
+    if module == "train_diffusion":
+        flags = [*flags, "--ae", material / "ae" / "ckpt.pt", "--data", material / "images", "--cache", material / "stress_cache"]
+    return module, flags
+
+
+def finish(module, *flags, cwd, output, timeout=90):
+    process = start(module, *flags, cwd=cwd, output=output)
+    process.join(timeout)
+    assert process.exitcode == 0, pathlib.Path(output).read_text()
+
+
+def equal_runs(a, b):
+    """Checkpoints bit for bit but for the flags, logs byte for byte."""
+    first, second = (torch.load(out / "ckpt.pt", weights_only=True) for out in (a, b))
+    assert first.keys() == second.keys()
+    for part in set(first) - {"args"}:
+        assert same(first[part], second[part]), part
+    assert (a / "log.jsonl").read_text() == (b / "log.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def straight(material, tmp_path_factory):
+    """straight(method) -> (folder of an uninterrupted run, seconds it took)."""
+    done = {}
+
+    def get(method):
+        if method not in done:
+            out, clock = tmp_path_factory.mktemp("straight"), time.monotonic()
+            module, flags = command(method, material)
+            finish(module, *flags, "--out", out / "run", cwd=out, output=out / "output.txt")
+            done[method] = out / "run", time.monotonic() - clock
+        return done[method]
+    return get
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_random_moments(method, material, straight, tmp_path, request):
+    """SIGKILL, every second one while a checkpoint is being written, then a run to the end: the same as never having been killed."""
+    long = request.config.getoption("--long")
+    if not long and method not in ("kl", "diffusion with dog"):
+        pytest.skip("--long runs every method")
+    reference, seconds = straight(method)
+    (module, flags), out, rng = command(method, material), tmp_path / "run", random.Random(method)
+    while_writing = 0
+    for kill in range(4 if long else 2):
+        process, begin, wait = start(module, *flags, "--out", out, "--resume", cwd=tmp_path, output=tmp_path / "output.txt"), time.monotonic(), rng.uniform(0.1, 0.9)
+        while process.is_alive() and time.monotonic() < begin + (wait * seconds if kill % 2 else 2 * seconds):
+            if kill % 2 == 0 and time.monotonic() > begin + wait * seconds and list(out.glob(".ckpt.pt.*.tmp")):
+                while_writing += 1
+                break
+            time.sleep(0.0005)
+        process.kill()
+        process.join()
+        for line in (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else ():
+            json.loads(line)                                                               # parseable at any time
+        if (out / "ckpt.pt").exists():
+            torch.load(out / "ckpt.pt", weights_only=True)
+    finish(module, *flags, "--out", out, "--resume", cwd=tmp_path, output=tmp_path / "output.txt")
+    equal_runs(reference, out)
+    assert not list(out.glob(".*.tmp"))
+    print(f"{method}: {kill + 1} kills survived, {while_writing} in the middle of writing a checkpoint")
+
+
+@pytest.mark.parametrize("method, name", [("kl", "SIGTERM"), ("diffusion with dog", "SIGINT")])
+def test_signals_finish_the_step_and_save(method, name, material, straight, tmp_path):
+    """SIGTERM or Ctrl-C: exit code 0, a checkpoint of the very step, and the continued run equals one that never stopped."""
+    reference, _ = straight(method)
+    (module, flags), out = command(method, material), tmp_path / "run"
+    process = start(module, *flags, "--out", out, cwd=tmp_path, output=tmp_path / "output.txt")
+    while process.is_alive() and not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 2:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.Signals[name])
+    asked = time.monotonic()
+    process.join(60)
+    output = (tmp_path / "output.txt").read_text()
+    assert process.exitcode == 0 and time.monotonic() - asked < 20 and f"{name}: stopped before step" in output, output
+    assert 0 < torch.load(out / "ckpt.pt", weights_only=True)["step"] < 12
+    finish(module, *flags, "--out", out, "--resume", cwd=tmp_path, output=tmp_path / "output.txt")
+    equal_runs(reference, out)
+
+
+def test_torchrun_passes_the_signal_on(tmp_path):
+    """SIGTERM to torchrun, as at a pre-emption: both processes save the same step, end by themselves, and the run goes on from there."""
+    flags = [*TINY_AE, "--reg", "esm", "--steps", "100000", "--eval_every", "50000", "--gan_weight", "0", "--out", str(tmp_path / "run")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_ae.py", *flags]
+    process = subprocess.Popen(torchrun, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 4):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert "SIGTERM: stopped before step" in output and "--resume continues" in output, output
+    step = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"]
+    assert f"stopped before step {step} of" in output and step > 0
+
+
+@pytest.mark.parametrize("how", ["raises", "is killed"])
+def test_a_dying_process_ends_the_run_with_its_error(how, tmp_path, request):
+    """One of two processes fails in a step: torchrun ends the other one within a minute, and the reason is on the screen."""
+    if how == "is killed" and not request.config.getoption("--long"):
+        pytest.skip("--long runs it")
+    script = tmp_path / "dying.py"
+    script.write_text(f"""
+import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})
+import train_ae
+loss = train_ae.esm_loss
+def broken(images, latents, gamma, calls=[]):
+    calls.append(0)
+    if os.environ["RANK"] == "1" and len(calls) > 12:
+        if {how == "raises"}:
+            raise RuntimeError("the cable was pulled")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss(images, latents, gamma)
+train_ae.esm_loss = broken
+sys.argv[0] = "train_ae.py"
+with train_ae.runtime.one_line_errors():
+    train_ae.main()
+""")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *TINY_AE, "--reg", "esm",
+                "--gan_weight", "0", "--out", str(tmp_path / "run")]
+    begin = time.monotonic()
+    result = subprocess.run(torchrun, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert result.returncode != 0 and time.monotonic() - begin < 60
+    assert ("the cable was pulled" if how == "raises" else "SIGKILL") in result.stderr
+    assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] >= 0        # the last good checkpoint is whole
+
+
+# ---- full disks: a file-size limit answers a write with an error as a full disk does ---------------------------------------------
+
+def test_a_full_disk_keeps_the_checkpoint(straight, material, tmp_path):
+    """A checkpoint that does not fit: one line that names it, exit code 2, the previous one whole, no half-written file."""
+    module, flags = command("diffusion with dog", material)
+    out, output = tmp_path / "run", tmp_path / "output.txt"
+    finish(module, *flags, "--steps", 2, "--out", out, cwd=tmp_path, output=output)
+    before = (out / "ckpt.pt").read_bytes()
+    output.write_text("")
+    process = start(module, *flags, "--out", out, "--resume", cwd=tmp_path, output=output, largest_file=2 ** 20)
+    process.join(60)
+    errors = [line for line in output.read_text().splitlines() if line.startswith("train_diffusion.py:")]
+    assert process.exitcode == 2 and len(errors) == 1 and "ckpt.pt: cannot be written (File too large)" in errors[0], output.read_text()
+    assert "Traceback" not in output.read_text() and (out / "ckpt.pt").read_bytes() == before and not list(out.glob(".*.tmp"))
+    assert runtime.load_checkpoint(out / "ckpt.pt", "diffusion")["step"] == 2
+
+
+def test_a_damaged_checkpoint_falls_back_to_an_older_one(tmp_path, capsys):
+    """--resume takes the newest complete checkpoint: a cut ckpt.pt is named, and ckpt_10.pt, newer than ckpt_5.pt, is used."""
+    for name, step in (("ckpt_5", 5), ("ckpt_10", 10), ("ckpt", 12)):
+        runtime.save_checkpoint(tmp_path / f"{name}.pt", dict(stage="ae", step=step, args={}, x=torch.zeros(1000)))
+    os.truncate(tmp_path / "ckpt.pt", 500)
+    assert runtime.open_run(tmp_path, "ae", {}, resume=True, overwrite=False)["step"] == 10
+    assert "ckpt.pt: not a readable checkpoint" in capsys.readouterr().err
+    for name in ("ckpt_5", "ckpt_10"):
+        os.truncate(tmp_path / f"{name}.pt", 500)
+    with pytest.raises(ValueError, match="ckpt_5.pt: not a readable"):
+        runtime.open_run(tmp_path, "ae", {}, resume=True, overwrite=False)
+
+
+# ---- numbers go bad loudly -------------------------------------------------------------------------------------------------------
+
+def spoiled(function, bad, value=float("nan")):
+    """function, whose result is multiplied by `value` at the calls numbered in `bad`."""
+    calls = []
+
+    def wrapper(*args):
+        calls.append(0)
+        return function(*args) * (value if len(calls) - 1 in bad else 1.0)
+    return wrapper
+
+
+FLAGS = [*TINY_AE, "--reg", "esm", "--gan_weight", 0, "--eval_every", 100]
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
+    """esm is nan in step 5, after validation's 4 calls and 5 steps: weights, moments and counts of that step stay; it is in the log."""
+    run(train_ae, *FLAGS, "--steps", 5, "--out", tmp_path / "a", monkeypatch=monkeypatch)
+    monkeypatch.setattr(train_ae, "esm_loss", spoiled(train_ae.esm_loss, {4 + 5}))
+    run(train_ae, *FLAGS, "--steps", 6, "--out", tmp_path / "b", monkeypatch=monkeypatch)
+    a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in "ab")
+    weights = lambda checkpoint: {k: v for k, v in checkpoint["model"].items() if not k.startswith("latent_")}
+    state = lambda checkpoint: checkpoint["optimizer"]["state"]
+    assert b["step"] == 6 and same(weights(a), weights(b)) and same(state(a), state(b))
+    run(train_ae, *FLAGS, "--steps", 9, "--out", tmp_path / "b", "--resume", monkeypatch=monkeypatch)
+    lines = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
+    means = [line for line in lines if "loss" in line]
+    assert all(torch.tensor(list(line.values())).isfinite().all() for line in means)       # the others' mean
+
+
+def test_skipped_steps_are_logged_with_their_terms(tmp_path, monkeypatch):
+    """Inf in steps 1 and 2: a line each with the step, the terms and the count, before the line of means."""
+    monkeypatch.setattr(train_ae, "esm_loss", spoiled(train_ae.esm_loss, {4 + 1, 4 + 2}, float("inf")))
+    run(train_ae, *FLAGS, "--steps", 5, "--out", tmp_path, monkeypatch=monkeypatch)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    skipped = [line for line in lines if "not_finite" in line]
+    assert [(line["step"], line["skipped"]) for line in skipped] == [(1, 1), (2, 2)]
+    assert all(line["not_finite"] == ["esm", "grad_norm", "loss"] for line in skipped)
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
+    """Nine are survived, ten end the run with the step, the term and what to try; the checkpoint from before is kept."""
+    monkeypatch.setattr(train_ae, "esm_loss", spoiled(train_ae.esm_loss, set(range(4 + 1, 4 + 10))))
+    run(train_ae, *FLAGS, "--steps", 12, "--out", tmp_path / "nine", monkeypatch=monkeypatch)
+    monkeypatch.undo()
+    monkeypatch.setattr(train_ae, "esm_loss", spoiled(train_ae.esm_loss, set(range(4 + 1, 4 + 20))))
+    with pytest.raises(ValueError, match=r"step 10: esm, grad_norm, loss not finite, 10 steps in a row.*--lr"):
+        run(train_ae, *FLAGS, "--steps", 20, "--out", tmp_path / "ten", monkeypatch=monkeypatch)
+    assert runtime.load_checkpoint(tmp_path / "ten" / "ckpt.pt", "ae")["step"] == 0
+
+
+def test_a_loss_without_a_finite_value_but_with_a_finite_gradient_is_skipped_too(tmp_path):
+    """|inf - x| has the gradient 1: only the loss shows it."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    log = runtime.RunLog(tmp_path / "log.jsonl")
+    for step, loss in enumerate((float("inf"), 1.0)):
+        weight.grad = torch.ones(3)
+        log.add(step, dict(loss=torch.tensor(loss)))
+        runtime.step_if(log.finite(step), optimizer)
+        assert torch.equal(weight.detach(), torch.ones(3)) == (step == 0) and weight.grad is None
+    assert optimizer.state[weight]["step"] == 1
+
+
+def test_losses_that_stay_zero_are_reported(tmp_path, capsys):
+    """Ten lines of exact zeros: one message that names the term; a term that is small but not zero is left alone."""
+    log = runtime.RunLog(tmp_path / "log.jsonl")
+    for step in range(25):
+        log.add(step, dict(align=torch.tensor(0.0), loss=torch.tensor(1e-9)))
+        log.write(step)
+    errors = capsys.readouterr().err
+    assert errors.count("align was exactly 0") == 1 and "step 9" in errors and "loss was" not in errors
+
+
+# ---- long runs -------------------------------------------------------------------------------------------------------------------
+
+def test_three_thousand_steps_leak_nothing(tmp_path, request):
+    """Resident memory and file handles of a quick run every 300 steps; the second half grows by less than 5% over the first."""
+    if not request.config.getoption("--long"):
+        pytest.skip("--long runs it (five minutes)")
+    out, curve = tmp_path / "run", []
+    process = start("train_ae", "--preset", "quick", "--reg", "esm", "--steps", 3000, "--eval_every", 300, "--out", out, cwd=tmp_path,
+                    output=tmp_path / "output.txt")
+    while process.is_alive():
+        time.sleep(0.2)
+        step = max([json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines() if "psnr" in line], default=-1) \
+            if (out / "log.jsonl").exists() else -1
+        if step >= 0 and (not curve or step > curve[-1][0]):
+            pages = int(pathlib.Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+            curve.append((step, pages * resource.getpagesize() // 2 ** 20, len(os.listdir(f"/proc/{process.pid}/fd"))))
+    print("step, MiB, file handles:", curve)
+    assert process.exitcode == 0 and len(curve) >= 10
+    first, second = [entry for entry in curve if 0 < entry[0] <= 1500], [entry for entry in curve if entry[0] > 1500]
+    assert max(entry[1] for entry in second) < 1.05 * max(entry[1] for entry in first)
+    assert max(entry[2] for entry in second) <= max(entry[2] for entry in first)
+    assert "\r" not in (tmp_path / "output.txt").read_text()                               # no progress bar in a file
