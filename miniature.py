@@ -3,6 +3,7 @@ The paper's claims in miniature: Tables 2, 4, 7 and 8 on CIFAR-10 at 32 px, smal
 
     python miniature.py run --data cifar10       train and sample everything that is not there yet, then write assets/results/*.json
     python miniature.py table                    the README's tables from assets/results/ alone
+    python miniature.py figure                   assets/miniature_samples.png: samples of each method from the same noise
 
 Protocol, fixed before the first run:
     autoencoder   f2d4-tiny (0.17M), 1,500 steps of batch 16, lr 4e-3, L1 only (no LPIPS, no GAN), the weights of Table 5 for each --reg
@@ -25,7 +26,6 @@ import concurrent.futures
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 
@@ -35,6 +35,7 @@ import torch.nn.functional as F
 
 import runtime
 from data import open_data, train_batches, val_batches
+from figures import figure_rows
 from metrics import Moments, frechet_distance
 from repa import LabelNet
 
@@ -51,7 +52,13 @@ TABLES = {"Table 2": ["kl", "se", "eq", "esm", "dsm"], "Table 7": ["esm-gamma0.6
           "Table 8": ["dsm-0-4-6-8", "dsm", "dsm-0-12-13-14"], "Table 4": ["kl", "kl-repa", "kl-irepa", "kl-dog"]}
 
 
-def plan(data, out):
+CLAIMS = (("esm", "kl"), ("dsm", "kl"), ("dsm", "se"), ("se", "kl"), ("esm", "esm-gamma0.6"), ("esm", "esm-gamma1.4"), ("dsm", "dsm-0-4-6-8"),
+          ("dsm", "dsm-0-12-13-14"), ("kl-repa", "kl"), ("kl-irepa", "kl-repa"), ("kl-dog", "kl-irepa"))
+RESULTS = pathlib.Path(__file__).parent / "assets" / "results"
+MARKS = "<!-- miniature.py table -->", "<!-- end of miniature.py table -->"
+
+
+def plan():
     """The runs in order of importance: (name, seed, autoencoder's run, its flags, --repa)."""
     main = [(name, seed, f"{name}-s{seed}", METHODS[name], "none") for seed in (0, 1) for name in ("kl", "esm", "dsm", "se", "eq")]
     ablations = [(name, 0, f"{name}-s0", METHODS[name], "none") for name in METHODS if "-" in name]
@@ -59,26 +66,26 @@ def plan(data, out):
     return main + repa + ablations
 
 
-def run_one(job, data, out):
-    """One autoencoder, one diffusion model, its samples; every stage continues where an earlier call was stopped."""
-    name, seed, ae_run, ae_flags, repa = job
+def commands(name, seed, ae_run, ae_flags, repa, data, out):
+    """The three commands of a run, each a list of words; each continues where an earlier call was stopped."""
     ae, sit = out / "ae" / ae_run, out / "diffusion" / f"{name}-s{seed}"
-    common = ["--data", data, "--seed", str(seed)]
-    commands = [["train_ae.py", "--preset", "quick", *ae_flags.split(), *AE, *common, "--out", str(ae), "--resume"],
-                ["train_diffusion.py", "--preset", "quick", "--ae", f"{ae}/ckpt.pt", "--repa", repa, *SIT, "--seed", str(seed), "--out", str(sit),
-                 "--cache", str(out / "latents" / ae_run), "--resume"]
-                + (["--encoder_source", str(out / "labelnet.pt"), *REPA] if repa != "none" else []),
-                ["evaluate.py", "gen", "--preset", "quick", "--ckpt", f"{sit}/ckpt.pt", *GEN, "--results", str(sit / "gen.jsonl")]]
+    target = ["--encoder_source", str(out / "labelnet.pt"), *REPA] if repa != "none" else []
+    return [["train_ae.py", "--preset", "quick", *ae_flags.split(), *AE, "--data", data, "--seed", str(seed), "--out", str(ae), "--resume"],
+            ["train_diffusion.py", "--preset", "quick", "--ae", f"{ae}/ckpt.pt", "--repa", repa, *SIT, "--seed", str(seed), "--out", str(sit),
+             "--cache", str(out / "latents" / ae_run), "--resume", *target],
+            ["evaluate.py", "gen", "--preset", "quick", "--ckpt", f"{sit}/ckpt.pt", *GEN, "--results", str(sit / "gen.jsonl")]]
+
+
+def run_one(name, seed, ae_run, ae_flags, repa, data, out):
+    """One autoencoder, one diffusion model, its samples, unless they are there; what the scripts print goes to output.txt of the run."""
+    sit = out / "diffusion" / f"{name}-s{seed}"
     if (sit / "samples" / "samples.npz").exists():
-        return commands
+        return
     sit.mkdir(parents=True, exist_ok=True)
-    for command in commands:
-        if "--repa" in command and repa != "none":
-            assert (out / "labelnet.pt").exists(), "the target's network is trained first"
+    for command in commands(name, seed, ae_run, ae_flags, repa, data, out):
         with open(sit / "output.txt", "a") as file:
             subprocess.run([sys.executable, *command], check=True, stdout=file, stderr=file,
                            env=os.environ | {"OMP_NUM_THREADS": "1"})                      # the runs share the cores
-    return commands
 
 
 def train_labelnet(data, path, steps=6000, batch_size=64, seed=0):
@@ -105,31 +112,110 @@ def train_labelnet(data, path, steps=6000, batch_size=64, seed=0):
 
 
 @torch.no_grad()
-def features(net, batches):
-    """Moments of the pooled features over batches of images (b, 3, 32, 32) in [-1, 1]."""
-    moments = Moments(net.width, torch.device("cpu"))
+def pooled_moments(net, batches):
+    """Mean and covariance of the pooled features over batches of images (b, 3, 32, 32) in [-1, 1]."""
+    moments = Moments(net.width)
     for images in batches:
         moments.add(net.pooled(images))
-    return moments.mean_cov()
+    return moments.mean_cov()[1:]
+
+
+def collect(data, out):
+    """assets/results/NAME-sSEED.json for every finished run: its commands, hardware, commit, final numbers and loss curves."""
+    checkpoint = torch.load(out / "labelnet.pt", weights_only=True)
+    net = LabelNet(checkpoint["num_classes"]).eval()
+    net.load_state_dict(checkpoint["model"])
+    reference = None
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for name, seed, ae_run, ae_flags, repa in plan():
+        sit, path = out / "diffusion" / f"{name}-s{seed}", RESULTS / f"{name}-s{seed}.json"
+        if path.exists() or not (sit / "samples" / "samples.npz").exists():
+            continue
+        if reference is None:
+            train_set, _ = open_data(data, 32)
+            reference = pooled_moments(net, (images for images, _, _ in val_batches(train_set, 500)))
+        samples = torch.from_numpy(np.load(sit / "samples" / "samples.npz")["arr_0"]).movedim(-1, 1)  # (N, 3, 32, 32) uint8
+        gen = json.loads((sit / "gen.jsonl").read_text().splitlines()[-1])
+        logs = {stage: [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+                for stage, folder in (("ae", out / "ae" / ae_run), ("diffusion", sit))}
+        numbers = {k.removeprefix("val_"): v for k, v in logs["ae"][-1].items() if k != "step"}
+        numbers |= {k: v for k, v in gen.items() if k.startswith(("SWD", "spectral"))}
+        numbers["FD_cifar"] = frechet_distance(*pooled_moments(net, (samples / 127.5 - 1).split(500)), *reference)
+        curve = {stage: [[line["step"], round(line["loss"], 4)] for line in lines if "loss" in line][::10] for stage, lines in logs.items()}
+        result = dict(name=name, seed=seed, samples=len(samples), labelnet_accuracy=checkpoint["accuracy"], numbers=numbers, loss_curve=curve,
+                      commands=[" ".join(["python", *command]) for command in commands(name, seed, ae_run, ae_flags, repa, data, out)],
+                      **{k: gen[k] for k in ("commit", "hardware", "torch", "time")})
+        runtime.write_atomic(path, lambda file: file.write((json.dumps(result) + "\n").encode()))
+        print(f"wrote {path}: FD-cifar {numbers['FD_cifar']:.2f}")
+
+
+def verdict(results, better, worse):
+    """The protocol's rule for `better < worse` in FD-cifar, over the seeds that both have."""
+    pairs = [(results[better, seed], results[worse, seed]) for seed in (0, 1) if (better, seed) in results and (worse, seed) in results]
+    if not pairs:
+        return "not run"
+    a, b = ([pair[i]["numbers"]["FD_cifar"] for pair in pairs] for i in (0, 1))
+    gap, spread = np.mean(b) - np.mean(a), max(np.ptp(a), np.ptp(b))
+    if len(pairs) < 2:
+        return f"one seed, {'as' if gap > 0 else 'against'} the paper (gap {abs(gap):.2f}), undecided"
+    word = "agreement" if gap > spread else "contradiction" if gap < -spread else "undecided"
+    return f"{word}: gap {gap:+.2f}, spread between seeds {spread:.2f}"
+
+
+def table():
+    """The README's tables as markdown, from assets/results/ alone."""
+    results = {(r["name"], r["seed"]): r for r in (json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-s?.json")))}
+    if not results:
+        raise FileNotFoundError(f"{RESULTS}: no results yet; `python miniature.py run` makes them")
+    one = next(iter(results.values()))
+    lines = [f"{one['samples']:,} samples each; seeds side by side. FD-cifar: features of a network with {100 * one['labelnet_accuracy']:.1f}% accuracy on "
+             f"held-out images. Hardware: {one['hardware']}."]
+    columns = (("PSNR, dB", "psnr", 2), ("ESM divergence", "esm", 4), ("latent PSD exponent", "alpha", 2), ("FD-cifar", "FD_cifar", 2),
+               ("SWD 32 px", "SWD_32px", 1), ("spectral KL", "spectral_KL", 4))
+    for title, names in TABLES.items():
+        lines += ["", f"**{title}** in miniature", "", "| run | seeds | " + " | ".join(head for head, *_ in columns) + " |", "|---" * (len(columns) + 2) + "|"]
+        for name in names:
+            runs = [results[name, seed]["numbers"] for seed in (0, 1) if (name, seed) in results]
+            cells = [" / ".join(f"{run[key]:.{digits}f}" for run in runs) for _, key, digits in columns]
+            lines.append(f"| `{name}` | {len(runs)} | " + " | ".join(cells) + " |" if runs else f"| `{name}` | not run |" + " |" * len(columns))
+    lines += ["", "| the paper's ordering in generation | here, by the protocol's rule |", "|---|---|"]
+    return "\n".join(lines + [f"| `{better}` better than `{worse}` | {verdict(results, better, worse)} |" for better, worse in CLAIMS])
+
+
+def write_readme(text):
+    """Put the tables between their two marks in README.md."""
+    path = pathlib.Path(__file__).parent / "README.md"
+    readme = path.read_text()
+    begin, end = (readme.index(mark) for mark in MARKS)
+    runtime.write_atomic(path, lambda file: file.write((readme[:begin + len(MARKS[0])] + "\n" + text + "\n" + readme[end:]).encode()))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("command", choices=("run", "collect", "table", "figure"))
     parser.add_argument("--data", default="cifar10", help="cifar10, or a folder or zip of the same images by class")
     parser.add_argument("--out", default="out/miniature")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()
     out = pathlib.Path(args.out)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if args.command == "run" else torch.get_num_threads())
     if args.command == "run":
-        jobs = plan(args.data, out)
+        jobs = plan()
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            first = [pool.submit(run_one, job, args.data, out) for job in jobs[:2]]
+            first = [pool.submit(run_one, *job, args.data, out) for job in jobs[:2]]
             net = pool.submit(train_labelnet, args.data, out / "labelnet.pt")
-            rest = [pool.submit(run_one, job, args.data, out) for job in jobs[2:]]
+            rest = [pool.submit(run_one, *job, args.data, out) for job in jobs[2:]]
             for future in [*first, net, *rest]:
                 future.result()
+    if args.command in ("run", "collect"):
+        collect(args.data, out)
+    if args.command == "table":
+        write_readme(table())
+        print(table())
+    if args.command == "figure":
+        rows = {name: out / "diffusion" / f"{name}-s0" / "samples" / "samples.npz" for name in TABLES["Table 2"]}
+        rows = {name: torch.from_numpy(np.load(path)["arr_0"][:10]).movedim(-1, 1) / 255 for name, path in rows.items() if path.exists()}
+        figure_rows(rows, "assets/miniature_samples.png")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ for the GLOBAL batch and then sliced. So a resumed run, or one on another number
 import argparse
 import contextlib
 import datetime
+import functools
 import io
 import json
 import os
@@ -24,6 +25,7 @@ import traceback
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -373,6 +375,13 @@ def step_if(finite, optimizer):
     optimizer.zero_grad(set_to_none=True)
 
 
+def recompute(network, kinds):
+    """Every block of these classes forgets what it computed, and computes it again in the backward pass (torch.utils.checkpoint)."""
+    for block in network.modules():
+        if isinstance(block, kinds):
+            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+
+
 class EMA:
     """
     Exponential moving average of a model's parameters and buffers, float32. decay_t = min(decay, (1 + t) / (10 + t)) at the t-th
@@ -381,15 +390,16 @@ class EMA:
 
     def __init__(self, model, decay=0.9999):
         self.decay = decay
-        self.shadow = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        current = model.state_dict()                                                       # the model's own memory, now and later
+        self.shadow = {k: v.detach().clone() for k, v in current.items()}
+        floats = [k for k, v in current.items() if v.is_floating_point()]
+        self.pairs = [self.shadow[k] for k in floats], [current[k] for k in floats]
 
     @torch.no_grad()
-    def update(self, model, step):
+    def update(self, step):
         """step: optimiser steps done before this one, 0, 1, ..."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        current = model.state_dict()
-        floats = [k for k, v in self.shadow.items() if v.is_floating_point()]
-        torch._foreach_lerp_([self.shadow[k] for k in floats], [current[k] for k in floats], 1 - decay)
+        torch._foreach_lerp_(*self.pairs, 1 - decay)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

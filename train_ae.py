@@ -8,6 +8,7 @@ The argparse defaults are Table 5 for CelebA 256 (f16d16). A run lives in --out:
 The batch size is the GLOBAL batch over all processes, and the learning rate is never rescaled.
 """
 import argparse
+import contextlib
 import dataclasses
 import math
 import random
@@ -26,7 +27,7 @@ from losses import (DSM_MASKS, SCALES, PatchDiscriminator, PerceptualLoss, adapt
 from metrics import psnr, ssim
 from repa import load_encoder
 from spectral import fit_power_law, lowpass, match_resolution, power_spectrum, radial_profile
-from vae import CONFIGS, AutoencoderKL
+from vae import CONFIGS, AttnBlock, AutoencoderKL, ResnetBlock
 
 PRESETS = {
     "celeba-f16d16": {},                                                                   # the argparse defaults
@@ -49,6 +50,8 @@ def get_args():
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and every draw, >= 0")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: cuda when there is a GPU")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default=None, help="of the networks (default: bf16 on cuda, fp32 on cpu)")
+    parser.add_argument("--compile", choices=("on", "off"), default=None, help="torch.compile the networks (default: on on cuda, off on cpu)")
+    parser.add_argument("--grad_checkpoint", action="store_true", help="compute every block twice to keep less in memory")
     # data
     parser.add_argument("--data", default=None, help="folder, .zip, or cifar10 (default: built-in dead-leaves images)")
     parser.add_argument("--image_size", type=int, default=256, help="pixels a side")
@@ -202,7 +205,7 @@ def main():
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     # what may differ between the parts of a resumed run: where and how fast it runs, how often it reports, how long it lasts
     checkpoint = runtime.open_run(args.out, "ae", vars(args), args.resume, args.overwrite, free=(
-        "out", "resume", "overwrite", "device", "workers", "grad_accum", "steps", "log_every", "eval_every", "keep_every", "preset", "encoder_source"))
+        "out", "resume", "overwrite", "device", "compile", "grad_checkpoint", "workers", "grad_accum", "steps", "log_every", "eval_every", "keep_every", "preset", "encoder_source"))
     say = print if rank == 0 else lambda *args, **kwargs: None
 
     train_set, val_set = open_data(args.data, args.image_size, val_images=args.val_images, seed=args.seed)
@@ -240,6 +243,14 @@ def main():
     networks = [ae] + ([disc] if gan_on else []) + ([projection] if aligned else [])
     for network in networks:
         runtime.broadcast_parameters(network)
+    if args.grad_checkpoint:
+        runtime.recompute(ae, (ResnetBlock, AttnBlock))
+    if device.type == "cuda":                                                              # slower on a CPU: tests/benchmark.py
+        ae.to(memory_format=torch.channels_last)
+    compiled = (args.compile or ("on" if device.type == "cuda" else "off")) == "on"
+    if compiled:
+        for network in (ae.encoder, ae.decoder, *([disc] if gan_on else []), *([perceptual] if lpips_on else [])):
+            network.compile()
 
     say(f"{args.model}: {sum(p.numel() for p in ae.parameters()):,} parameters, {args.image_size} px -> {config.latent_channels} x "
         f"{args.image_size // config.reduction} x {args.image_size // config.reduction}; reg {' '.join(args.reg)}; {len(train_set):,} "
@@ -277,7 +288,8 @@ def main():
                 break
             if last_step or step % args.eval_every == 0:
                 speed = (step - timed_step) * args.batch_size / (time.perf_counter() - clock)  # since the last validation
-                report = validate(ae, val_batches(val_set, args.batch_size, rank=rank, world=world, device=device), args, autocast)
+                with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():  # not worth a compilation each size
+                    report = validate(ae, val_batches(val_set, args.batch_size, rank=rank, world=world, device=device), args, autocast)
                 log.line(step, **{f"val_{k}": v for k, v in report.items()})
                 save(step)
                 if rank == 0:
@@ -285,7 +297,8 @@ def main():
                                    f"ESM divergence {report['esm']:.4f}, latent PSD ~ f^-{report['alpha']:.2f}"
                                    + (f", {speed:.1f} images/s" if step > start_step else ""), file=sys.stdout)
                     first = torch.stack([val_set[i][0] for i in range(min(8, len(val_set)))]).to(device)
-                    picture(ae, first / 127.5 - 1, f"{args.out}/reconstructions.png", autocast)
+                    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+                        picture(ae, first / 127.5 - 1, f"{args.out}/reconstructions.png", autocast)
                 timed_step, clock = step, time.perf_counter()
             if last_step:
                 say(f"latents: std {report['latent_std']:.3f}, PSD ~ f^-{report['alpha']:.2f} (images at that size: f^-{report['alpha_image']:.2f}), "

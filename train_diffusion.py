@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import runtime
 from data import open_data, take, train_batches
-from dit import DDPM, MODELS, Interpolant, NoiseStream
+from dit import DDPM, MODELS, Interpolant, NoiseStream, SiTBlock, UViTBlock
 from figures import picture_grid
 from latents import LatentCache, autoencoder_hash, build_cache, images_hash
 from repa import DOG_SIGMAS, REPA_KINDS, Projector, alignment_loss, filter_target, load_encoder
@@ -48,7 +48,8 @@ def get_args():
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and every draw, >= 0")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: cuda when there is a GPU")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default=None, help="of the transformer (default: bf16 on cuda, fp32 on cpu)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer")
+    parser.add_argument("--compile", choices=("on", "off"), default=None, help="torch.compile the transformer (default: on on cuda, off on cpu)")
+    parser.add_argument("--grad_checkpoint", action="store_true", help="compute every block twice to keep less in memory")
     # data and latents
     parser.add_argument("--ae", default=None, help="ckpt.pt of train_ae.py, or released weights that vae.py reads (default: the newest "
                         "out/ae/<preset>-*/ckpt.pt)")
@@ -163,8 +164,8 @@ def main():
     if image_size <= 0 or image_size % ae.config.reduction:
         raise ValueError(f"--image_size {image_size}: must be a multiple of {ae.config.reduction}, the reduction of {args.ae}")
     checkpoint = runtime.open_run(args.out, "diffusion", vars(args), args.resume, args.overwrite, free=(
-        "out", "resume", "overwrite", "device", "workers", "steps", "log_every", "eval_every", "keep_every", "preset", "compile", "cache", "grad_accum",
-        "encode_batch", "sample_steps", "cfg", "encoder_source"))
+        "out", "resume", "overwrite", "device", "workers", "steps", "log_every", "eval_every", "keep_every", "preset", "compile", "grad_checkpoint", "cache",
+        "grad_accum",         "encode_batch", "sample_steps", "cfg", "encoder_source"))
     train_set, _ = open_data(data, image_size, seed=trained.get("seed", 0))
     num_classes = len(train_set.classes) if args.num_classes == -1 else args.num_classes
 
@@ -216,7 +217,10 @@ def main():
             ema.shadow[name].copy_(value)
         del checkpoint                                                                     # gigabytes at paper scale
     averaged = MODELS[args.model](**model_args).to(device).eval().requires_grad_(False)    # carries the EMA weights for sampling
-    forward = torch.compile(model) if args.compile else model
+    if args.grad_checkpoint:
+        runtime.recompute(model, (SiTBlock, UViTBlock))
+    if (args.compile or ("on" if device.type == "cuda" else "off")) == "on":
+        model.compile()
 
     say(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on latents of {shape[0]} x {side} x {side}, "
         f"{num_classes or 'no'} classes; images: {data or 'built-in'} at {image_size} px")
@@ -270,7 +274,7 @@ def main():
                 mine = slice(part * len(latents) // args.grad_accum, (part + 1) * len(latents) // args.grad_accum)
                 generator.set_state(state)                                                 # each part draws for the global batch, takes its own
                 with autocast():
-                    loss = process.loss(forward, latents[mine], labels[mine] if num_classes else None, generator, args.label_dropout,
+                    loss = process.loss(model, latents[mine], labels[mine] if num_classes else None, generator, args.label_dropout,
                                         args.repa_depth if aligned else None, (rank * args.grad_accum + part, world * args.grad_accum))
                 losses = dict(loss=loss)
                 if aligned:
@@ -288,7 +292,7 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
             runtime.step_if(log.finite(step), optimizer)
-            ema.update(model, step)
+            ema.update(step)
 
             progress.update(1)
             if step % args.log_every == 0:

@@ -85,7 +85,7 @@ def test_ema_arithmetic():
     torch.nn.init.ones_(model.weight)
     expected = 0.0
     for step in range(20):
-        ema.update(model, step)
+        ema.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * 1.0
         assert abs(ema.shadow["weight"].item() - expected) < 1e-6

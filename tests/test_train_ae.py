@@ -125,6 +125,17 @@ def test_discriminator_step_keeps_no_graph_through_the_autoencoder(tmp_path, mon
     assert True in training and training.count(True) == 1                                  # step 0 alone; step 1 and validation not
 
 
+@pytest.mark.parametrize("flag", [["--grad_checkpoint"], ["--compile", "on"]])
+def test_what_saves_memory_or_time_changes_no_number(flag, tmp_path, monkeypatch, request):
+    """Blocks computed twice, or compiled: the log of the plain run (bit for bit, or to float tolerance), validation included."""
+    if flag[0] == "--compile" and not request.config.getoption("--long"):
+        pytest.skip("--long compiles (a minute or two)")
+    flags = ["--reg", "esm", "--steps", 5]
+    plain = train(tmp_path / "plain", *flags, monkeypatch=monkeypatch)
+    for a, b in zip(plain, train(tmp_path / "other", *flags, *flag, monkeypatch=monkeypatch)):
+        assert a == pytest.approx(b, rel=0 if flag[0] == "--grad_checkpoint" else 1e-2)
+
+
 @pytest.mark.parametrize("flags, culprit", [
     (["--image_size", "31"], "--image_size 31"), (["--image_size", "8"], "--image_size 8"), (["--reg", "dsm", "--image_size", "40"], "--reg dsm"), (["--reg", "dsm", "se"], "--reg dsm se"),
     (["--reg", "none", "kl"], "--reg none"), (["--reg", "vf", "uae"], "--reg vf uae"), (["--reg", "uae", "--uae_cutoff", "0"], "--uae_cutoff 0"),
