@@ -348,8 +348,8 @@ class RunLog:
                 self.line(at, not_finite=sorted(set(bad)), skipped=self.skipped)
             if self.in_a_row[kind] >= self.bad_limit:
                 raise ValueError(f"step {at}: {', '.join(sorted(set(bad)))} not finite, {self.bad_limit} steps in a row; nothing was learned from "
-                                 f"them, and {self.path.parent}/ckpt.pt is from before. Try a lower --lr, --dtype fp32, or look at the data; "
-                                 "then --resume")
+                                 f"them, and {self.path.parent}/ckpt.pt is from before: --resume it with --dtype fp32, or look at the data "
+                                 "of these steps, or begin another --out with a lower --lr")
         sums = {}
         for names, total in self.totals.items():
             for name, *pair in zip(names, *all_sum(total.clone()).tolist()):

@@ -205,7 +205,8 @@ def main():
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     # what may differ between the parts of a resumed run: where and how fast it runs, how often it reports, how long it lasts
     checkpoint = runtime.open_run(args.out, "ae", vars(args), args.resume, args.overwrite, free=(
-        "out", "resume", "overwrite", "device", "compile", "grad_checkpoint", "workers", "grad_accum", "steps", "log_every", "eval_every", "keep_every", "preset", "encoder_source"))
+        "out", "resume", "overwrite", "preset", "device", "dtype", "compile", "grad_checkpoint", "grad_accum", "workers", "steps", "log_every",
+        "eval_every", "keep_every", "encoder_source"))
     say = print if rank == 0 else lambda *args, **kwargs: None
 
     train_set, val_set = open_data(args.data, args.image_size, val_images=args.val_images, seed=args.seed)

@@ -164,8 +164,8 @@ def main():
     if image_size <= 0 or image_size % ae.config.reduction:
         raise ValueError(f"--image_size {image_size}: must be a multiple of {ae.config.reduction}, the reduction of {args.ae}")
     checkpoint = runtime.open_run(args.out, "diffusion", vars(args), args.resume, args.overwrite, free=(
-        "out", "resume", "overwrite", "device", "workers", "steps", "log_every", "eval_every", "keep_every", "preset", "compile", "grad_checkpoint", "cache",
-        "grad_accum",         "encode_batch", "sample_steps", "cfg", "encoder_source"))
+        "out", "resume", "overwrite", "preset", "device", "dtype", "compile", "grad_checkpoint", "grad_accum", "workers", "steps", "log_every",
+        "eval_every", "keep_every", "encoder_source", "cache", "encode_batch", "sample_steps", "cfg"))
     train_set, _ = open_data(data, image_size, seed=trained.get("seed", 0))
     num_classes = len(train_set.classes) if args.num_classes == -1 else args.num_classes
 
