@@ -11,8 +11,8 @@ Every training loss of an autoencoder. What the methods of Table 1 have in commo
     UAE                 the low frequencies of projected z close to those of DINOv2 features             low_freq_align_loss
     reconstruction      L1 + 0.5 LPIPS(decode(z), x) + 0.5 * adaptive weight * PatchGAN                  (Table 5)
 
-Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), sampled from the posterior, not normalised. Losses are float32 scalars.
-Numbering: arXiv:2603.14645 v1.
+Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), sampled from the posterior, not normalised. Losses are float32 scalars, batch
+means; an empty batch costs 0. Numbering: arXiv:2603.14645 v1.
 """
 import os
 import warnings
@@ -21,48 +21,66 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from spectral import dct2, idct2, lowpass, match_resolution, spectrum_distribution
+from spectral import dct2, idct2, lowpass, match_resolution, need_shape, spectrum_distribution
 
 DSM_MASKS = (0, 8, 10, 12)                                                                 # anti-diagonals cut (Table 8, the best set)
 SCALES = (1, 2, 4)                                                                         # Scale Equivariance's reductions
+
+
+def _mean(x):
+    return x.mean() if x.numel() else x.sum()                                              # of nothing: 0, with a gradient, and not NaN
+
+
+def _same_shape(function, a, b):
+    if a.shape != b.shape or a.ndim < 2:                                                   # different ones might broadcast
+        raise ValueError(f"{function}: needs two tensors (B, ...) of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Terms on the latent
 
 def kl_loss(mean, logvar):
-    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over a latent's dimensions, averaged over the batch; (B, C, h, w) each."""
+    """
+    KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over a latent's dimensions, averaged over the batch.
+    mean, logvar  (B, C, h, w) each, or (B, any sides); logvar below 88, where exp leaves float32 (vae.Posterior clamps it to 20)
+    """
+    _same_shape("kl_loss", mean, logvar)
     mean, logvar = mean.float(), logvar.float()
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
+    return _mean(0.5 * (mean.square() + logvar.expm1() - logvar).flatten(1).sum(1))        # expm1: exp - 1 cancels near 0
 
 
 def esm_loss(images, latents, gamma=1.0, n_bins=16):
     """
     Encoding Spectrum Matching: the latent's power is distributed over frequency as the image's, flattened by gamma.
     images   (B, 3, H, W), brought to the latent's size by match_resolution; no gradient
-    latents  (B, C, h, w), the sampled ones, before any normalisation; the gradient goes here only
+    latents  (B, C, h, w), the sampled ones, before any normalisation; the gradient goes here only. ValueError for another B
     gamma    0 copies the image's power law, larger is flatter (`delta` in the authors' code)
     returns  KL(P_image^gamma || P_latent), nats, averaged over the batch, >= 0. It sees the latent's scale: by the log(1 + P) in the
              descriptor, rescaling z changes the loss (see spectrum_distribution), so it also nudges the scale until the shapes agree
     """
+    if len(images) != len(latents):
+        raise ValueError(f"esm_loss: {len(images)} images and {len(latents)} latents")
+    P = spectrum_distribution(latents.float(), n_bins)                                     # (B, n_bins)
     with torch.no_grad():
-        target = spectrum_distribution(match_resolution(images, latents.shape[-2:]), n_bins, gamma)  # (B, n_bins)
-    P = spectrum_distribution(latents, n_bins)                                             # (B, n_bins)
-    return (target * (target.log() - P.log())).sum(1).mean()
+        target = spectrum_distribution(match_resolution(images.float(), latents.shape[-2:]), n_bins, gamma)  # (B, n_bins)
+    return _mean((target * (target.log() - P.log())).sum(1))
 
 
 def vf_loss(projected, features, cos_margin=0.5, dist_margin=0.25):
     """
     VA-VAE's alignment (Yao et al. 2025): a partial ESM, for features of a foundation model are smooth over space, and a latent that
     shares their directions and their pairwise similarities inherits where in frequency they differ, though not its own power.
-    projected  (B, T, D) latent cells after a 1x1 projection to the feature width; features (B, T, D) of the same grid, no gradient
+    projected  (B, T, D) latent cells after a 1x1 projection to the feature width; features (B, T, D) of the same grid, no gradient;
+               ValueError if the shapes differ
     returns    mean relu(1 - cos_margin - cos(p_t, f_t)) + mean relu(|cos(p_s, p_t) - cos(f_s, f_t)| - dist_margin); 0 once both
                are within their margins
     """
+    _same_shape("vf_loss", projected, features)
+    need_shape("vf_loss", projected, "BTD")
     with torch.autocast(projected.device.type, enabled=False):
         p, f = F.normalize(projected.float(), dim=-1), F.normalize(features.detach().float(), dim=-1)
-        cosine = F.relu(1 - cos_margin - (p * f).sum(-1)).mean()
-        return cosine + F.relu((p @ p.transpose(1, 2) - f @ f.transpose(1, 2)).abs() - dist_margin).mean()
+        cosine = _mean(F.relu(1 - cos_margin - (p * f).sum(-1)))
+        return cosine + _mean(F.relu((p @ p.transpose(1, 2) - f @ f.transpose(1, 2)).abs() - dist_margin))
 
 
 def low_freq_align_loss(projected, features, grid, cutoff=0.25):
@@ -71,39 +89,44 @@ def low_freq_align_loss(projected, features, grid, cutoff=0.25):
     low end of the spectrum takes its layout from the features, the high end is free.
     projected, features  (B, T, D) on a grid (h, w), T = h*w in row-major order; no gradient into the features
     cutoff   in (0, 1]: coefficients with u < cutoff * h and v < cutoff * w are kept (our choice of low-pass; the paper names none)
-    returns  1 - mean cosine of the low-passed tokens, in [0, 2]
+    returns  mean of 1 - cosine of the low-passed tokens, in [0, 2]
+    raises   ValueError if the shapes differ, the grid does not hold T tokens, or the cutoff is outside (0, 1]
     """
-    h, w = grid
+    _same_shape("low_freq_align_loss", projected, features)
+    (_, T, _), (h, w) = need_shape("low_freq_align_loss", projected, "BTD"), grid
+    if T != h * w or not 0 < cutoff <= 1:
+        raise ValueError(f"low_freq_align_loss: {T} tokens on a grid of {h}x{w}, cutoff={cutoff}: needs h*w tokens and a cutoff in (0, 1]")
 
     def low(tokens):                                                                       # (B, T, D) -> (B, T, D)
-        coefficients = dct2(tokens.transpose(1, 2).unflatten(2, grid))                     # (B, D, h, w)
+        coefficients = dct2(tokens.float().transpose(1, 2).unflatten(2, (h, w)))           # (B, D, h, w)
         keep = (torch.arange(h, device=tokens.device) < cutoff * h)[:, None] & (torch.arange(w, device=tokens.device) < cutoff * w)
         return idct2(coefficients * keep).flatten(2).transpose(1, 2)
-    return 1 - F.cosine_similarity(low(projected), low(features.detach()), dim=-1).mean()
+    return _mean(1 - F.cosine_similarity(low(projected), low(features.detach()), dim=-1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# Pairs: what the decoder is shown, and what it shall answer. Each returns (target images, latents), spatially f : 1 as before.
+# Pairs: what the decoder is shown, and what it shall answer. Each returns (target images, latents), float32, spatially f : 1 as before.
 
 def dsm_pair(images, latents, n, block=8):
     """
     Decoding Spectrum Matching (Alg. 2): image and latent low-passed by the same triangular DCT mask.
     n        anti-diagonals cut, one for the whole batch, drawn from DSM_MASKS; 0 changes nothing
-    returns  float32 pair of unchanged shapes; ValueError if a side of either does not tile into block x block
+    returns  pair of unchanged shapes; ValueError if a side of either does not tile into block x block, or for an n that is no mask
     """
-    return lowpass(images, n, block), lowpass(latents, n, block)
+    return lowpass(images.float(), n, block), lowpass(latents.float(), n, block)
 
 
 def scale_pair(images, latents, k):
     """
     Scale Equivariance: image and latent downsampled k times, bilinear.
-    k        1, 2 or 4, one for the batch; 1 changes nothing. ValueError if the latent's sides do not divide by k
-    returns  (B, 3, H/k, W/k), (B, C, h/k, w/k), float32
+    k        at least 1, one for the batch, drawn from SCALES; 1 changes nothing
+    returns  (B, 3, H/k, W/k), (B, C, h/k, w/k)
+    raises   ValueError if the latent's sides do not divide by k, or the image's are not f times the latent's
     """
-    h, w = latents.shape[-2:]
-    if h % k or w % k:
+    h, w = need_shape("scale_pair", latents, "BCHW")[-2:]
+    if k < 1 or h % k or w % k:
         raise ValueError(f"scale_pair: a latent of {h}x{w} cannot be downsampled {k} times")
-    return _resize_pair(images, latents, (h // k, w // k))
+    return _resize_pair("scale_pair", images, latents, (h // k, w // k))
 
 
 def eq_pair(images, latents, scale, rot):
@@ -111,22 +134,34 @@ def eq_pair(images, latents, scale, rot):
     EQ-VAE: image and latent scaled (bilinear) and rotated alike.
     scale    in (0, 1], EQ-VAE draws k/32 with k in 8..31; the latent's side is rounded to whole cells, the image's is f times that
     rot      quarter turns, counter-clockwise, 0..3
-    returns  the pair, float32; height and width swap when rot is odd
+    returns  the pair; height and width swap when rot is odd
+    raises   ValueError for a scale or rot outside these, or if the image's sides are not f times the latent's
     """
-    h, w = latents.shape[-2:]
-    images, latents = _resize_pair(images, latents, (max(1, round(h * scale)), max(1, round(w * scale))))
+    h, w = need_shape("eq_pair", latents, "BCHW")[-2:]
+    if not 0 < scale <= 1 or rot not in range(4):
+        raise ValueError(f"eq_pair: needs a scale in (0, 1] and rot in 0..3, got scale={scale}, rot={rot}")
+    images, latents = _resize_pair("eq_pair", images, latents, (max(1, round(h * scale)), max(1, round(w * scale))))
     return torch.rot90(images, rot, (2, 3)), torch.rot90(latents, rot, (2, 3))
 
 
 def scale_images(images, scale, f):
-    """Images (B, 3, H, W) scaled, bilinear, to whole latent cells: H -> f * round(H / f * scale), likewise W; EQ-VAE encodes some such."""
+    """
+    Images (B, 3, H, W) scaled, bilinear, to whole latent cells: H -> f * round(H / f * scale), likewise W; EQ-VAE encodes some such.
+    float32; ValueError for a scale outside (0, 1], or sides that are not multiples of f
+    """
+    H, W = need_shape("scale_images", images, "BCHW")[-2:]
+    if not 0 < scale <= 1 or f < 1 or H % f or W % f:
+        raise ValueError(f"scale_images: needs a scale in (0, 1] and sides that divide by f, got scale={scale}, f={f}, {H}x{W}")
     size = [f * max(1, round(side // f * scale)) for side in images.shape[-2:]]
     return F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False)
 
 
-def _resize_pair(images, latents, size):
+def _resize_pair(function, images, latents, size):
     """Latents to size, images to f times that; f = H / h = W / w."""
-    f = images.shape[-1] // latents.shape[-1]
+    (h, w), (H, W) = latents.shape[-2:], need_shape(function, images, "BCHW")[-2:]
+    f = W // w
+    if (H, W) != (f * h, f * w):
+        raise ValueError(f"{function}: an image of {H}x{W} is not f times a latent of {h}x{w} for one whole f")
     if latents.shape[-2:] == size:
         return images.float(), latents.float()
     return (F.interpolate(images.float(), size=(size[0] * f, size[1] * f), mode="bilinear", align_corners=False),
@@ -170,11 +205,13 @@ class PerceptualLoss(nn.Module):
 class PatchDiscriminator(nn.Module):
     """
     PatchGAN (Isola et al. 2017; 64 channels, 3 layers, k = 4): one logit per overlapping 70 x 70 patch. forward: (B, 3, H, W) in
-    [-1, 1] -> (B, 1, H/8 - 2, W/8 - 2) for sides that divide by 8, at least 24. Names and initialisation as in CompVis' `NLayerDiscriminator`.
+    [-1, 1] -> (B, 1, H/8 - 2, W/8 - 2) for sides that divide by 8; ValueError for sides below 24, or below 3 * 2^n_layers. Names and
+    initialisation as in CompVis' `NLayerDiscriminator`.
     """
 
     def __init__(self, in_channels=3, channels=64, n_layers=3):
         super().__init__()
+        self.in_channels, self.smallest = in_channels, 3 * 2 ** n_layers
         layers = [nn.Conv2d(in_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2, True)]
         for i in range(1, n_layers + 1):                                                   # the last one keeps the resolution
             inner, outer = channels * min(2 ** (i - 1), 8), channels * min(2 ** i, 8)
@@ -189,17 +226,20 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images):
+        _, C, H, W = need_shape("PatchDiscriminator", images, "BCHW")
+        if C != self.in_channels or min(H, W) < self.smallest:
+            raise ValueError(f"PatchDiscriminator: needs {self.in_channels} channels and sides of at least {self.smallest}, got {C}x{H}x{W}")
         return self.main(images)
 
 
 def hinge_d_loss(real, fake):
     """Discriminator: mean relu(1 - real) + mean relu(1 + fake), logits of any shape; 2 for a fresh discriminator."""
-    return F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()
+    return _mean(F.relu(1 - real.float())) + _mean(F.relu(1 + fake.float()))
 
 
 def hinge_g_loss(fake):
     """Generator: -mean(fake logits)."""
-    return -fake.float().mean()
+    return -_mean(fake.float())
 
 
 def adaptive_weight(rec, gan, last_layer, average=lambda gradient: gradient):
@@ -209,8 +249,13 @@ def adaptive_weight(rec, gan, last_layer, average=lambda gradient: gradient):
     rec, gan     scalars that share a graph with last_layer (a parameter); the graph is kept
     average      mean of a tensor over the processes, so that all use one weight
     returns      detached scalar in [0, 1e4]; the 1e-4 below the line keeps it finite when gan has no gradient
+    raises       ValueError if one of them is no scalar or does not depend on last_layer
     """
-    rec_grad, = torch.autograd.grad(rec, last_layer, retain_graph=True)
-    gan_grad, = torch.autograd.grad(gan, last_layer, retain_graph=True)
-    rec_grad, gan_grad = average(rec_grad), average(gan_grad)
-    return (rec_grad.float().norm() / (gan_grad.float().norm() + 1e-4)).clamp(0, 1e4).detach()
+    def gradient_norm(name, loss):
+        if loss.numel() != 1:
+            raise ValueError(f"adaptive_weight: {name} of shape {tuple(loss.shape)} is no scalar")
+        gradient, = torch.autograd.grad(loss, last_layer, retain_graph=True, allow_unused=True) if loss.requires_grad else (None,)
+        if gradient is None:
+            raise ValueError(f"adaptive_weight: {name} does not depend on last_layer")
+        return average(gradient).float().norm()
+    return (gradient_norm("rec", rec) / (gradient_norm("gan", gan) + 1e-4)).clamp(0, 1e4).detach()

@@ -10,7 +10,8 @@ spectra, masks and filters in which those two sentences are written. Numbering: 
     Fig. 10, A.4           triangular masks on 8x8 blocks; low-pass in the DCT = downsampling
 
 Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), not normalised; tokens (B, T, D). Orthonormal DCT-II, index (u, v) = (vertical,
-horizontal), DC at (0, 0). Everything here runs outside autocast in float32 (float64 stays float64), and accepts bf16 input.
+horizontal), DC at (0, 0). Everything here runs outside autocast in float32 (float64 stays float64), and accepts bf16 input. What is
+finite stays finite while the squares of one item sum to what float32 holds (3e38); a batch of 0 gives a result of 0 items.
 A DCT, a resize and a blur are each a small matrix from the left and from the right; the matrices are cached, there is no FFT.
 """
 import functools
@@ -30,16 +31,31 @@ def full_precision(function):
     return wrapped
 
 
+def constant(function):
+    """Decorator: a matrix is made once and kept; outside inference mode, or training could not use what an evaluation asked for first."""
+    return functools.lru_cache(maxsize=None)(torch.inference_mode(False)(function))
+
+
+def need_shape(function, x, dims):
+    """x.shape; ValueError in the function's name unless x has these dimensions ("BCHW"; "*HW": any before H) and no empty side but the first."""
+    fits = x.ndim >= len(dims) - 1 if dims[0] == "*" else x.ndim == len(dims)
+    if not fits or 0 in x.shape[1 - len(dims):]:
+        raise ValueError(f"{function}: needs a tensor ({', '.join(dims)}) without empty sides, got {tuple(x.shape)}")
+    return x.shape
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The DCT
 
-@functools.lru_cache(maxsize=None)
+@constant
 def dct_matrix(n, device="cpu", dtype=torch.float32):
     """
     Orthonormal DCT-II: D[u, i] = sqrt((1 if u == 0 else 2) / n) cos(pi (2i + 1) u / 2n).
-    n        signal length
+    n        signal length, at least 1 (else ValueError)
     returns  (n, n), rows are frequencies, D @ D.T = I; cached per device and dtype, so do not write into it
     """
+    if n < 1 or n % 1:
+        raise ValueError(f"dct_matrix: a signal has a whole length of at least 1, got n={n}")
     i = torch.arange(n, dtype=torch.float64)
     D = math.sqrt(2 / n) * torch.cos(math.pi / (2 * n) * i[:, None] * (2 * i + 1))         # (n, n), row u, column i
     D[0] /= math.sqrt(2)
@@ -49,20 +65,22 @@ def dct_matrix(n, device="cpu", dtype=torch.float32):
 @full_precision
 def dct2(x):
     """2-D DCT of the last two dimensions: (..., H, W) -> (..., H, W) coefficients, energy kept (Parseval)."""
-    return dct_matrix(x.shape[-2], x.device, x.dtype) @ x @ dct_matrix(x.shape[-1], x.device, x.dtype).T
+    H, W = need_shape("dct2", x, "*HW")[-2:]
+    return dct_matrix(H, x.device, x.dtype) @ x @ dct_matrix(W, x.device, x.dtype).T
 
 
 @full_precision
 def idct2(coefficients):
     """The inverse of dct2: (..., H, W) -> (..., H, W)."""
     x = coefficients
-    return dct_matrix(x.shape[-2], x.device, x.dtype).T @ x @ dct_matrix(x.shape[-1], x.device, x.dtype)
+    H, W = need_shape("idct2", x, "*HW")[-2:]
+    return dct_matrix(H, x.device, x.dtype).T @ x @ dct_matrix(W, x.device, x.dtype)
 
 
-def _tiles(x, block):                                                                      # (B, C, H, W) -> (B, C, H/b, W/b, b, b)
-    B, C, H, W = x.shape
-    if H % block or W % block:
-        raise ValueError(f"a side of {H}x{W} is not a multiple of the {block}x{block} DCT blocks; crop it or change the block")
+def _tiles(function, x, block):                                                            # (B, C, H, W) -> (B, C, H/b, W/b, b, b)
+    B, C, H, W = need_shape(function, x, "BCHW")
+    if block < 1 or H % block or W % block:
+        raise ValueError(f"{function}: {H}x{W} does not tile into {block}x{block} DCT blocks; crop it or change the block")
     return x.reshape(B, C, H // block, block, W // block, block).transpose(3, 4)
 
 
@@ -74,12 +92,14 @@ def _untile(tiles):                                                             
 @full_precision
 def block_dct2(x, block=8):
     """DCT of every block x block tile, as in JPEG: (B, C, H, W) -> (B, C, H/block, W/block, block, block). ValueError if it does not tile."""
-    return dct2(_tiles(x, block))
+    return dct2(_tiles("block_dct2", x, block))
 
 
 @full_precision
 def block_idct2(coefficients):
     """The inverse of block_dct2: (B, C, H/block, W/block, block, block) -> (B, C, H, W)."""
+    if len(set(need_shape("block_idct2", coefficients, "BChwbb")[-2:])) > 1:
+        raise ValueError(f"block_idct2: needs square blocks, got {tuple(coefficients.shape)}")
     return _untile(idct2(coefficients))
 
 
@@ -92,13 +112,13 @@ def triangle_mask(n, block=8):
     n        0 .. 2*block-1: 0 keeps everything, 2*block-2 only DC, 2*block-1 nothing
     returns  (block, block) bool, True = kept, that is u + v < 2*block - 1 - n
     """
-    if not 0 <= n <= 2 * block - 1:
-        raise ValueError(f"mask n={n} is outside 0..{2 * block - 1}: a {block}x{block} block has {2 * block - 1} anti-diagonals")
+    if n not in range(2 * block):
+        raise ValueError(f"triangle_mask: n={n} is outside 0..{2 * block - 1}: a {block}x{block} block has {2 * block - 1} anti-diagonals")
     u = torch.arange(block)
     return u[:, None] + u[None, :] < 2 * block - 1 - n
 
 
-@functools.lru_cache(maxsize=None)
+@constant
 def _lowpass_matrix(n, block, device, dtype):
     """DCT, mask and inverse DCT of a flattened tile are one symmetric projection, (b*b, b*b); so is applying it, one matmul a tile."""
     D = dct_matrix(block, "cpu", torch.float64)
@@ -115,9 +135,11 @@ def lowpass(x, n, block=8):
     returns  (B, C, H, W) float32, a projection: a second pass changes nothing; may leave [-1, 1]
     raises   ValueError if a side is not a multiple of block
     """
-    tiles = _tiles(x, block)                                                               # (B, C, H/b, W/b, b, b)
+    tiles = _tiles("lowpass", x, block)                                                    # (B, C, H/b, W/b, b, b)
     if n == 0:                                                                             # keeps everything: nothing to compute
         return x
+    if block > 16:                                                                         # a matrix of block^4 numbers would be slower
+        return _untile(idct2(dct2(tiles) * triangle_mask(n, block).to(x.device)))
     return _untile((tiles.flatten(-2) @ _lowpass_matrix(n, block, x.device, x.dtype)).view(tiles.shape))
 
 
@@ -125,11 +147,11 @@ def lowpass(x, n, block=8):
 def downsample_dct(x, k):
     """
     Ideal downsampling (A.4): keep the top-left 1/k of the DCT in each direction and invert it at the small size.
-    x        (B, C, H, W), H and W multiples of k (else ValueError)
+    x        (B, C, H, W), H and W multiples of k >= 1 (else ValueError)
     returns  (B, C, H/k, W/k); the division by k keeps the mean, since an orthonormal DC grows with the side
     """
-    H, W = x.shape[-2:]
-    if H % k or W % k:
+    H, W = need_shape("downsample_dct", x, "BCHW")[-2:]
+    if k < 1 or H % k or W % k:
         raise ValueError(f"downsample_dct: {H}x{W} does not divide by {k}")
     return idct2(dct2(x)[..., :H // k, :W // k]) / k
 
@@ -139,15 +161,16 @@ def downsample_dct(x, k):
 
 def power_spectrum(x):
     """Squared DCT coefficients, averaged over channels: (B, C, H, W) -> (B, H, W)."""
+    need_shape("power_spectrum", x, "BCHW")
     return dct2(x).square().mean(dim=1)
 
 
-@functools.lru_cache(maxsize=None)
+@constant
 def _radial_bins(H, W, n_bins, device, dtype):
     """(H*W, n_bins) averaging matrix: its column b is 1/count on the coefficients of bin b, 0 elsewhere and in empty bins."""
-    u, v = torch.arange(H, dtype=torch.float64), torch.arange(W, dtype=torch.float64)
-    radius = (u[:, None] ** 2 + v[None, :] ** 2).sqrt().flatten()                          # (H*W,)
-    index = (radius / radius.max().clamp_min(1) * n_bins).long().clamp_max(n_bins - 1)     # the last bin is closed
+    u, v = torch.arange(H), torch.arange(W)
+    r2 = (u[:, None] ** 2 + v[None, :] ** 2).flatten()                                     # (H*W,), whole numbers: borders are exact
+    index = (r2 * n_bins ** 2 // r2.max().clamp_min(1)).double().sqrt().long().clamp_max(n_bins - 1)  # the last bin is closed
     members = F.one_hot(index, n_bins).double()
     return (members / members.sum(0).clamp_min(1)).to(device, dtype)
 
@@ -157,9 +180,13 @@ def radial_profile(P, n_bins=16):
     """
     Mean power in rings of equal width around DC.
     P        (B, H, W) power spectrum; ring of (u, v): floor(r / r_max * n_bins), r = sqrt(u^2 + v^2), last ring closed
+    n_bins   at least 1 (else ValueError)
     returns  (B, n_bins); a ring without a coefficient (sides much below n_bins) is 0
     """
-    return P.flatten(1) @ _radial_bins(*P.shape[-2:], n_bins, P.device, P.dtype)
+    _, H, W = need_shape("radial_profile", P, "BHW")
+    if n_bins < 1:
+        raise ValueError(f"radial_profile: n_bins={n_bins} must be at least 1")
+    return P.flatten(1) @ _radial_bins(H, W, n_bins, P.device, P.dtype)
 
 
 @full_precision
@@ -167,14 +194,21 @@ def spectrum_distribution(x, n_bins=16, gamma=0.0, remove_dc=True):
     """
     The descriptor that ESM compares: where in frequency the power of x lies.
     x        (B, C, H, W) image or latent
-    gamma    flattening: ring b (from 1) is multiplied by b^gamma, which lowers the power law's exponent by about gamma
+    gamma    flattening: ring b (from 1) is multiplied by b^gamma, which lowers the power law's exponent by about gamma; in -10..10,
+             beyond which b^gamma leaves float32 (ValueError)
     returns  (B, n_bins), sums to 1 (uniform for a constant x). Not invariant to the scale of x: log(1 + P) is close to P for small
              latents (the largest ring decides) and to log P for large ones (all rings count alike)
     """
+    need_shape("spectrum_distribution", x, "BCHW")
+    if not abs(gamma) <= 10:
+        raise ValueError(f"spectrum_distribution: gamma={gamma} is outside -10..10")
     if remove_dc:
-        x = x - x.mean(dim=(-2, -1), keepdim=True)                                         # moves the DC coefficient to 0, no other
-    ring = torch.arange(1, n_bins + 1, device=x.device, dtype=x.dtype)
-    S = torch.log1p(radial_profile(power_spectrum(x), n_bins) * ring ** gamma)
+        x = x - x[..., :1, :1].detach()                                                    # or a large mean's rounding looks like power
+    P = power_spectrum(x)                                                                  # (B, H, W)
+    if remove_dc:
+        P[:, 0, 0] = 0
+    profile = radial_profile(P, n_bins)                                                    # (B, n_bins)
+    S = torch.log1p(profile * torch.arange(1, n_bins + 1, device=x.device, dtype=x.dtype) ** gamma)
     return (S + 1e-6) / (S + 1e-6).sum(dim=1, keepdim=True)                                # 1e-6: a constant x stays finite
 
 
@@ -193,7 +227,7 @@ def _blur_matrix(n, sigma, radius, reflect):
     return torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, source.clamp(0, n - 1), weight)
 
 
-@functools.lru_cache(maxsize=None)
+@constant
 def _resize_matrix(n, m, blur, device, dtype):
     """(m, n) matrix of the bicubic resize (align_corners=False, no antialiasing) of one axis, after the 7-tap Gaussian if blur."""
     rows = F.interpolate(torch.eye(n, dtype=torch.float64)[None, None], size=(m, n), mode="bicubic", align_corners=False)[0, 0]
@@ -205,26 +239,31 @@ def match_resolution(x, size):
     """
     What an image goes through before its spectrum is compared with a latent's (the authors' code).
     x        (B, C, H, W)
-    size     (h, w) of the latent
+    size     (h, w) of the latent, each at least 1 (else ValueError)
     returns  (B, C, h, w): bicubic, align_corners=False, no antialiasing; when the reduction is 16 or more, a 7x7 Gaussian of sigma
              1.2 with zero padding goes before it. Both are separable and linear, hence one matrix an axis
     """
-    (H, W), (h, w) = x.shape[-2:], size
+    H, W = need_shape("match_resolution", x, "BCHW")[-2:]
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"match_resolution: size={tuple(size)} is not (h, w) with sides of at least 1")
+    h, w = size
     blur = H >= 16 * h
-    return (_resize_matrix(H, h, blur, x.device, x.dtype) @ x @ _resize_matrix(W, w, blur, x.device, x.dtype).T)
+    return _resize_matrix(H, h, blur, x.device, x.dtype) @ x @ _resize_matrix(W, w, blur, x.device, x.dtype).T
 
 
+@full_precision
 def fit_power_law(profile):
     """
     The exponent alpha of P(f) ~ f^-alpha, by least squares on log-log rings.
     profile  (..., n_bins) radial profile; f is a ring's middle; ring 0 holds DC and is left out, as are empty rings
-    returns  (...) alpha, float32; 0 for a white spectrum, about 2 for photographs
+    returns  (...) alpha, no gradient; 0 for a white spectrum and where fewer than two rings have power, about 2 for photographs
     """
-    profile = profile.detach().float()[..., 1:]
-    f = torch.arange(1, profile.shape[-1] + 1, device=profile.device) + 0.5
+    need_shape("fit_power_law", profile, "*R")
+    profile = profile.detach()[..., 1:]
+    f = torch.arange(1, profile.shape[-1] + 1, device=profile.device, dtype=profile.dtype) + 0.5
     weight = (profile > 0) / f                                                             # linear rings crowd at high f: every octave
     weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-30)                        # is to count alike
-    log_P = profile.clamp_min(1e-30).log()
+    log_P = torch.where(profile > 0, profile, 1).log()
     log_f = f.log() - (weight * f.log()).sum(-1, keepdim=True)
     return -(weight * log_f * log_P).sum(-1) / (weight * log_f ** 2).sum(-1).clamp_min(1e-30)
 
@@ -232,17 +271,24 @@ def fit_power_law(profile):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # What diffusion can learn of a spectrum (Prop. 3.1)
 
+@full_precision
 def wiener_gain(S, alpha_bar):
     """
     Gain of the best linear denoiser at a frequency of power S when z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps: SNR / (1 + SNR).
     S        tensor of powers >= 0, any shape
     alpha_bar  in (0, 1), number or tensor
-    returns  like S, in [0, 1)
+    returns  like S, in [0, 1]
+    raises   ValueError for a negative power or an alpha_bar outside (0, 1)
     """
-    snr = alpha_bar * S / (1 - alpha_bar)
-    return snr / (1 + snr)
+    if not torch.as_tensor((alpha_bar > 0) & (alpha_bar < 1)).all():
+        raise ValueError(f"wiener_gain: alpha_bar={alpha_bar} must lie in (0, 1)")
+    if (S < 0).any():
+        raise ValueError(f"wiener_gain: a power of {S.min().item():g} is negative")
+    signal = alpha_bar * S
+    return signal / (signal + (1 - alpha_bar))                                             # the SNR itself may leave float32
 
 
+@full_precision
 def learnable_power(S, alpha_bar):
     """Prop. 3.1: by how much the best linear denoiser lowers the error below predicting 0, S * SNR / (1 + SNR). Arguments as above."""
     return S * wiener_gain(S, alpha_bar)
@@ -256,10 +302,11 @@ def rmsc(tokens):
     """
     Root mean square contrast of L2-normalised tokens: how much their directions differ over space.
     tokens   (B, T, D)
-    returns  (B,), sqrt(mean_t ||x_t - mean||^2), 0 when all tokens point the same way, at most 1
+    returns  (B,), sqrt(mean_t ||x_t - mean||^2), 0 when all tokens point the same way (there the gradient is 0 too), at most 1
     """
+    T = need_shape("rmsc", tokens, "BTD")[1]
     x = F.normalize(tokens, dim=-1)
-    return (x - x.mean(dim=1, keepdim=True)).square().sum(-1).mean(1).sqrt()
+    return torch.linalg.vector_norm(x - x.mean(dim=1, keepdim=True), dim=(1, 2)) / T ** 0.5
 
 
 @full_precision
@@ -267,13 +314,15 @@ def directional_energy(tokens):
     """
     Squared norms of the DCT coefficients, along T, of the L2-normalised tokens.
     tokens   (B, T, D)
-    returns  (B, T), index 0 is DC, sums to T; Prop. 3.2: rmsc(tokens)**2 == directional_energy(tokens)[:, 1:].sum(1) / T
+    returns  (B, T), index 0 is DC, sums to T (a token shorter than 1e-12 counts for less than 1)
+    Prop. 3.2: rmsc(tokens)**2 == directional_energy(tokens)[:, 1:].sum(1) / T
     """
+    T = need_shape("directional_energy", tokens, "BTD")[1]
     x = F.normalize(tokens, dim=-1)
-    return (dct_matrix(x.shape[1], x.device, x.dtype) @ x).square().sum(-1)
+    return (dct_matrix(T, x.device, x.dtype) @ x).square().sum(-1)
 
 
-@functools.lru_cache(maxsize=None)
+@constant
 def _reflect_blur(n, sigma, device, dtype):
     return _blur_matrix(n, sigma, max(1, math.ceil(4 * sigma)), reflect=True).to(device, dtype)
 
@@ -283,13 +332,14 @@ def gaussian_blur(x, sigma):
     """
     Gaussian blur, reflect padding, 4-sigma kernel; constants pass unchanged.
     x        (B, C, H, W), any size (a kernel longer than the side reflects more than once)
-    sigma    in pixels (tokens), >= 0; 0 is the identity
+    sigma    in pixels (tokens), 0..1000 (else ValueError); 0 is the identity
     """
-    if sigma < 0:
-        raise ValueError(f"gaussian_blur: sigma={sigma} must be at least 0")
+    H, W = need_shape("gaussian_blur", x, "BCHW")[-2:]
+    if not 0 <= sigma <= 1000:
+        raise ValueError(f"gaussian_blur: sigma={sigma} is outside 0..1000")
     if sigma == 0:
         return x
-    return _reflect_blur(x.shape[-2], sigma, x.device, x.dtype) @ x @ _reflect_blur(x.shape[-1], sigma, x.device, x.dtype).T
+    return _reflect_blur(H, sigma, x.device, x.dtype) @ x @ _reflect_blur(W, sigma, x.device, x.dtype).T
 
 
 def dog(x, sigma1, sigma2):
@@ -308,6 +358,7 @@ def spatial_norm(tokens, alpha=0.6):
     iREPA's target filter: (x - alpha * mean) / (std + 1e-6), mean and std over the T tokens of each channel.
     tokens   (B, T, D) -> (B, T, D); alpha=0 keeps the common offset, 1 removes it. The std is the population's, so that T = 1 is finite
     """
+    need_shape("spatial_norm", tokens, "BTD")
     return (tokens - alpha * tokens.mean(dim=1, keepdim=True)) / (tokens.std(dim=1, keepdim=True, correction=0) + 1e-6)
 
 

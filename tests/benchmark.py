@@ -1,0 +1,764 @@
+"""
+Speed and memory, side by side in one run: a number behind every default, and beside every target.
+
+    python tests/benchmark.py --quick                  two cores, three minutes: small batches, smaller images
+    python tests/benchmark.py                          256 px, the paper's sizes: minutes on a GPU, over an hour on two cores
+    python tests/benchmark.py --section theory off     some of it
+
+    theory        FLOPs of each network against known figures, the machine's measured rates, and what these allow
+    off           ASSERTED: a term that is off runs no operator. All else is reported, never asserted
+    ae            the autoencoder's step: every --reg, with and without LPIPS and GAN; what share of it ESM and DSM take
+    diffusion     the transformer's step: each model, each --repa
+    encode, sample, load, eval     the cache; samplers with and without guidance; folder, zip, cache; features and Frechet distance
+    alternatives  what we chose against what we did not: layout, precision, compilation, optimiser, low-pass, ESM, start of training
+
+Steps are those of train_ae.py and train_diffusion.py, built from the same parts, on noise. In a table every case burns in (the first
+call counts its FLOPs, uncompiled), then all take turns; medians. FLOPs: matmuls and convolutions, 2 per multiply-add. MFU: their rate
+as a share of the fastest matmul of that precision here. MB: what a row holds between calls (weights, moments, averages) plus what a
+call adds at its peak, by the allocator on CUDA, by the resident set on Linux. The last line is JSON.
+"""
+import argparse
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import lpips
+import numpy as np
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import runtime
+import vae
+from data import open_data, pack, train_batches
+from dit import DDPM, MODELS, Interpolant, NoiseStream, SiTBlock, UViTBlock
+from latents import LatentCache, build_cache
+from losses import (PatchDiscriminator, PerceptualLoss, adaptive_weight, dsm_pair, eq_pair, esm_loss, hinge_d_loss, hinge_g_loss, kl_loss,
+                    low_freq_align_loss, scale_pair, vf_loss)
+from metrics import Moments, frechet_distance, load_inception, psnr, sliced_wasserstein, spectral_kl, ssim, to_uint8
+from repa import REPA_KINDS, Encoder, Projector, RandomViT, alignment_loss, filter_target, load_encoder
+from spectral import block_dct2, block_idct2, lowpass, triangle_mask
+from vae import CONFIGS, AttnBlock, AutoencoderKL, Posterior, ResnetBlock
+
+KNOWN = {"f8d4 encoder": 273, "f8d4 decoder": 622, "f16d16 encoder": 137, "f16d16 decoder": 250, "LPIPS, a pair": 80, "PatchGAN": 6.3,
+         "SiT-B/2": 46.0, "UViT-S/2": 24.4, "UViT-M/2": 70.2, "UViT-L/2": 152, "ViT-B/14": 46.3}   # GFLOP an image of 256 px, forward
+REGS = {"none": "", "kl": "", "esm": "", "dsm": ", n = 10", "se": ", k = 2", "eq": ", scale 1/2", "vf": "", "uae": ""}  # the draw that is timed
+PAIRS = {"dsm": lambda x, z: dsm_pair(x, z, 10), "se": lambda x, z: scale_pair(x, z, 2), "eq": lambda x, z: eq_pair(x, z, 0.5, 1)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# How it is measured
+
+@dataclasses.dataclass
+class Case:
+    """One row of a table."""
+    name: str
+    fn: object                    # does the work once
+    images: float = 1             # per call
+    dtype: str = "fp32"           # fp32, tf32, bf16: of which matmul its MFU is a share
+    holds: tuple = ()             # modules, optimisers, averages that stay in memory between calls
+    compiled: bool = False
+
+
+def held_bytes(things):
+    """Memory of the tensors of modules, optimisers and averages; shared ones count once."""
+    def tensors(thing):
+        if isinstance(thing, nn.Module):
+            return itertools.chain(thing.parameters(), thing.buffers())
+        return thing.shadow.values() if isinstance(thing, runtime.EMA) else itertools.chain(*(state.values() for state in thing.state.values()))
+    return sum({id(t): t.numel() * t.element_size() for thing in things for t in tensors(thing)}.values())
+
+
+def memory(device, reset=False):
+    """Peak bytes in use since the last reset, which makes it the bytes in use now. 0 where neither CUDA nor Linux can tell."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError, AttributeError):
+        if reset:
+            ctypes.CDLL(None).malloc_trim(0)                                               # or what is free already hides what a call takes
+            Path("/proc/self/clear_refs").write_text("5")                                  # the peak of the resident set starts anew
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+    return 0
+
+
+def clock(fn, calls, device):
+    """Seconds per call of fn."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    for _ in range(calls):
+        fn()
+    wait()
+    return (time.perf_counter() - start) / calls
+
+
+def allow_tf32(on):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+
+def interleave(cases, repeats, device):
+    """
+    Burn-in, then `repeats` rounds in which every case has its turn: a slow minute of the machine hits them all.
+    returns  per case: seconds per call, one a round; FLOPs per call; peak bytes
+    """
+    plans = []
+    for case in cases:
+        allow_tf32(case.dtype == "tf32")
+        eager = torch.compiler.set_stance("force_eager") if case.compiled else contextlib.nullcontext()
+        with eager, FlopCounterMode(display=False) as counter:
+            seconds = clock(case.fn, 1, device)
+        if case.compiled or device.type == "cuda":
+            clock(case.fn, 2, device)
+        if case.compiled or seconds < 0.5:
+            seconds = clock(case.fn, 1, device)
+        plans.append((math.ceil(min(0.05 / seconds, 1000)), counter.get_total_flops(), [], []))
+    for _ in range(repeats):
+        for case, (calls, _, times, peaks) in zip(cases, plans):
+            allow_tf32(case.dtype == "tf32")
+            before = memory(device, reset=True)
+            times.append(clock(case.fn, calls, device))
+            peaks.append(memory(device) - before + held_bytes(case.holds))
+    return [(times, flops, max(peaks)) for _, flops, times, peaks in plans]
+
+
+def table(args, title, cases, repeats=None):
+    """Measure the cases and print them; returns {name: row} and keeps the rows for the JSON."""
+    print(f"\n{title}\n{'':46}{'images/s':>10}{'ms':>10}{'+-':>6}{'MB':>9}{'GFLOP/img':>11}{'GFLOP/s':>10}{'MFU':>6}{'x first':>9}", flush=True)
+    rows = {}
+    for case, (times, flops, peak) in zip(cases, interleave(cases, repeats or args.repeats, args.device)):
+        seconds = statistics.median(times)
+        rows[case.name] = row = dict(
+            table=title, name=case.name, dtype=case.dtype, images_per_s=case.images / seconds, ms=1e3 * seconds,
+            spread=(max(times) - min(times)) / 2 / seconds, peak_mb=peak / 1e6, gflop_per_image=flops / case.images / 1e9,
+            gflop_per_s=flops / seconds / 1e9, mfu=flops / seconds / matmul_rate(args.device, case.dtype))
+        first = row["images_per_s"] / next(iter(rows.values()))["images_per_s"]
+        work = (f"{row['gflop_per_image']:,.1f}", f"{row['gflop_per_s']:,.0f}", f"{row['mfu']:.0%}") if flops else "---"
+        print(f"{case.name:46}{row['images_per_s']:>10,.2f}{row['ms']:>10,.2f}{row['spread']:>6.0%}{row['peak_mb']:>9,.0f}"
+              f"{work[0]:>11}{work[1]:>10}{work[2]:>6}{first:>9.2f}", flush=True)
+    args.rows += rows.values()
+    return rows
+
+
+def target(args, what, value, bound, least=True):
+    """Measured beside wanted; a miss is printed, never raised."""
+    verdict = "ok" if (value >= bound if least else value <= bound) else "MISSED"
+    args.targets.append(dict(target=what, measured=value, bound=bound, least=least, verdict=verdict))
+    print(f"  {what:84}{value:10,.4g}   target: {'at least' if least else 'at most '} {bound:<7,.4g} {verdict}", flush=True)
+
+
+def pick(args, quick, cpu, cuda):
+    """The sizes of this run."""
+    return quick if args.quick else cuda if args.device.type == "cuda" else cpu
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")            # as in the training loops
+
+
+@functools.cache
+def matmul_rate(device, dtype):
+    """FLOP/s of a large square matmul: the fastest of ten, for it is a ceiling."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    allow_tf32(dtype == "tf32")
+    seconds = min(clock(lambda: a @ a, 1, device) for _ in range(10))
+    allow_tf32(False)
+    return 2 * n ** 3 / seconds
+
+
+def layer_cases(args, kind, share, run):
+    """
+    A network's linear layers or 3x3 convolutions one by one, forward and backward: what the machine can do on the network's own shapes.
+    run      builds the network and calls it once; happens on the meta device
+    share    of their FLOPs that is covered, heaviest shapes first
+    returns  cases, and how often each occurs in the network
+    """
+    seen, found = Counter(), {}
+
+    def note(module, inputs, out):
+        if isinstance(module, kind) and getattr(module, "kernel_size", (3, 3)) == (3, 3):
+            o, i, halves = *module.weight.shape[:2], getattr(module, "stride", (1, 1)) == (2, 2)
+            key = f"  {type(module).__name__} {i} -> {o}{', stride 2' * halves} on {'x'.join(map(str, inputs[0].shape))}", inputs[0].shape
+            seen[key] += module.weight[0].numel() * out.numel()                            # multiply-adds
+            found.setdefault(key, []).append((module, out.shape))
+    hook = nn.modules.module.register_module_forward_hook(note)
+    with torch.device("meta"), torch.no_grad():
+        run()
+    hook.remove()
+    cases, counts, total = [], [], seen.total()
+    while seen.total() > (1 - share) * total:
+        key = name, shape = max(seen, key=seen.get)
+        layer, out_shape = found[key][0]
+        layer = copy.deepcopy(layer).to_empty(device=args.device)
+        layer.reset_parameters()
+        layout = torch.channels_last if args.device.type == "cuda" and len(shape) == 4 else torch.contiguous_format
+        x, g = (torch.randn(s, device=args.device).contiguous(memory_format=layout) for s in (shape, out_shape))
+        layer.to(memory_format=layout)
+
+        def fn(layer=layer, x=x.requires_grad_(), g=g):
+            with autocast(args.device, args.dtype):
+                y = layer(x)
+            y.backward(g.to(y.dtype))
+            layer.zero_grad()
+            x.grad = None
+        cases.append(Case(name, fn, len(x), args.dtype))
+        counts.append(len(found[key]))
+        del seen[key]
+    return cases, counts
+
+
+def layer_rate(rows, cases, counts):
+    """FLOP/s of such layers, each as often as the network has it."""
+    measured = [(rows[case.name], case.images, count) for case, count in zip(cases, counts)]
+    rate = sum(row["gflop_per_image"] * n * count for row, n, count in measured) / sum(row["ms"] * count for row, _, count in measured) * 1e12
+    print(f"  these layers, each as often as the network has it: {rate / 1e9:,.0f} GFLOP/s")
+    return rate
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The two training steps
+
+def random_lpips():
+    """LPIPS with random weights: needs no file, runs as fast."""
+    with mock.patch("lpips.LPIPS", functools.partial(lpips.LPIPS, pretrained=False, pnet_rand=True)):
+        return PerceptualLoss()
+
+
+def target_encoder(small):
+    """A network of the shape of DINOv2 ViT-B/14 without its class token; small: the one for tests."""
+    if small:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                                # that it is untrained
+            return load_encoder(source="random")
+    network = RandomViT(768)
+    network.blocks = nn.Sequential(*[UViTBlock(768, 12, skip=False) for _ in range(12)])   # pre-norm, exact GELU: the same block
+    return Encoder(network, 768)
+
+
+def adamw(*networks, **options):
+    return torch.optim.AdamW([p for network in networks for p in network.parameters()], lr=1e-5, **(options or dict(fused=True)))
+
+
+def ae_nets(name, device, extras=True, compiled=False, channels_last=None, small_encoder=False):
+    """What an autoencoder's step needs, as train_ae.py builds it."""
+    torch.manual_seed(0)
+    nets = SimpleNamespace(ae=AutoencoderKL(CONFIGS[name]).to(device), generator=torch.Generator(device).manual_seed(0))
+    if channels_last or (channels_last is None and device.type == "cuda"):
+        nets.ae.to(memory_format=torch.channels_last)
+    nets.trained, networks = [nets.ae], [nets.ae.encoder, nets.ae.decoder]
+    if extras:
+        nets.disc, nets.perceptual, nets.encoder = (n.to(device) for n in (PatchDiscriminator(), random_lpips(), target_encoder(small_encoder)))
+        nets.projection = nn.Linear(nets.ae.config.latent_channels, nets.encoder.width, bias=False).to(device)
+        nets.disc_optimizer, nets.trained = adamw(nets.disc), [nets.ae, nets.projection]
+        networks += [nets.disc, nets.perceptual]
+    nets.optimizer = adamw(*nets.trained)
+    for network in networks if compiled else ():
+        network.compile()
+    return nets
+
+
+def ae_step(nets, images, reg="none", lpips=False, gan=False, train_disc=False, dtype="fp32"):
+    """One pass of train_ae.py's loop: a step of the autoencoder, or with train_disc one of the discriminator. images (B, 3, H, W)."""
+    ae, losses, device = nets.ae, {}, images.device
+    with torch.set_grad_enabled(not train_disc), autocast(device, dtype):
+        posterior = ae.encode(images)
+        latents = posterior.sample(torch.randn(posterior.mean.shape, generator=nets.generator, device=device))  # (B, C, h, w)
+        target, z = PAIRS[reg](images, latents) if reg in PAIRS else (images, latents)
+        recon = ae.decode(z)
+    if train_disc:
+        with autocast(device, dtype):
+            losses["disc"] = hinge_d_loss(nets.disc(target), nets.disc(recon.detach()))
+        losses["disc"].backward()
+        trained, optimizer = [nets.disc], nets.disc_optimizer
+    else:
+        losses["l1"] = rec_loss = F.l1_loss(recon.float(), target)
+        if lpips:
+            losses["lpips"] = nets.perceptual(recon, target)
+            rec_loss = rec_loss + 0.5 * losses["lpips"]
+        loss = rec_loss
+        if reg == "esm":
+            losses["esm"] = esm_loss(images, latents)
+            loss = loss + 0.01 * losses["esm"]
+        if reg in ("kl", "eq", "vf"):
+            losses["kl"] = kl_loss(posterior.mean, posterior.logvar)
+            loss = loss + 1e-6 * losses["kl"]
+        if reg in ("vf", "uae"):
+            grid = latents.shape[-2:]
+            features, cells = nets.encoder(images, grid), nets.projection(latents.flatten(2).transpose(1, 2))   # (B, h*w, D) both
+            losses["align"] = vf_loss(cells, features) if reg == "vf" else low_freq_align_loss(cells, features, grid)
+            loss = loss + 0.1 * adaptive_weight(rec_loss, losses["align"], ae.encoder_last_layer) * losses["align"]
+        if gan:
+            nets.disc.requires_grad_(False)
+            with autocast(device, dtype):
+                losses["gan"] = hinge_g_loss(nets.disc(recon))
+            loss = loss + 0.5 * adaptive_weight(rec_loss, losses["gan"], ae.last_layer) * losses["gan"]
+            nets.disc.requires_grad_(True)
+        loss.backward()
+        trained, optimizer = nets.trained, nets.optimizer
+    losses["norm"] = torch.nn.utils.clip_grad_norm_([p for network in trained for p in network.parameters()], 1.0)
+    runtime.step_if(torch.stack([value.detach() for value in losses.values()]).isfinite().all(), optimizer)     # as RunLog.finite
+
+
+def diffusion_nets(name, device, repa="none", compiled=False, encoder=None):
+    """What a transformer's step needs, as train_diffusion.py builds it; 256 tokens: latents of f8d4 for patch 2, of f16d16 for patch 1."""
+    torch.manual_seed(0)
+    side, C = (32, 4) if name.endswith("/2") else (16, 16)
+    nets = SimpleNamespace(model=MODELS[name](input_size=side, in_channels=C, num_classes=1000).to(device), repa=repa, encoder=encoder,
+                           process=DDPM() if name.startswith("UViT") else Interpolant(), generator=torch.Generator(device).manual_seed(0))
+    nets.trained = [nets.model]
+    if repa != "none":
+        nets.projector = Projector(REPA_KINDS[repa][1], nets.model.pos_embed.shape[-1], encoder.width).to(device)
+        nets.trained.append(nets.projector)
+    nets.optimizer, nets.ema = adamw(*nets.trained), runtime.EMA(nets.model)
+    if compiled:
+        nets.model.compile()
+    return nets
+
+
+def diffusion_step(nets, moments, labels, images, dtype):
+    """One pass of train_diffusion.py's loop. moments (B, 2C, h, w) float16, as the cache holds them; images (B, 3, 256, 256) for --repa."""
+    device, aligned = moments.device, nets.repa != "none"
+    posterior = Posterior(*moments.float().chunk(2, dim=1))
+    latents = posterior.sample(torch.randn(posterior.mean.shape, generator=nets.generator, device=device))      # (B, C, h, w)
+    with autocast(device, dtype):
+        loss = nets.process.loss(nets.model, latents, labels, nets.generator, 0.1, 4 if aligned else None)
+    if aligned:
+        loss, tokens = loss
+        filtered = filter_target(nets.encoder(images, nets.model.grid), REPA_KINDS[nets.repa][0], nets.model.grid)
+        with autocast(device, dtype):
+            projected = nets.projector(tokens, nets.model.grid)
+        loss = loss + 0.5 * alignment_loss(projected, filtered)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_([p for network in nets.trained for p in network.parameters()], 1.0)
+    runtime.step_if((loss + norm).isfinite(), nets.optimizer)
+    nets.ema.update(1000)
+
+
+def diffusion_case(args, label, nets, batch, dtype=None, compiled=False):
+    """A Case of diffusion_step on random moments, labels and, for --repa, images."""
+    device, dtype, aligned = args.device, dtype or args.dtype, nets.repa != "none"
+    moments = torch.randn(batch, 2 * nets.model.in_channels, *nets.model.input_size, device=device).half()
+    labels, images = torch.arange(batch, device=device), torch.rand(batch * aligned, 3, 256, 256, device=device) * 2 - 1
+    return Case(label, lambda: diffusion_step(nets, moments, labels, images, dtype), batch, dtype,
+                (*nets.trained, nets.optimizer, nets.ema, *([nets.encoder] if aligned else [])), compiled)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The sections
+
+def theory(args):
+    """FLOPs counted on the meta device, where nothing is computed; measured rates; their quotients."""
+    def count(call, *shapes):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call(*(torch.empty(shape) for shape in shapes))
+        return counter.get_total_flops() / 1e9
+
+    found, image = {}, (1, 3, 256, 256)
+    with torch.device("meta"):
+        for name in ("f8d4", "f16d16", "f16d32"):
+            ae = AutoencoderKL(CONFIGS[name])
+            side = 256 // ae.config.reduction
+            found[f"{name} encoder"] = count(ae.encode, image), ae.encoder
+            found[f"{name} decoder"] = count(ae.decode, (1, ae.config.latent_channels, side, side)), ae.decoder
+        trunk, disc, vit = random_lpips().to("meta").lpips, PatchDiscriminator(), target_encoder(small=False).network
+        found["LPIPS, a pair"], found["PatchGAN"] = (count(trunk, image, image), trunk), (count(disc, image), disc)
+        found["ViT-B/14"] = count(vit.forward_features, (1, 3, 224, 224)), vit
+        for name in (name for name in MODELS if name.endswith("/2")):
+            model = MODELS[name](input_size=32, in_channels=4, num_classes=1000)
+            found[name] = count(lambda x, t: model(x, t, torch.zeros(1, dtype=torch.int64)), (1, 4, 32, 32), (1,)), model
+    best = matmul_rate(args.device, args.dtype)
+    print(f"\ntheory: an image of 256 px, 256 tokens\n{'':24}{'M params':>9}{'GFLOP':>9}{'known':>7}{'':9}at the matmul rate, images/s: forward, training")
+    for name, (gflop, network) in found.items():
+        parameters, known = sum(p.numel() for p in network.parameters()) / 1e6, KNOWN.get(name)
+        verdict = "" if known is None else "ok" if abs(gflop / known - 1) < 0.02 else "DIFFERS"
+        print(f"{name:24}{parameters:>9.1f}{gflop:>9.1f}{known or '':>7} {verdict:8}{best / gflop / 1e9:>12,.2f}{best / gflop / 3e9:>12,.2f}")
+        args.rows.append(dict(table="theory", name=name, parameters=parameters * 1e6, gflop=gflop, known=known, verdict=verdict))
+    a = torch.ones(2 ** (25 if args.device.type == "cpu" else 29), device=args.device)     # many times the cache
+    b = torch.empty_like(a)
+    bandwidth = 8 * len(a) / min(clock(lambda: b.copy_(a), 1, args.device) for _ in range(5))
+    rates = {dtype: matmul_rate(args.device, dtype) / 1e9 for dtype in ("fp32", "tf32", "bf16") if dtype != "tf32" or args.device.type == "cuda"}
+    print("measured: matmul " + ", ".join(f"{dtype} {r:,.0f}" for dtype, r in rates.items()) + f" GFLOP/s; copying {bandwidth / 1e9:,.1f} GB/s. "
+          "Where memory binds, bytes and their time at that rate:")
+    args.rows.append(dict(table="theory", name="rates", matmul_gflop_per_s=rates, copy_gb_per_s=bandwidth / 1e9))
+    sit = sum(p.numel() for p in found["SiT-B/2"][1].parameters())
+    for name, size in (("AdamW, SiT-B/2: weight, gradient, 2 moments, read and written: 28 bytes a parameter", 28 * sit),
+                       ("gradient norm and clip, SiT-B/2: 12 bytes a parameter", 12 * sit), ("EMA, SiT-B/2: 12 bytes a parameter", 12 * sit),
+                       ("DSM, an image of 256 px: read, write", 8 * 3 * 256 ** 2), ("ESM, an image of 256 px: read once", 4 * 3 * 256 ** 2),
+                       ("a cached f16d16 latent: its moments in float16", 4 * 16 ** 3)):
+        print(f"  {name:84}{size / 1e6:>10,.2f} MB{1e3 * size / bandwidth:>10,.3f} ms")
+        args.rows.append(dict(table="theory", name=name, bytes=size, ms=1e3 * size / bandwidth))
+
+
+class Census(TorchDispatchMode):
+    """Counts operators by the project's function that asked for them; backward convolutions by the network whose weight they hold."""
+
+    def __init__(self, **networks):
+        super().__init__()
+        self.calls, self.backward = Counter(), Counter()
+        self.owner = {p.data_ptr(): name for name, network in networks.items() for p in network.parameters()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        frame, asked = sys._getframe(1), {}
+        while frame:                                                                       # the outermost caller in each file stays
+            file, code = os.path.basename(frame.f_code.co_filename), frame.f_code
+            if file in ("losses.py", "repa.py"):
+                asked[file] = type(frame.f_locals["self"]).__name__ if code.co_varnames[:1] == ("self",) else code.co_name
+            elif file in ("spectral.py", "vae.py"):
+                asked[file] = file
+            frame = frame.f_back
+        self.calls.update(asked.values())
+        if func is torch.ops.aten.convolution_backward.default:
+            self.backward[self.owner[args[2].data_ptr()]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def off(args):
+    """What a step enters, and through whose convolutions it goes back, is what its flags name: nothing of a term that is off."""
+    nets, images = ae_nets("f2d4-tiny", torch.device("cpu"), small_encoder=True), torch.rand(2, 3, 32, 32) * 2 - 1
+    align = "adaptive_weight Encoder"
+    steps = [(f"--reg {reg}", dict(reg=reg), enters, "ae") for reg, enters in dict(
+        none="", kl="kl_loss", esm="esm_loss spectral.py", dsm="dsm_pair spectral.py", se="scale_pair", eq="eq_pair kl_loss",
+        vf=f"vf_loss kl_loss {align}", uae=f"low_freq_align_loss spectral.py {align}").items()]
+    steps += [("LPIPS", dict(lpips=True), "PerceptualLoss", "ae lpips"),
+              ("GAN, the autoencoder's step", dict(gan=True), "PatchDiscriminator hinge_g_loss adaptive_weight", "ae disc"),
+              ("GAN, the discriminator's step", dict(train_disc=True), "PatchDiscriminator hinge_d_loss", "disc")]
+    print("\noff: operators of one step by the function that asked for them | backward convolutions by network; asserted")
+    for name, options, enters, goes_back in steps:
+        with Census(ae=nets.ae, disc=nets.disc, lpips=nets.perceptual) as census:
+            ae_step(nets, images, **options)
+        print(f"{name:32}{'  '.join(f'{k} {v}' for k, v in census.calls.items())} | {'  '.join(f'{k} {v}' for k, v in census.backward.items())}")
+        assert set(census.calls) == {"vae.py", *enters.split()}, f"{name}: enters {sorted(census.calls)}, should vae.py {enters}"
+        assert set(census.backward) == set(goes_back.split()), f"{name}: goes back through {sorted(census.backward)}, should {goes_back}"
+        args.rows.append(dict(table="off", name=name, operators=dict(census.calls), backward_convolutions=dict(census.backward)))
+
+
+def ae(args):
+    """The autoencoder's step."""
+    device, dtype, compiled, rows = args.device, args.dtype, args.compile, {}
+    for name, size, batch in pick(args, [("f8d4", 64, 1), ("f16d16", 128, 1)], [("f8d4", 256, 1), ("f16d16", 256, 1)],
+                                  [("f8d4", 256, 16), ("f16d16", 256, 48)]):
+        nets = ae_nets(name, device, compiled=compiled, small_encoder=args.quick)
+        images = torch.rand(batch, 3, size, size, device=device) * 2 - 1
+
+        def case(label, *more, **options):
+            return Case(label, lambda: ae_step(nets, images, dtype=dtype, **options), batch, dtype, (nets.ae, nets.optimizer, *more), compiled)
+        gan = nets.disc, nets.disc_optimizer
+        cases = [case(f"--reg {reg}{draw}", *([nets.encoder] if reg in ("vf", "uae") else []), reg=reg) for reg, draw in REGS.items()]
+        cases += [case("none, LPIPS", nets.perceptual, lpips=True), case("none, GAN", *gan, gan=True),
+                  case("none, LPIPS, GAN", nets.perceptual, *gan, lpips=True, gan=True),
+                  case("none, LPIPS, GAN: discriminator's step", nets.perceptual, *gan, train_disc=True)]
+        rows[name] = table(args, f"ae: {name}, {size} px, batch {batch}, {dtype}", [cases[0], *cases[-2:]] if args.quick and name == "f16d16" else cases)
+        share = rows[name]["none, LPIPS, GAN: discriminator's step"]["ms"] / rows[name]["none, LPIPS, GAN"]["ms"]
+        target(args, f"{name}: a discriminator's step, as a share of an autoencoder's", share, 0.35, least=False)
+    if args.h200:
+        for name, bound in (("f16d16", 300), ("f8d4", 130)):
+            target(args, f"{name}, LPIPS: images/s", rows[name]["none, LPIPS"]["images_per_s"], bound)
+
+    batch = pick(args, 1, 1, 48)                                                           # the shares, at 256 px in every mode
+    images, nets = torch.rand(batch, 3, 256, 256, device=device) * 2 - 1, ae_nets("f16d16", device, extras=False, compiled=compiled)
+    latents = torch.randn(batch, 16, 16, 16, device=device, requires_grad=True)
+    esm = lambda: torch.autograd.grad(esm_loss(images, latents), latents)
+    dsm = lambda: torch.autograd.grad(dsm_pair(images, latents, 10)[1].sum(), latents)
+
+    def network():
+        ae = AutoencoderKL(CONFIGS["f16d16"])
+        ae.decode(ae.encode(torch.empty(batch, 3, 256, 256)).mode())
+    convolutions, counts = layer_cases(args, nn.Conv2d, 0.5 if args.quick else 0.95, network)
+    rows = table(args, f"ae: f16d16, 256 px, batch {batch}, {dtype}: terms alone, and its 3x3 convolutions, forward and backward", [
+        Case("--reg none", lambda: ae_step(nets, images, dtype=dtype), batch, dtype, (nets.ae, nets.optimizer), compiled),
+        Case("ESM", esm, batch), Case("DSM, n = 10", dsm, batch), *convolutions])
+    step = rows["--reg none"]
+    target(args, "ESM at 256 px, as a share of the step", rows["ESM"]["ms"] / step["ms"], 0.01, least=False)
+    target(args, "DSM at 256 px, as a share of the step", rows["DSM, n = 10"]["ms"] / step["ms"], 0.01, least=False)
+    rate = layer_rate(rows, convolutions, counts) / 1e9
+    if device.type == "cpu":
+        target(args, "f16d16: the step's FLOP/s, as a share of its convolutions'", step["gflop_per_s"] / rate, 0.75)
+
+
+def diffusion(args):
+    """The transformer's step."""
+    device, dtype, compiled = args.device, args.dtype, args.compile
+    build = functools.partial(diffusion_nets, device=device, compiled=compiled)
+    small = ("SiT-S/2", "SiT-B/2", "SiT-B/1", "UViT-S/1", "UViT-S/2", "UViT-M/2")
+    large = ("SiT-L/2", "UViT-L/2", "SiT-XL/2", "UViT-H/2")                                # the last two need 14 GB and more: GPU only
+    for names, batch in pick(args, [(("SiT-B/2",), 4), (("UViT-S/2",), 2)], [(small, 8), (large[:1], 2), (large[1:2], 2)], [(small, 256), (large, 64)]):
+        cases, linears, counts = [diffusion_case(args, name, build(name), batch, compiled=compiled) for name in names], [], []
+        if "SiT-B/2" in names:
+            linears, counts = layer_cases(args, nn.Linear, 0.95, lambda: SiTBlock(768, 12)(torch.empty(batch, 256, 768), torch.empty(batch, 768)))
+        rows = table(args, f"diffusion: each model, batch {batch}, {dtype}" + ", and the linear layers of SiT-B/2" * bool(linears), cases + linears)
+        if linears:
+            rate = layer_rate(rows, linears, counts) / 1e9
+            if device.type == "cpu":
+                target(args, "SiT-B/2: the step's FLOP/s, as a share of its matmuls'", rows["SiT-B/2"]["gflop_per_s"] / rate, 0.70)
+            if args.h200:
+                target(args, "SiT-B/2: training images/s", rows["SiT-B/2"]["images_per_s"], 2860)
+        del cases                                                                          # and their weights, before the next group
+    name, batch = pick(args, ("SiT-S/2", 2), ("SiT-B/2", 8), ("SiT-B/2", 256))
+    encoder = target_encoder(small=args.quick).to(device)
+    rows = table(args, f"diffusion: {name}, batch {batch}, {dtype}, each --repa, its encoder included" + " (the small one)" * args.quick, [
+        diffusion_case(args, f"--repa {repa}", build(name, repa=repa, encoder=encoder), batch, compiled=compiled) for repa in ("none", *REPA_KINDS)])
+    if args.h200:
+        target(args, "SiT-B/2 with --repa repa, encoder included: training images/s", rows["--repa repa"]["images_per_s"], 2000)
+
+
+def encode(args):
+    """Images to the latent cache: both mirrors, float32."""
+    size, count = pick(args, (64, 2), (256, 2), (256, 64))
+    pictures = type("Ready", (list,), dict(size=size))((torch.randint(256, (3, size, size), dtype=torch.uint8), 0, i, False) for i in range(count))
+    images, cases = torch.rand(2 * count, 3, size, size, device=args.device) * 2 - 1, []
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        fresh = (Path(folder, str(i)) for i in itertools.count())
+        for name in ("f8d4", "f16d16"):
+            ae = ae_nets(name, args.device, extras=False, channels_last=False).ae
+            cases += [Case(f"{name}: the encoder alone, both mirrors", functools.partial(ae.encode, images), count, holds=(ae,)),
+                      Case(f"{name}: build_cache", lambda ae=ae: build_cache(next(fresh), {}, ae, pictures, count, device=args.device), count, holds=(ae,))]
+        table(args, f"encode: {size} px, batch {count}, fp32", cases)
+
+
+def sample(args):
+    """Samplers; images/s are for 100 steps whatever number was run."""
+    device, dtype = args.device, args.dtype
+    names, steps, batch = pick(args, (("SiT-S/2", "UViT-S/2"), 2, 1), (("SiT-B/2", "UViT-S/2"), 10, 4), (("SiT-B/2", "UViT-S/2"), 100, 128))
+    for name in names:
+        nets = diffusion_nets(name, device, compiled=args.compile)
+        model, y = nets.model.eval().requires_grad_(False), torch.arange(batch, device=device)
+        x, t = torch.randn(2 * batch, model.in_channels, *model.input_size, device=device), torch.rand(2 * batch, device=device)
+
+        def network(n):
+            with autocast(device, dtype):
+                model(x[:n], t[:n], y.repeat(2)[:n])
+
+        def sampler(cfg, **options):
+            with autocast(device, dtype):
+                nets.process.sample(model, (batch, *x.shape[1:]), steps, y, cfg, noise=NoiseStream(0, range(batch)), **options)
+        case = lambda label, images, fn, *args_, **options: Case(label, functools.partial(fn, *args_, **options), images, dtype, (model,), args.compile)
+        kinds = {"Euler-Maruyama": dict(sampler="em"), "Euler ODE": dict(sampler="ode")} if name.startswith("SiT") else {"DDIM": {}}
+        rows = list(table(args, f"sample: {name}, {steps} steps, batch {batch}, {dtype}; images/s and GFLOP for 100 steps", [
+            case("the network alone", batch / 100, network, batch), case("the network alone, with guidance", batch / 100, network, 2 * batch),
+            *(case(label + guidance, batch * steps / 100, sampler, cfg, **options) for label, options in kinds.items()
+              for cfg, guidance in ((1.0, ""), (1.8, ", CFG 1.8")))]).values())
+        share = rows[3]["images_per_s"] / rows[1]["images_per_s"]
+        print(f"  with CFG {share:.0%} of what the network alone allows")
+        if args.h200 and name == "SiT-B/2":
+            target(args, "SiT-B/2, 100 steps, CFG: share of the network alone", share, 0.60)
+            target(args, "SiT-B/2, 100 steps, CFG: share of the matmul rate", rows[3]["mfu"], 0.60)
+
+
+def load(args):
+    """Images from disk: photographs larger than needed, the same packed, the same as latents."""
+    count, batch, rng = pick(args, 24, 96, 480), pick(args, 8, 16, 64), np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        (folder / "photos").mkdir()
+        for i in range(count):                                                             # noise at five scales, the finest the weakest
+            octaves = [np.asarray(Image.fromarray(rng.integers(0, 256, (3 * s, 4 * s, 3), dtype=np.uint8)).resize((500, 375), Image.BICUBIC), np.float32)
+                       for s in (2, 5, 12, 30, 70)]
+            picture = sum(w * octave for w, octave in zip((0.4, 0.25, 0.18, 0.11, 0.06), octaves))
+            Image.fromarray(picture.astype(np.uint8)).save(folder / "photos" / f"{i:04d}.jpg", quality=92)
+        with contextlib.redirect_stderr(io.StringIO()):
+            pack(str(folder / "photos"), 256, folder / "packed.zip")
+        sets = {name: open_data(spec, 256)[0] for name, spec in (("folder", str(folder / "photos")), ("packed zip", str(folder / "packed.zip")), ("built-in", None))}
+        stand_in = SimpleNamespace(config=CONFIGS["f16d16"], encode=lambda x: Posterior(*x[:, :1, ::16, ::16].repeat(1, 32, 1, 1).chunk(2, dim=1)))
+        build_cache(folder / "cache", {}, stand_in, sets["packed zip"], 8)
+        cache = LatentCache(folder / "cache", {})
+        rows = table(args, f"load: {count} JPEGs of 500x375 to 256 px, batch {batch}, in one process", [
+            *(Case(name, functools.partial(next, train_batches(images, batch, device=args.device)), batch) for name, images in sets.items()),
+            Case("latent cache, f16d16", functools.partial(next, cache.batches(batch, device=args.device)), batch)])
+        target(args, "packed zip, as a multiple of the folder", rows["packed zip"]["images_per_s"] / rows["folder"]["images_per_s"], 2)
+        target(args, "latent cache, as a multiple of the folder", rows["latent cache, f16d16"]["images_per_s"] / rows["folder"]["images_per_s"], 9)
+        if not args.quick:
+            workers = min(8, os.cpu_count())
+            streams = {name: train_batches(sets[name], batch, workers=workers, device=args.device) for name in ("folder", "packed zip")}
+            for name, stream in streams.items():                                           # one after the other: workers go on while others have their turn
+                table(args, f"load: the same with {workers} workers", [Case(name, lambda: [next(stream) for _ in range(8 * workers)], 8 * workers * batch)])
+
+
+def evaluation(args):
+    """What evaluate.py spends its time on."""
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+    device, batch, D, size = args.device, pick(args, 2, 8, 128), pick(args, 512, 2048, 2048), pick(args, 128, 256, 256)
+    with mock.patch.object(fidelity, "load_state_dict_from_url"), mock.patch.object(fidelity.FeatureExtractorInceptionV3, "load_state_dict"):
+        inception = load_inception(device)                                                 # random weights run as fast
+    moments, (a, b) = Moments(2048, device), torch.rand(2, max(batch, 8), 3, size, size, device=device) * 2 - 1
+    table(args, f"eval: {size} px, fp32", [
+        Case(f"Inception features and moments, batch {batch}", lambda: moments.add(inception(to_uint8(a[:batch]))[0]), batch),
+        *(Case(label, functools.partial(fn, a, b), len(a)) for label, fn in (("PSNR", psnr), ("SSIM", ssim), ("spectral KL", spectral_kl))),
+        Case("sliced Wasserstein distance", functools.partial(sliced_wasserstein, a.cpu(), b.cpu()), len(a))])
+    mean = torch.randn(2, D, dtype=torch.float64)
+    covs = [torch.cov(torch.randn(D, 2 * D, dtype=torch.float64)) for _ in mean]
+    ours = lambda: frechet_distance(mean[0], covs[0], mean[1], covs[1])
+    root = lambda: (mean[0] - mean[1]).square().sum() + covs[0].trace() + covs[1].trace() - 2 * scipy.linalg.sqrtm((covs[0] @ covs[1]).numpy()).real.trace()
+    table(args, f"eval: Frechet distance, {D} dimensions, float64", [Case("ours: two eigendecompositions", ours), Case("scipy sqrtm", root)],
+          repeats=min(3, args.repeats))
+
+
+# ---- what we did not choose
+
+def dct_by_fft(x):
+    """Orthonormal DCT-II of the last dimension: the spectrum of the signal and its mirror image, turned to be real."""
+    n, k = x.shape[-1], torch.arange(x.shape[-1], device=x.device)
+    X = (torch.fft.rfft(torch.cat([x, x.flip(-1)], -1))[..., :n] * torch.polar(torch.ones_like(k, dtype=x.dtype), -math.pi / (2 * n) * k)).real
+    return X / torch.where(k == 0, 4 * n, 2 * n).sqrt()
+
+
+def idct_by_fft(X):
+    n, k = X.shape[-1], torch.arange(X.shape[-1], device=X.device)
+    Y = X * torch.where(k == 0, 4 * n, 2 * n).sqrt() * torch.polar(torch.ones_like(k, dtype=X.dtype), math.pi / (2 * n) * k)
+    return torch.fft.irfft(F.pad(Y, (0, 1)), n=2 * n)[..., :n]
+
+
+def both_sides(transform, x):
+    return transform(transform(x).transpose(-1, -2)).transpose(-1, -2)
+
+
+def lowpass_by_fft(x, n, block=8):
+    B, C, H, W = x.shape
+    tiles = x.reshape(B, C, H // block, block, W // block, block).transpose(3, 4)          # (B, C, H/b, W/b, b, b)
+    kept = both_sides(dct_by_fft, tiles) * triangle_mask(n, block).to(x.device)
+    return both_sides(idct_by_fft, kept).transpose(3, 4).reshape(B, C, H, W)
+
+
+def naive_esm(images, latents, n_bins=16):
+    """esm_loss as one writes it down first: blur, resize, DCT by FFT, a mask per ring."""
+    def describe(x, gamma):
+        P = both_sides(dct_by_fft, x).square().mean(1)                                     # (B, h, w)
+        u, v = (torch.arange(side, device=x.device) for side in P.shape[1:])
+        r = (u[:, None] ** 2 + v ** 2).sqrt()
+        ring, P = (r / r.max() * n_bins).long().clamp_max(n_bins - 1), P * (r > 0)
+        S = torch.stack([P[:, ring == b].mean(1) * (b + 1) ** gamma for b in range(n_bins)], 1).log1p() + 1e-6
+        return S / S.sum(1, keepdim=True)
+    if images.shape[-2] >= 16 * latents.shape[-2]:
+        taps = torch.exp(-0.5 * ((torch.arange(7, device=images.device) - 3) / 1.2) ** 2)
+        images = F.conv2d(images, (taps[:, None] * taps / taps.sum() ** 2).expand(3, 1, 7, 7), padding=3, groups=3)
+    p, q = describe(F.interpolate(images, latents.shape[-2:], mode="bicubic"), 1.0), describe(latents, 0.0)
+    return (p * (p.log() - q.log())).sum(1).mean()
+
+
+def alternatives(args):
+    """The defaults and what they were chosen over."""
+    device, cuda = args.device, args.device.type == "cuda"
+    size, batch = pick(args, (64, 1), (256, 1), (256, 16))
+    images = torch.rand(batch, 3, size, size, device=device) * 2 - 1
+
+    def variant(layout, dtype, how="eager"):
+        nets = ae_nets("f16d16", device, extras=False, channels_last=layout == "channels_last", compiled=how == "compiled")
+        if how == "recomputed":
+            runtime.recompute(nets.ae, (ResnetBlock, AttnBlock))
+        return Case(f"{layout}, {dtype}, {how}", lambda: ae_step(nets, images, dtype=dtype), batch, dtype, (nets.ae, nets.optimizer), how == "compiled")
+    best = ("channels_last", "bf16") if cuda else ("contiguous", "fp32")
+    precisions = ("fp32", "tf32", "bf16") if cuda else ("fp32", "bf16")
+    table(args, f"alternatives: the step of f16d16, {size} px, batch {batch}; recomputed: --grad_checkpoint", [
+        *(variant(layout, dtype) for dtype in precisions for layout in ("contiguous", "channels_last")), variant(*best, "recomputed"),
+        *(variant(*best, "compiled") for _ in range(not args.quick))])                     # compiling takes minutes
+
+    name, batch = pick(args, ("SiT-tiny/2", 8), ("SiT-B/2", 8), ("SiT-B/2", 256))
+    again = diffusion_nets(name, device)
+    runtime.recompute(again.model, SiTBlock)
+    table(args, f"alternatives: the step of {name}, batch {batch}", [
+        *(diffusion_case(args, f"{dtype}, {'compiled' if compiled else 'eager'}", diffusion_nets(name, device, compiled=compiled), batch, dtype, compiled)
+          for dtype in precisions for compiled in (False, True) if not (args.quick and compiled)),
+        diffusion_case(args, f"{args.dtype}, eager, recomputed", again, batch)])
+
+    model = diffusion_nets("SiT-S/2" if args.quick else "SiT-B/2", device).model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.randn_like(p)
+    cases = []
+    for label, options in (("fused", dict(fused=True)), ("foreach", dict(foreach=True)), ("a loop over the parameters", dict(foreach=False))):
+        optimizer = adamw(model, **options)
+        cases.append(Case(f"AdamW, {label}", optimizer.step, holds=(model, optimizer)))
+    rows = table(args, f"alternatives: the optimiser, {len(trained)} tensors; a call is a step", cases)
+    print("  at 28 bytes a parameter: " + ", ".join(f"{28 * sum(p.numel() for p in trained) / row['ms'] / 1e6:,.1f} GB/s" for row in rows.values()))
+
+    x = torch.rand(8, 3, 256, 256, device=device) * 2 - 1
+    ways = {"ours: one 64x64 operator a tile": lambda: lowpass(x, 10), "FFT": lambda: lowpass_by_fft(x, 10),
+            "two 8x8 matmuls, mask, two more": lambda: block_idct2(block_dct2(x) * triangle_mask(10).to(device))}
+    for way in ways.values():
+        torch.testing.assert_close(way(), lowpass(x, 10), atol=1e-5, rtol=0)
+    table(args, "alternatives: low-pass of 8x3x256x256 in 8x8 tiles, n = 10", [Case(label, way, len(x)) for label, way in ways.items()])
+    for f, C in ((8, 4), (16, 16)):
+        z = torch.randn(8, C, 256 // f, 256 // f, device=device, requires_grad=True)
+        torch.testing.assert_close(esm_loss(x, z), naive_esm(x, z), atol=1e-5, rtol=1e-3)
+        table(args, f"alternatives: ESM on 8 images of 256 px, f{f}d{C}, forward and backward", [
+            Case(label, lambda loss=loss: torch.autograd.grad(loss(x, z), z), len(x))
+            for label, loss in (("ours: matrices", esm_loss), ("blur, resize, FFT, a mask per ring", naive_esm))])
+    if not args.quick:
+        learning(args)
+
+
+def learning(args, steps=600):
+    """PSNR on held-out built-in images after a short training of f2d4-tiny: same seed and batches, another start or other groups."""
+    train, held_out = open_data(None, 32, val_images=128)
+    images = torch.stack([held_out[i][0] for i in range(128)]).to(args.device) / 127.5 - 1
+    print(f"\nalternatives: f2d4-tiny after {steps} steps on 8 built-in images each, --reg kl, seed 0")
+    for name, groups, start in (("ours: init_weights, 4 groups", 4, vae.init_weights), ("PyTorch's initialisation, 4 groups", 4, lambda module: None),
+                                ("init_weights, 16 groups of one channel", 16, vae.init_weights)):  # 32 do not divide its 16 channels
+        config = dataclasses.replace(CONFIGS["f2d4-tiny"], norm_groups=groups)
+        with mock.patch.object(vae, "init_weights", start), mock.patch.dict(CONFIGS, {"f2d4-tiny": config}):
+            nets = ae_nets("f2d4-tiny", args.device, extras=False)
+        nets.optimizer.param_groups[0]["lr"] = 4e-3
+        for batch, _, _ in itertools.islice(train_batches(train, 8, device=args.device), steps):
+            ae_step(nets, batch, reg="kl")
+        with torch.no_grad():
+            value = psnr(nets.ae.decode(nets.ae.encode(images).mode()), images).mean().item()
+        print(f"{name:46}{value:>8.2f} dB", flush=True)
+        args.rows.append(dict(table="alternatives: start", name=name, steps=steps, psnr=value))
+
+
+SECTIONS = dict(theory=theory, off=off, ae=ae, diffusion=diffusion, encode=encode, sample=sample, load=load, eval=evaluation, alternatives=alternatives)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small batches and images, few repeats: three minutes on two cores")
+    parser.add_argument("--section", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: cuda when there is a GPU")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default=None, help="of the networks (default: bf16 on cuda, fp32 on cpu)")
+    parser.add_argument("--compile", choices=("on", "off"), default=None, help="torch.compile as the scripts do (default: on on cuda, off on cpu)")
+    parser.add_argument("--repeats", type=int, default=None, help="rounds a table (default: 2 if --quick, 3 on a CPU, 7 on cuda)")
+    args, start = parser.parse_args(), time.perf_counter()
+    args.device = runtime.start_processes(args.device)[2]
+    cuda = args.device.type == "cuda"
+    args.dtype, args.compile = args.dtype or ("bf16" if cuda else "fp32"), (args.compile or ("on" if cuda else "off")) == "on"
+    args.repeats, args.rows, args.targets = args.repeats or pick(args, 2, 3, 7), [], []
+    info = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
+    hardware = torch.cuda.get_device_name() if cuda else f"{cpu}, {torch.get_num_threads()} threads"
+    args.h200 = "H200" in hardware and not args.quick                                      # whose targets these are
+    print(f"{hardware}; torch {torch.__version__}; {args.dtype}; {'compiled' if args.compile else 'eager'}; medians of {args.repeats}", flush=True)
+    for name in args.section:
+        SECTIONS[name](args)
+        if cuda:
+            torch.cuda.empty_cache()
+    missed, seconds = [t["target"] for t in args.targets if t["verdict"] != "ok"], time.perf_counter() - start
+    print(f"\n{len(args.targets) - len(missed)} of {len(args.targets)} targets met{'; missed: ' * bool(missed)}{'; '.join(missed)}. {seconds:.0f} s")
+    print(json.dumps(dict(hardware=hardware, torch=torch.__version__, device=args.device.type, threads=torch.get_num_threads(), dtype=args.dtype,
+                          compiled=args.compile, quick=args.quick, repeats=args.repeats, seconds=seconds, targets=args.targets, rows=args.rows)))
+
+
+if __name__ == "__main__":
+    main()
