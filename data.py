@@ -17,6 +17,7 @@ import argparse
 import io
 import itertools
 import os
+import stat
 import struct
 import sys
 import zipfile
@@ -32,10 +33,26 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # whatever the name says; PIL would hand an EPS to Ghostscript
+LARGEST_FILE, LARGEST_SIDE = 2 ** 30, 2 ** 14                   # bytes of a picture file, pixels of a side
 HELD_OUT_SEED = 2603          # one split for every stage and every --seed: what the autoencoder trained on is never held out
 HELD_OUT_FIRST = 2 ** 40      # built-in images from here on are the held-out ones
 
 # ---- one picture ------------------------------------------------------------------------------------------------------------
+
+def open_picture(path):
+    """A file on disk as a PIL image, with no handle left open; raises OSError or ValueError, as to_rgb and center_crop do later."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:          # a named pipe would block for ever
+        raise ValueError(f"no file, or larger than {LARGEST_FILE:,} bytes")
+    return Image.open(io.BytesIO(Path(path).read_bytes()), formats=FORMATS)
+
+
+def reason(error):
+    """Why a file could not be read, in one line, without the advice to unpickle it all the same."""
+    known = "not an image" if isinstance(error, UnidentifiedImageError) else "holds Python objects" * ("allow_pickle" in str(error))
+    return known or " ".join(str(error).split())[:200] or type(error).__name__
+
 
 def to_rgb(image):
     """
@@ -175,17 +192,22 @@ class Folder:
         def refuse(error):                                             # os.walk would pass over a closed folder in silence
             raise ValueError(f"--data {spec}: cannot list {error.filename} ({error.strerror})")
 
-        found = (Path(folder, f).relative_to(self.root).as_posix()
-                 for folder, _, files in os.walk(self.root, onerror=refuse, followlinks=True) for f in files)
-        self.names = np.array(sorted(filter(_is_picture, found)))      # an array: workers share it, a list they would copy
+        found, above = [], {}                                          # above: folder -> the real folders on the way to it
+        for folder, _, files in os.walk(self.root, onerror=refuse, followlinks=True):
+            real, way = os.path.realpath(folder), above.get(os.path.dirname(folder), ())
+            if real in way:
+                raise ValueError(f"--data {spec}: {folder!r} is a link back to a folder that it lies in; remove the link")
+            above[folder] = (*way, real)
+            found += filter(_is_picture, (Path(folder, f).relative_to(self.root).as_posix() for f in files))
+        self.names = np.array(sorted(found))                           # an array: workers share it, a list they would copy
 
     def image(self, row):
-        return Image.open(io.BytesIO((self.root / self.names[row]).read_bytes()))
+        return open_picture(self.root / self.names[row])
 
 
 class Zip:
     """
-    Every image in a zip, read where it lies. Four arrays replace zipfile's objects (1.28M of those hold 0.7 GB per process), and
+    Every image in a zip, read where it lies. Five arrays replace zipfile's objects (1.28M of those hold 0.7 GB per process), and
     each read opens the file anew: no handle is shared over a fork.
     """
 
@@ -194,8 +216,8 @@ class Zip:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 entries = {e.filename: e for e in archive.infolist() if _is_picture(e.filename)}
-        except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"--data {spec}: not a readable zip ({error})") from None
+        except Exception as error:                                     # a damaged directory breaks zipfile in many ways
+            raise ValueError(f"--data {spec}: not a readable zip ({reason(error)}); pack it anew") from None
         entries = [entries[name] for name in sorted(entries)]
         self.names = np.array([e.filename for e in entries])
         for e in entries:
@@ -204,20 +226,23 @@ class Zip:
             if e.flag_bits & 1 or e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"--data {spec}: {e.filename} is encrypted or neither stored nor deflated; pack it anew")
         self.offset = np.array([e.header_offset for e in entries])
-        self.length = np.array([e.compress_size for e in entries])
+        self.length, self.size = np.array([(e.compress_size, e.file_size) for e in entries]).reshape(-1, 2).T
         self.deflated = np.array([e.compress_type == zipfile.ZIP_DEFLATED for e in entries])
         self.crc = np.array([e.CRC for e in entries])
 
     def image(self, row):
+        length, size = int(self.length[row]), int(self.size[row])
+        if max(length, size) > LARGEST_FILE:
+            raise ValueError(f"larger than {LARGEST_FILE:,} bytes")
         with open(self.path, "rb") as f:
             f.seek(self.offset[row])
             f.seek(sum(struct.unpack("<26xHH", f.read(30))), os.SEEK_CUR)   # local header: 30 bytes, then name and extra field
-            data = f.read(self.length[row])
+            data = f.read(length)
         if self.deflated[row]:
-            data = zlib.decompress(data, -zlib.MAX_WBITS)
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)          # no further than was declared: no bomb
         if zlib.crc32(data) != self.crc[row]:
             raise ValueError("wrong checksum in the zip")
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 class Cifar10:
@@ -307,8 +332,9 @@ def open_data(spec, size, val_images=500, seed=0, builtin_images=4_000):
     seed, builtin_images    of the built-in images only
     raises   FileNotFoundError or ValueError, one line that starts with `--data {spec}:`
     """
-    if size < 8 or val_images < 0:
-        raise ValueError(f"--data {spec or 'built-in'}: needs a size >= 8 and val_images >= 0, got {size} and {val_images}")
+    if not 8 <= size <= LARGEST_SIDE or val_images < 0:
+        raise ValueError(f"--data {spec or 'built-in'}: needs a size >= 8, at most {LARGEST_SIDE}, and val_images >= 0, "
+                         f"got {size} and {val_images}")
     if not spec:
         return DeadLeaves(size, builtin_images, seed), DeadLeaves(size, val_images, seed, first=HELD_OUT_FIRST)
     source = open_source(spec)
@@ -384,16 +410,16 @@ def _note(dataset, i, j):
     new = {k % n for k in range(i, i + (j - i - 1) % n + 1)} - unreadable
     unreadable |= new
     if len(unreadable) > dataset.total / 100 or len(unreadable) == n:
-        first = ", ".join(dataset.name(k) for k in sorted(unreadable)[:5])
+        first = ", ".join(repr(dataset.name(k)) for k in sorted(unreadable)[:5])
         raise ValueError(f"--data {dataset.spec}: {len(unreadable)} of {dataset.total} images so far cannot be read, "
                          f"more than 1%; repair or remove them, beginning with {first}")
     for k in sorted(new):
         try:
             dataset.read(k)
-            reason = "readable on second try"
+            why = "readable on second try"
         except Exception as error:
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
-        print(f"--data {dataset.spec}: skipping {dataset.name(k)}: {reason}", file=sys.stderr, flush=True)
+            why = reason(error)
+        print(f"--data {dataset.spec}: skipping {dataset.name(k)!r}: {why}", file=sys.stderr, flush=True)  # a name may hold a newline
 
 
 def _load(dataset, entries, workers, device):
@@ -484,13 +510,16 @@ def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
         raise ValueError(f"--out {out}: must end in .zip")
     if out.exists() and spec and Path(spec).exists() and out.samefile(spec):
         raise ValueError(f"--out {out}: is the set itself; the original is never written to")
-    if out.exists() and not overwrite:
-        raise ValueError(f"--out {out}: exists already; choose another name or pass --overwrite")
-    if size < 8:
-        raise ValueError(f"--size {size}: must be 8 or more")
+    if out.is_dir() or out.exists() and not overwrite:
+        raise ValueError(f"--out {out}: exists already; choose another name" + " or pass --overwrite" * out.is_file())
+    for flag, value, low, high in (("size", size, 8, LARGEST_SIDE), ("count", count, 1, 1_000_000), ("workers", workers, 0, 1024)):
+        if not low <= value <= high:                                   # a millionth picture would need a longer name
+            raise ValueError(f"--{flag} {value}: must lie in {low}..{high}")
     if spec:
         source = open_source(spec)
         names = [str(PurePosixPath(name).with_suffix(".png")) for name in source.names]
+        if foreign := [name for name in names if name.encode(errors="ignore").decode() != name]:
+            raise ValueError(f"--data {spec}: the name {foreign[0]!r} is not UTF-8, which a zip needs; rename the file")
         dataset = ImageSet(spec, source, np.arange(len(names)), np.zeros(len(names), np.int64), [], size)
     else:
         names = [f"{i:06d}.png" for i in range(count)]
@@ -503,7 +532,7 @@ def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
     try:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:                 # PNG is compressed already
             loader = DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_png)
-            for i, (png, j, bad) in enumerate(tqdm(loader, unit="image")):
+            for i, (png, j, bad) in enumerate(tqdm(loader, unit="image", disable=not sys.stderr.isatty())):
                 if bad:
                     _note(dataset, i, j)
                     continue
@@ -517,6 +546,8 @@ def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
 
 
 def main():
+    from runtime import one_line_errors                                # here alone: the readers above stand on their own
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command = parser.add_subparsers(dest="command", required=True).add_parser("pack", help="crop a set once into a zip of PNGs")
     command.add_argument("--data", default="", help="folder, .zip or 'cifar10'; nothing: built-in images")
@@ -526,11 +557,8 @@ def main():
     command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode; 0 = this one")
     command.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     args = parser.parse_args()
-    try:
+    with one_line_errors():
         written, skipped = pack(args.data, args.size, args.out, args.count, args.workers, args.overwrite)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
     megabytes = Path(args.out).stat().st_size / 1e6
     print(f"{args.out}: {written} images of {args.size}x{args.size}, {megabytes:.1f} MB; {skipped} unreadable ones left out")
 

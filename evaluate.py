@@ -23,7 +23,6 @@ import platform
 import subprocess
 import sys
 import time
-import zipfile
 
 import numpy as np
 import torch
@@ -32,10 +31,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import runtime
-from data import ImageSet, center_crop, open_data, open_source, spread, to_rgb, val_batches
+from data import LARGEST_SIDE, ImageSet, center_crop, open_data, open_picture, open_source, reason, spread, to_rgb, val_batches
 from dit import DDPM, MODELS, Interpolant, NoiseStream
 from figures import figure_rows, pca_rgb, picture_grid
-from latents import autoencoder_hash, images_hash
+from latents import autoencoder_hash, check_room, images_hash
 from losses import PerceptualLoss, esm_loss
 from metrics import Moments, frechet_distance, load_inception, psnr, sliced_wasserstein, spectral_kl, ssim, to_uint8
 from repa import filter_target, load_encoder
@@ -67,6 +66,7 @@ def report(values, settings, args, rank):
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=pathlib.Path(__file__).parent, capture_output=True,
                                 text=True).stdout.strip()
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores"
+    pathlib.Path(args.results).parent.mkdir(parents=True, exist_ok=True)
     with open(args.results, "a") as file:
         file.write(json.dumps(dict(values, **settings, command=" ".join(["evaluate.py", *sys.argv[1:]]), commit=commit,
                                    hardware=hardware, torch=torch.__version__, time=time.strftime("%Y-%m-%d %H:%M:%S"))) + "\n")
@@ -93,6 +93,7 @@ def load_everywhere(load, rank, device):
 def shared_array(path, dtype, shape, rank):
     """A memory-mapped .npy that all ranks write into, each its rows."""
     if rank == 0:
+        check_room(f"{path} of {shape[0]:,} rows", path.parent, math.prod(shape) * np.dtype(dtype).itemsize)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
     runtime.barrier()
@@ -133,6 +134,9 @@ def evaluate_recon(args, rank, world, device):
     ae = load_autoencoder(args.ae).to(device)
     trained = runtime.checkpoint_args(args.ae)
     data, size = args.data or trained.get("data"), args.image_size or trained.get("image_size", 256)
+    if size < 11 or size % ae.config.reduction:
+        raise ValueError(f"--image_size {size}: must be at least 11, SSIM's window, and a multiple of {ae.config.reduction}, the reduction of "
+                         f"{args.ae}")
     _, val_set = open_data(data, size, val_images=args.val_images, seed=trained.get("seed", 0))
     loaders = dict(lpips=lambda: PerceptualLoss().to(device), inception=lambda: load_inception(device))
     networks = {name: network for name, load in loaders.items() if (network := load_everywhere(load, rank, device))}
@@ -150,7 +154,7 @@ def evaluate_recon(args, rank, world, device):
                 moment.add(networks["inception"](to_uint8(x))[0])
     sums = runtime.all_sum(sums.to(device)).cpu()
     values = dict(zip(names, (sums[1:] / sums[0]).tolist()))
-    if moments:
+    if moments and sums[0] > 1:
         (n, *a), (_, *b) = (moment.mean_cov() for moment in moments)
         warn_small(n, rank)
         values[f"rFID@{n}"] = frechet_distance(*a, *b)
@@ -160,8 +164,15 @@ def evaluate_recon(args, rank, world, device):
 def load_diffusion(path, ae_path, device):
     """A run of train_diffusion.py, ready to sample: (EMA model, process, autoencoder with the run's statistics, checkpoint)."""
     checkpoint = runtime.load_checkpoint(path, "diffusion")
-    model = MODELS[checkpoint["model_name"]](**checkpoint["model_args"])
-    model.load_state_dict(checkpoint["ema"])
+    try:
+        model = MODELS[checkpoint["model_name"]](**checkpoint["model_args"])
+        model.load_state_dict(checkpoint["ema"])
+        missing = {"ae", "autoencoder", "latent_mean", "latent_std", "image_size", "data", "data_seed", "step"} - checkpoint.keys()
+        finite = not missing and all(tensor.isfinite().all() for tensor in (*checkpoint["ema"].values(), checkpoint["latent_std"]))
+    except Exception as error:                                                             # a foreign file breaks this in any way
+        raise ValueError(f"--ckpt {path}: not what this version of train_diffusion.py writes ({reason(error)})") from None
+    if not finite:
+        raise ValueError(f"--ckpt {path}: {f'has no {min(missing)}' if missing else 'its weights are not finite'}; take an earlier checkpoint")
     ae = load_autoencoder(ae_path or checkpoint["ae"])
     if autoencoder_hash(ae) != checkpoint["autoencoder"]:
         raise ValueError(f"--ae {ae_path or checkpoint['ae']}: not the autoencoder on whose latents {path} was trained")
@@ -190,10 +201,13 @@ def evaluate_gen(args, rank, world, device):
     model, process, ae, checkpoint = load_diffusion(args.ckpt, args.ae, device)
     if args.cfg != 1 and not model.num_classes:
         raise ValueError(f"--cfg {args.cfg}: {args.ckpt} is unconditional, it has no null class to guide away from; leave --cfg at 1")
+    if args.steps > 1000 and isinstance(process, DDPM):
+        raise ValueError(f"--steps {args.steps}: {args.ckpt} has 1000 noise levels, so take at most 1000")
     size, data = checkpoint["image_size"], args.data or checkpoint["data"]
     out = pathlib.Path(args.out or pathlib.Path(args.ckpt).parent / "samples")
     train_set, _ = open_data(data, size, seed=checkpoint["data_seed"])
     reference_set = spread(train_set, args.reference_images or len(train_set))
+    stored_statistics(reference_set)                                                       # what is wrong with them says so before sampling
     dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
 
     samples = shared_array(out / "samples.npy", np.uint8, (args.num_samples, size, size, 3), rank)
@@ -236,6 +250,34 @@ def evaluate_gen(args, rank, world, device):
         print(f"wrote {out}/grid.png, {out}/samples.npz" + f", {out}/images/" * args.folder)
 
 
+def stored_statistics(reference_set):
+    """
+    Where the Inception statistics of a set are kept, what they are of, and the arrays if they are there, else None.
+    raises   ValueError if they are of something else, or damaged
+    """
+    identity = images_hash(reference_set)
+    file = pathlib.Path("out/reference") / f"{identity}-{reference_set.size}.npz"
+    how = dict(images=identity, size=reference_set.size, n=len(reference_set), crop="ADM centre crop, 8 bit", network="torch-fidelity")
+    stored = read_npz(file, "mu", "sigma", "features", "how") if file.exists() else None
+    if stored is not None and (len(stored) < 4 or str(stored["how"]) != json.dumps(how)):
+        raise ValueError(f"{file}: statistics of {stored.get('how')}, wanted {json.dumps(how)}; remove the file")
+    return file, how, stored
+
+
+def read_npz(file, *names):
+    """{name: array} of those names that a .npz holds, nothing unpickled; ValueError if it is damaged, or mu and sigma are no moments."""
+    try:
+        with np.load(file) as archive:
+            found = {name: archive[name] for name in names if name in archive.files}
+        if {"mu", "sigma"} <= found.keys():
+            mu, sigma = found["mu"], found["sigma"]
+            if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+                raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} are no finite mean and covariance")
+    except Exception as error:                                                             # a damaged file breaks its reader in any way
+        raise ValueError(f"{file}: no usable .npz ({reason(error)}); remove it, or make it anew") from None
+    return found
+
+
 def inception_metrics(inception, samples, reference_set, out, args, rank, world, device):
     """FID, IS, KID, precision and recall of samples (N, H, W, 3) against a set of data.py, whose statistics are kept in out/reference."""
     from torch_fidelity.metric_isc import isc_features_to_metric
@@ -246,10 +288,8 @@ def inception_metrics(inception, samples, reference_set, out, args, rank, world,
     chunks = np.array_split(np.arange(rank, n, world), max(1, math.ceil(n / world / args.batch_size)))
     _, mean, cov, fake, logits = inception_statistics(inception, ((torch.from_numpy(samples[i]).movedim(-1, 1), i) for i in chunks if len(i)),
                                                       np.arange(n), out, rank, device)
-    identity = images_hash(reference_set)
-    reference = pathlib.Path("out/reference") / f"{identity}-{reference_set.size}.npz"
-    how = dict(images=identity, size=reference_set.size, n=len(reference_set), crop="ADM centre crop, 8 bit", network="torch-fidelity")
-    if not reference.exists():                                                             # on all ranks: rank 0 writes it later than this
+    reference, how, stored = stored_statistics(reference_set)
+    if not stored:                                                                         # on all ranks: rank 0 writes it later than this
         batches = ((to_uint8(images), indices.numpy()) for images, _, indices in
                    val_batches(reference_set, args.batch_size * world, rank=rank, world=world, workers=args.workers, device=device))
         keep = np.unique(np.linspace(0, len(reference_set) - 1, 10_000).astype(np.int64))   # spread over the classes
@@ -258,9 +298,7 @@ def inception_metrics(inception, samples, reference_set, out, args, rank, world,
             runtime.write_atomic(reference, lambda file: np.savez(file, mu=mu.numpy(), sigma=sigma.numpy(), features=features.numpy(),
                                                                   readable=m, how=json.dumps(how)))
         runtime.barrier()
-    stored = np.load(reference)
-    if json.loads(str(stored["how"])) != how:
-        raise ValueError(f"{reference}: statistics of {stored['how']}, wanted {json.dumps(how)}; remove the file")
+        _, _, stored = stored_statistics(reference_set)
     values = {f"FID@{n}": frechet_distance(mean, cov, stored["mu"], stored["sigma"])}
     if rank == 0:
         values["IS"] = isc_features_to_metric(logits, splits=min(10, n))["inception_score_mean"]
@@ -290,11 +328,7 @@ def evaluate_fid(args, rank, world, device):
             raise FileNotFoundError(f"{spec}: no such folder, .zip or .npz")
         images = spec
         if spec.endswith(".npz"):
-            try:
-                stored = np.load(spec)
-                found = {name: stored[name] for name in ("mu", "sigma", "arr_0") if name in stored}
-            except (ValueError, OSError, zipfile.BadZipFile):
-                raise ValueError(f"{spec}: not a readable .npz") from None
+            found = read_npz(spec, "mu", "sigma", "arr_0")
             if {"mu", "sigma"} <= found.keys():
                 statistics.append((found["mu"], found["sigma"]))
                 continue
@@ -302,6 +336,8 @@ def evaluate_fid(args, rank, world, device):
             if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
                 raise ValueError(f"{spec}: holds neither mu and sigma nor arr_0 (N, H, W, 3) uint8")
         batches, n = image_set(images, args.image_size or 256, args.batch_size)
+        if n < 2:
+            raise ValueError(f"{spec}: needs two images or more, holds {n}")
         inception = inception or load_inception(device)
         moments = Moments(2048, device)
         for x in tqdm(batches, total=math.ceil(n / args.batch_size), disable=not sys.stderr.isatty()):
@@ -309,6 +345,9 @@ def evaluate_fid(args, rank, world, device):
         n, *moments = moments.mean_cov()
         statistics.append(moments)
         counts.append(n)
+    if len(statistics[0][0]) != len(statistics[1][0]):
+        raise ValueError(f"{args.a} and {args.b}: features of {len(statistics[0][0])} and {len(statistics[1][0])} dimensions cannot be compared; "
+                         "make both with one network")
     name = f"FID@{min(counts)}" if counts else "FID"
     if counts:
         warn_small(min(counts))
@@ -468,9 +507,9 @@ def evaluate_similarity(args, rank, world, device):
     side = args.image_size // 14
     if args.image:
         try:
-            pixels = np.array(center_crop(to_rgb(Image.open(args.image)), args.image_size))
-        except OSError as error:                                                           # no such file, or not an image
-            raise ValueError(f"--image {args.image}: {error.strerror or 'not an image that PIL can read'}") from None
+            pixels = np.array(center_crop(to_rgb(open_picture(args.image)), args.image_size))
+        except Exception as error:                                                         # no such file, or what decoders raise
+            raise ValueError(f"--image {args.image}: {getattr(error, 'strerror', None) or reason(error)}; give another file") from None
         images = torch.from_numpy(pixels).permute(2, 0, 1)[None].float().to(device) / 127.5 - 1
     else:
         images = some_images(args, {}, device)
@@ -494,6 +533,18 @@ def evaluate_similarity(args, rank, world, device):
     figure_rows(rows, out)
     report(values, dict(encoder=args.encoder_source if args.encoder_source == "random" else args.encoder, n=len(images), token=token), args, rank)
     print(f"wrote {out} (black = opposite, white = equal)")
+
+
+def check_place(flag, path, folder=False, figure=False):
+    """ValueError now, not after hours, unless a folder, or a file, which may be a figure, can be written at path."""
+    path = pathlib.Path(path)
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())                # the rest is made when it is needed
+    fits = there.is_dir() if folder or there != path else there.is_file()
+    if figure:
+        from matplotlib.backend_bases import FigureCanvasBase
+        fits = fits and path.suffix[1:] in {"", *FigureCanvasBase.filetypes}
+    if not fits or not os.access(there, os.W_OK):
+        raise ValueError(f"{flag} {path}: cannot be written there; name a " + ("folder" if folder else "file" + " .png, .pdf or .svg" * figure))
 
 
 def get_args():
@@ -561,9 +612,20 @@ def main():
     rank, world, device = runtime.start_processes(args.device)
     if world > 1 and args.function not in (evaluate_recon, evaluate_gen):
         raise ValueError(f"{args.command}: runs in one process; start it without torchrun")
-    for name, least in (("val_images", 1), ("batch_size", 1), ("num_samples", 2), ("steps", 2)):
-        if getattr(args, name, least) < least:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be at least {least}")
+    for name, low, high in (("val_images", 1, math.inf), ("batch_size", 1, math.inf), ("num_samples", 2, math.inf), ("steps", 2, math.inf),
+                            ("image_size", 8, LARGEST_SIDE), ("workers", 0, 1024), ("seed", 0, 2 ** 63), ("cfg", 0, math.inf),
+                            ("gamma", 0, 10)):                                             # 16^gamma is to fit float32
+        value = getattr(args, name, None)
+        if value is not None and not (low <= value <= high and value < math.inf):
+            raise ValueError(f"--{name} {value}: must lie in {low}..{high}")
+    if (n := getattr(args, "reference_images", 0)) < 0 or n == 1:
+        raise ValueError(f"--reference_images {args.reference_images}: must be 0 for all, or at least 2")
+    start, end = getattr(args, "cfg_interval", (0, 1))
+    if not 0 <= start <= end <= 1:
+        raise ValueError(f"--cfg_interval {start} {end}: must be two times in order, from 0 = data to 1 = noise")
+    check_place("--results", args.results)
+    if args.out and args.command not in ("recon", "fid"):                                  # which write no more than a result
+        check_place("--out", args.out, folder=args.command == "gen", figure=args.command != "gen")
     args.function(args, rank, world, device)
     runtime.barrier()
 

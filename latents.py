@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import stream_entries, val_batches
+from data import reason, stream_entries, val_batches
 from runtime import all_sum, barrier
 from vae import Posterior
 
@@ -41,7 +41,14 @@ def images_hash(dataset):
         text = "\n".join(f"{dataset.name(i)} {dataset.labels[i]}" for i in range(len(dataset)))
     else:
         text = f"dead leaves, seed {dataset.seed}, {len(dataset)} from {dataset.first}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]          # names on disk need not be UTF-8
+
+
+def check_room(what, folder, needed):
+    """ValueError, beginning with `what`, unless the disk of folder, which need not exist yet, has room for `needed` bytes."""
+    room = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    if needed > room:                                                                      # a memory map on a full disk dies by signal
+        raise ValueError(f"{what}: needs {needed / 1e9:.1f} GB, {room / 1e9:.1f} GB are free; name a folder on another disk")
 
 
 @torch.no_grad()
@@ -61,10 +68,8 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
     try:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)                                     # left by a process that was killed
+            check_room(f"--cache {folder}", partial, 2 * math.prod(shape))
             partial.mkdir(parents=True)
-            room, needed = shutil.disk_usage(partial).free, 2 * math.prod(shape)
-            if needed > room:                                                              # a memory map on a full disk dies by signal
-                raise ValueError(f"--cache {folder}: needs {needed / 1e9:.1f} GB, {room / 1e9:.1f} GB are free; name a folder on another disk")
             for name, dtype, size in (("moments", np.float16, shape), ("labels", np.int64, (n,)), ("readable", bool, (n,))):
                 np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=dtype, shape=size).flush()
                 if hasattr(os, "posix_fallocate"):                                         # take the room now, where that can be done
@@ -107,7 +112,7 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
 class LatentCache:
     """
     A finished cache. mean and std, (C,) tensors of the sampled latents; `labels` of all images.
-    raises ValueError, naming what differs, when the cache was made from something else than `identity` says
+    raises ValueError, naming what differs, when the cache was made from something else than `identity` says, or is damaged
     """
 
     def __init__(self, folder, identity):
@@ -116,14 +121,18 @@ class LatentCache:
             self.meta = json.loads((folder / "cache.json").read_text())
             self.moments = np.load(folder / "moments.npy", mmap_mode="r")                  # (N, 2, 2C, h, w)
             self.labels, self.rows = np.load(folder / "labels.npy"), np.load(folder / "rows.npy")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--cache {folder}: not a readable latent cache ({error}); remove it, or name another folder") from None
-        differs = [f"{key} {self.meta.get(key)!r}, not {value!r}" for key, value in identity.items() if self.meta.get(key) != value]
+            differs = [f"{key} {self.meta.get(key)!r}, not {value!r}" for key, value in identity.items() if self.meta.get(key) != value]
+            n, _, channels, _, _ = shape = self.moments.shape
+            self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
+            whole = (list(shape) == self.meta["shape"] and self.moments.dtype == np.float16 and self.labels.shape == (n,)
+                     and self.labels.dtype == self.rows.dtype == np.int64 and 0 <= self.rows.min() <= self.rows.max() < n and self.labels.min() >= 0
+                     and self.mean.shape == self.std.shape == (channels // 2,) and self.mean.isfinite().all() and 0 < self.std.min() < math.inf)
+        except Exception as error:                                                         # a damaged file breaks its reader in any way
+            raise ValueError(f"--cache {folder}: not a readable latent cache ({reason(error)}); remove it, or name another folder") from None
         if differs:
             raise ValueError(f"--cache {folder}: was made from {'; '.join(differs)}; name another folder")
-        if list(self.moments.shape) != self.meta["shape"]:
-            raise ValueError(f"--cache {folder}: moments.npy is {list(self.moments.shape)}, cache.json says {self.meta['shape']}; remove it")
-        self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
+        if not whole:
+            raise ValueError(f"--cache {folder}: its files do not fit one another; remove it, or name another folder")
 
     def __len__(self):
         return len(self.rows)

@@ -6,6 +6,7 @@ its weights. Images (B, 3, H, W) in [-1, 1].
 """
 import contextlib
 import os
+import pickle
 import sys
 
 import torch
@@ -73,9 +74,11 @@ class Moments:
         self.sums += rows.T @ rows
 
     def mean_cov(self):
-        """returns n (int), mean (D,), covariance (D, D), unbiased, over all ranks"""
+        """returns n (int), mean (D,), covariance (D, D), unbiased, over all ranks; ValueError if n < 2"""
         sums = runtime.all_sum(self.sums.clone()).cpu()
         n, total = sums[0, 0], sums[0, 1:]
+        if n < 2:
+            raise ValueError(f"a set of {int(n)} images has no covariance, and so no Frechet distance; give two or more")
         return int(n), total / n, (sums[1:, 1:] - torch.outer(total, total) / n) / (n - 1)
 
 
@@ -96,14 +99,17 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 def load_inception(device):
     """
     The FID Inception network: (B, 3, H, W) uint8 -> (B, 2048) features and (B, 1008) logits without bias, float32.
-    raises FileNotFoundError saying what to fetch and where to put it when its weights can be neither found nor downloaded
+    raises FileNotFoundError saying what to fetch and where to put it when its weights can be neither found nor downloaded, ValueError
+    when they are damaged
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+    place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(URL_INCEPTION_V3))
     try:
         with contextlib.redirect_stdout(sys.stderr):
             network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError):                    # cut short, or something else
+        raise ValueError(f"{place}: not the Inception weights; remove the file, it is fetched anew from {URL_INCEPTION_V3}") from None
     except OSError as error:                                                               # no network, or it broke off
-        place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(URL_INCEPTION_V3))
         raise FileNotFoundError(f"no FID: the Inception weights could not be downloaded ({getattr(error, 'reason', error)}); fetch {URL_INCEPTION_V3} and "
                                 f"put it at {place}") from None
     network = network.to(device, memory_format=torch.channels_last)

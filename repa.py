@@ -134,7 +134,7 @@ def load_encoder(name="dinov2_vitb14", source=None):
              places where they belong
     """
     if name not in ENCODERS:
-        raise ValueError(f"encoder {name}: unknown, take one of {', '.join(ENCODERS)}")
+        raise ValueError(f"--encoder {name}: unknown, take one of {', '.join(ENCODERS)}")
     if source == "random":
         warnings.warn("--encoder_source random: the target is an UNTRAINED network; it exercises the code and teaches the model NOTHING")
         with torch.random.fork_rng(devices=[]):
@@ -145,10 +145,13 @@ def load_encoder(name="dinov2_vitb14", source=None):
             checkpoint = torch.load(source, map_location="cpu", weights_only=True)
             network = LabelNet(checkpoint["num_classes"])
             network.load_state_dict(checkpoint["model"])
-        except OSError:
+            finite = all(tensor.isfinite().all() for tensor in network.state_dict().values())
+        except FileNotFoundError:
             raise FileNotFoundError(f"--encoder_source {source}: no such file; miniature.py trains one") from None
         except Exception:                                                                  # a damaged or foreign file fails in any way
             raise ValueError(f"--encoder_source {source}: not a LabelNet of miniature.py") from None
+        if not finite:
+            raise ValueError(f"--encoder_source {source}: holds weights that are not finite; train it anew with miniature.py")
         return Encoder(network, LabelNet.token_width, LabelNet.patch)
     if source is not None and not os.path.isfile(os.path.join(source, "hubconf.py")):
         raise FileNotFoundError(f"--encoder_source {source}: no hubconf.py in there; give the folder of a clone of "
@@ -165,7 +168,7 @@ def load_encoder(name="dinov2_vitb14", source=None):
         raise FileNotFoundError(f"{name}: fetching it failed ({getattr(error, 'reason', error)}): put {url} at "
                                 f"{os.path.join(torch.hub.get_dir(), 'checkpoints', file)} and give a clone of "
                                 f"https://github.com/{REPOSITORY.replace(':', '/tree/')} as --encoder_source DIR") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ImportError, SyntaxError) as error:  # code without this name, other weights
+    except (RuntimeError, TypeError, pickle.UnpicklingError, EOFError, ImportError, SyntaxError) as error:  # code without this name, other weights
         raise ValueError(f"{name} from {source or REPOSITORY} with {file}: {' '.join(str(error).split())[:300]}") from None
     return Encoder(network, ENCODERS[name])
 

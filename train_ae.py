@@ -99,7 +99,7 @@ def check(args, config, world):
             raise ValueError(message)
 
     side, remainder = divmod(args.image_size, config.reduction)
-    need(args.image_size >= 16, f"--image_size {args.image_size}: must be at least 16")
+    need(16 <= args.image_size <= 16384, f"--image_size {args.image_size}: must lie in 16..16384")
     need(remainder == 0,
          f"--image_size {args.image_size}: must be a multiple of {config.reduction}, the reduction of --model {args.model}")
     need(args.grad_accum > 0, f"--grad_accum {args.grad_accum}: must be at least 1")
@@ -119,13 +119,14 @@ def check(args, config, world):
     need(args.lpips_weight == 0 or smallest >= 16, f"--lpips_weight {args.lpips_weight}: LPIPS needs images of at least 16 pixels a side, "
          f"and here they may be {smallest}; --lpips_weight 0 switches it off")
     need(0 < args.uae_cutoff <= 1, f"--uae_cutoff {args.uae_cutoff}: must lie in (0, 1]")
-    for name in ("gamma", "esm_weight", "kl_weight", "align_weight", "lpips_weight", "gan_weight", "weight_decay", "seed", "workers", "gan_start",
-                 "warmup_steps", "steps"):
-        value = getattr(args, name)
-        need(math.isfinite(value) and value >= 0, f"--{name} {value}: must be a finite number, at least 0")
+    for name, high in (("gamma", 10), ("seed", 2 ** 63), ("workers", 1024), *((name, math.inf) for name in (
+            "esm_weight", "kl_weight", "align_weight", "lpips_weight", "gan_weight", "weight_decay", "gan_start", "warmup_steps", "steps"))):
+        value = getattr(args, name)                                                        # gamma: 16^gamma is to fit float32
+        need(0 <= value <= high and value < math.inf, f"--{name} {value}: must be finite and lie in 0..{high}")
     for name in ("lr", "clip_grad", "log_every", "eval_every", "val_images"):
         value = getattr(args, name)
-        need(math.isfinite(value) and value > 0, f"--{name} {value}: must be above 0")
+        need(0 < value < math.inf, f"--{name} {value}: must be above 0 and finite")
+    need(not (args.resume and args.overwrite), "--resume --overwrite: one continues the run in --out, the other replaces it; choose one of them")
     need(args.keep_every < 1 or args.keep_every % args.eval_every == 0,
          f"--keep_every {args.keep_every}: must be a multiple of --eval_every {args.eval_every}, when checkpoints are made")
 

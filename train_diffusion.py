@@ -108,14 +108,18 @@ def check(args, world):
                             ("workers", 0, 1024), ("warmup_steps", 0, math.inf), ("steps", 0, math.inf), ("cfg", 0, math.inf),
                             ("sample_steps", 2, 1000), ("repa_weight", 0, math.inf), ("repa_depth", 1, 999)):
         value = getattr(args, name)
-        need(math.isfinite(value) and low <= value <= high, f"--{name} {value}: must lie in {low}..{high}")
+        need(low <= value <= high and value < math.inf, f"--{name} {value}: must be finite and lie in {low}..{high}")
+    need(args.beta2 < 1, f"--beta2 {args.beta2}: must be below 1")
     for name in ("lr", "clip_grad", "log_every", "eval_every", "norm_std", "dog_sigma2"):
         value = getattr(args, name)
-        need(math.isfinite(value) and value > 0, f"--{name} {value}: must be above 0")
+        need(0 < value < math.inf, f"--{name} {value}: must be above 0 and finite")
     need(args.keep_every < 1 or args.keep_every % args.eval_every == 0,
          f"--keep_every {args.keep_every}: must be a multiple of --eval_every {args.eval_every}, when checkpoints are made")
     need(0 <= args.dog_sigma1 < args.dog_sigma2, f"--dog_sigma1 {args.dog_sigma1}: must be at least 0 and below --dog_sigma2 {args.dog_sigma2}")
-    need(args.num_classes >= -1, f"--num_classes {args.num_classes}: must be -1, 0 or the number of classes")
+    need(-1 <= args.num_classes <= 1_000_000, f"--num_classes {args.num_classes}: must be -1, 0 or the number of classes, at most a million")
+    need(args.cfg == 1 or args.num_classes != 0, f"--cfg {args.cfg}: --num_classes 0 leaves no null class to guide away from; leave --cfg at 1")
+    need(args.image_size is None or args.image_size > 0, f"--image_size {args.image_size}: must be above 0")
+    need(not (args.resume and args.overwrite), "--resume --overwrite: one continues the run in --out, the other replaces it; choose one of them")
 
 
 def open_latents(args, ae, train_set, rank, world, device):

@@ -380,39 +380,42 @@ def load_autoencoder(path):
             raise FileNotFoundError(f"{path}: no diffusion_pytorch_model.safetensors or .bin in this folder; give a file")
         file, config_file = found[0], path / "config.json"
         settings = read_file(config_file) if config_file.exists() else {}
+        if not isinstance(settings, dict):
+            raise ValueError(f"{config_file}: holds a {type(settings).__name__}, not a dictionary of settings")
         if settings.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
             raise ValueError(f"{config_file}: describes {settings['_class_name']}; only an AutoencoderKL can be read")
     data = read_file(file)
     if not isinstance(data, dict):
         raise ValueError(f"{file}: holds a {type(data).__name__}, not a dictionary of tensors")
-    if "stage" not in data:
-        config, weights = foreign_weights(file, data, settings)
-    elif data["stage"] == "ae":
-        try:
-            config, weights = AEConfig(**data["ae_config"]), dict(data["model"])
-        except (KeyError, TypeError) as err:
-            raise ValueError(f"{file}: not what this version of train_ae.py writes ({err!r})") from err
-    else:
+    if "stage" in data and data["stage"] != "ae":
         raise ValueError(f"{file}: a checkpoint of stage {data['stage']!r}, not of an autoencoder; give one of train_ae.py")
+    try:
+        config, weights = (AEConfig(**data["ae_config"]), dict(data["model"])) if "stage" in data else foreign_weights(file, data, settings)
+        with torch.device("meta"):                                                     # no memory yet, no random draws
+            ae = AutoencoderKL(config)
+    except Exception as err:                                                           # of a foreign shape, number or type
+        if str(err).startswith(str(file)):
+            raise
+        raise ValueError(f"{file}: builds no autoencoder of this version ({err!r:.200}); give a whole ckpt.pt of train_ae.py") from err
 
-    diffusers = any(key.startswith("encoder.down_blocks.") for key in weights)
-    old = DIFFUSERS_OLD if any(".query." in key for key in weights) else {}
-    with torch.device("meta"):                                                         # no memory yet, no random draws
-        ae = AutoencoderKL(config)
+    diffusers = any(str(key).startswith("encoder.down_blocks.") for key in weights)
+    old = DIFFUSERS_OLD if any(".query." in str(key) for key in weights) else {}
     state = {}
     for key, wanted in ae.state_dict().items():
         name = diffusers_name(key, len(config.ch_mult)) if diffusers else key
         for new in old:
             name = name.replace(new, old[new])
-        if name not in weights:
+        if not isinstance(weights.get(name), torch.Tensor):
             raise ValueError(f"{file}: {name} is missing; part of an autoencoder, or another architecture")
         tensor = weights.pop(name)
         if ".attn" in key and tensor.ndim == 2 == wanted.ndim - 2:
             tensor = tensor[:, :, None, None]                                          # a linear layer is a 1x1 convolution
         if tensor.shape != wanted.shape:
             raise ValueError(f"{file}: {name} is {tuple(tensor.shape)}, this architecture needs {tuple(wanted.shape)}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{file}: {name} is not finite, so the training diverged; take an earlier checkpoint")
         state[key] = tensor
-    if unknown := [name for name in weights if not name.startswith(EXTRA)]:
+    if unknown := [name for name in weights if not str(name).startswith(EXTRA)]:
         raise ValueError(f"{file}: {unknown[0]} is no part of this autoencoder; another architecture")
     ae.to_empty(device="cpu").load_state_dict(state)                                   # copies, to float32
     if settings:
