@@ -34,7 +34,7 @@ import runtime
 from data import LARGEST_SIDE, ImageSet, center_crop, open_data, open_picture, open_source, reason, spread, to_rgb, val_batches
 from dit import DDPM, MODELS, Interpolant, NoiseStream
 from figures import figure_rows, pca_rgb, picture_grid
-from latents import autoencoder_hash, check_room, images_hash
+from latents import autoencoder_hash, create_array, images_hash
 from losses import PerceptualLoss, esm_loss
 from metrics import Moments, frechet_distance, load_inception, psnr, sliced_wasserstein, spectral_kl, ssim, to_uint8
 from repa import filter_target, load_encoder
@@ -93,9 +93,7 @@ def load_everywhere(load, rank, device):
 def shared_array(path, dtype, shape, rank):
     """A memory-mapped .npy that all ranks write into, each its rows."""
     if rank == 0:
-        check_room(f"{path} of {shape[0]:,} rows", path.parent, math.prod(shape) * np.dtype(dtype).itemsize)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
+        create_array(f"{path} of {shape[0]:,} rows", path, dtype, shape)
     runtime.barrier()
     return np.load(path, mmap_mode="r+")
 

@@ -10,6 +10,7 @@ A cache is written beside its final name and renamed when complete, so a folder 
 autoencoder and the images that it was made from. Size: 4 * C * h * w bytes per image and mirror, 42 GB for ImageNet at f16d16.
 RAM stays bounded: a batch at a time goes in, and pages of the map come and go.
 """
+import errno
 import hashlib
 import json
 import math
@@ -44,11 +45,23 @@ def images_hash(dataset):
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]          # names on disk need not be UTF-8
 
 
-def check_room(what, folder, needed):
-    """ValueError, beginning with `what`, unless the disk of folder, which need not exist yet, has room for `needed` bytes."""
-    room = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
-    if needed > room:                                                                      # a memory map on a full disk dies by signal
-        raise ValueError(f"{what}: needs {needed / 1e9:.1f} GB, {room / 1e9:.1f} GB are free; name a folder on another disk")
+def create_array(what, path, dtype, shape):
+    """
+    An empty .npy at path for memory maps to write into, its room on the disk taken at once: a memory map on a full disk dies by signal.
+    raises   OSError in one line that begins with `what`, and no file, if there is no room
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    room, needed = shutil.disk_usage(path.parent).free, math.prod(shape) * np.dtype(dtype).itemsize
+    try:
+        if needed > room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
+        if hasattr(os, "posix_fallocate"):                                                 # where it can be done
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(f"{what}: needs {needed / 1e9:.3g} GB, {room / 1e9:.3g} GB are free ({error.strerror}); name a folder on another disk") from None
 
 
 @torch.no_grad()
@@ -59,7 +72,7 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
     identity    dict of plain values that open_cache will ask for
     batch_size  images per encoder call over all ranks
     progress    called with the number of images done, on every rank
-    raises      ValueError before anything is encoded if the disk has no room, or if a moment does not fit float16
+    raises      OSError before anything is encoded if the disk has no room, ValueError if a moment does not fit float16
     """
     folder, n = Path(folder), len(dataset)
     partial = folder.with_name(f".{folder.name}.tmp")
@@ -68,13 +81,8 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
     try:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)                                     # left by a process that was killed
-            check_room(f"--cache {folder}", partial, 2 * math.prod(shape))
-            partial.mkdir(parents=True)
             for name, dtype, size in (("moments", np.float16, shape), ("labels", np.int64, (n,)), ("readable", bool, (n,))):
-                np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=dtype, shape=size).flush()
-                if hasattr(os, "posix_fallocate"):                                         # take the room now, where that can be done
-                    with open(partial / f"{name}.npy", "r+b") as file:
-                        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+                create_array(f"--cache {folder}", partial / f"{name}.npy", dtype, size)
         barrier()
         moments, labels, readable = (np.load(partial / f"{name}.npy", mmap_mode="r+") for name in ("moments", "labels", "readable"))
         total = torch.zeros(3, C, dtype=torch.float64)                                     # count, sum z, sum z^2

@@ -40,19 +40,18 @@ SERVER.set_forkserver_preload(["conftest", "train_ae", "train_diffusion", "evalu
 def _child(module, argv, cwd, output, environment, largest_file, patch):
     os.environ.update(environment)
     os.chdir(cwd)
-    with open(output, "a", buffering=1) as sys.stdout:
-        sys.stderr = sys.stdout
-        os.dup2(sys.stdout.fileno(), 1), os.dup2(sys.stdout.fileno(), 2)
-        torch.set_num_threads(1)
-        if largest_file:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))       # writing more fails as on a full disk
-        import runtime
-        script = __import__(module)
-        if patch:
-            patch(script)
-        sys.argv = [f"{module}.py", *argv]
-        with runtime.one_line_errors():
-            script.main()
+    sys.stdout = sys.stderr = open(output, "a", buffering=1)                               # open to the end: a traceback belongs there, too
+    os.dup2(sys.stdout.fileno(), 1), os.dup2(sys.stdout.fileno(), 2)
+    torch.set_num_threads(1)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))           # writing more fails as on a full disk
+    import runtime
+    script = __import__(module)
+    if patch:
+        patch(script)
+    sys.argv = [f"{module}.py", *argv]
+    with runtime.one_line_errors():
+        script.main()
 
 
 def start(module, *flags, cwd, output, rank=0, world=1, port=None, largest_file=None, patch=None):

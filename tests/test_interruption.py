@@ -112,6 +112,26 @@ def test_signals_finish_the_step_and_save(method, name, material, straight, tmp_
     equal_runs(reference, out)
 
 
+def test_a_signal_to_every_process_of_a_job(tmp_path):
+    """A cluster signals the loader's workers as well, and a terminal's Ctrl-C does: they leave it to the training process, then end."""
+    out = tmp_path / "run"
+    process = start("train_ae", *TINY_AE, "--reg", "kl", "--workers", 2, "--gan_weight", 0, "--steps", 100000, "--eval_every", 50000, "--out", out,
+                    cwd=tmp_path, output=tmp_path / "output.txt")
+    while process.is_alive() and not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 3:
+        time.sleep(0.01)
+    parents = {int(path.parent.name): int(path.read_text().rpartition(")")[2].split()[1]) for path in pathlib.Path("/proc").glob("[0-9]*/stat")}
+    children = [pid for pid in parents if process.pid in (parents[pid], parents.get(parents[pid]))]  # a fork server may stand between
+    assert len(children) >= 2
+    for pid in (*children, process.pid):
+        os.kill(pid, signal.SIGINT), os.kill(pid, signal.SIGTERM)
+    process.join(30)
+    assert process.exitcode == 0 and "stopped before step" in (tmp_path / "output.txt").read_text(), (tmp_path / "output.txt").read_text()
+    end = time.monotonic() + 10
+    while time.monotonic() < end and any(os.path.exists(f"/proc/{pid}") for pid in children):
+        time.sleep(0.1)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in children)
+
+
 def test_torchrun_passes_the_signal_on(tmp_path):
     """SIGTERM to torchrun, as at a pre-emption: both processes save the same step, end by themselves, and the run goes on from there."""
     flags = [*TINY_AE, "--reg", "esm", "--steps", "100000", "--eval_every", "50000", "--gan_weight", "0", "--out", str(tmp_path / "run")]
@@ -173,6 +193,25 @@ def test_a_full_disk_keeps_the_checkpoint(straight, material, tmp_path):
     assert process.exitcode == 2 and len(errors) == 1 and "ckpt.pt: cannot be written (File too large)" in errors[0], output.read_text()
     assert "Traceback" not in output.read_text() and (out / "ckpt.pt").read_bytes() == before and not list(out.glob(".*.tmp"))
     assert runtime.load_checkpoint(out / "ckpt.pt", "diffusion")["step"] == 2
+
+
+@pytest.mark.parametrize("module, flags, culprit", [
+    ("data", "pack --count 40 --size 64 --workers 0 --out packed.zip", "packed.zip"),
+    ("train_diffusion", "{tiny} --ae {ae} --data {images} --cache cache --out run", "cache"),
+    ("train_ae", "{tiny_ae} --reg kl --out run", "run/ckpt.pt"),
+    ("evaluate", "gen --ckpt {run}/ckpt.pt --num_samples 40 --steps 2 --batch_size 8 --workers 0 --device cpu --out samples", "samples")])
+def test_a_full_disk_is_one_line_whatever_is_written(module, flags, culprit, straight, material, tmp_path):
+    """Packed zip, latent cache, first checkpoint, samples: exit code 2, a line with the name, and nothing half-written under that name."""
+    run_folder, _ = straight("diffusion with dog")
+    flags = flags.format(tiny=" ".join(TINY_SIT), tiny_ae=" ".join(TINY_AE), ae=material / "ae" / "ckpt.pt", images=material / "images", run=run_folder)
+    output = tmp_path / "output.txt"
+    process = start(module, *flags.split(), cwd=tmp_path, output=output, largest_file=8192)
+    process.join(60)
+    errors = [line for line in output.read_text().splitlines() if line.startswith(f"{module}.py:")]
+    assert process.exitcode == 2 and len(errors) == 1 and culprit in errors[0] and "too large" in errors[0], output.read_text()
+    assert "Traceback" not in output.read_text()
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} - {"output.txt", "run/log.jsonl"}
+    assert not left
 
 
 def test_a_damaged_checkpoint_falls_back_to_an_older_one(tmp_path, capsys):

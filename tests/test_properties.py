@@ -444,7 +444,8 @@ def test_loss_gradient_is_finite_and_goes_where_it_should(name, data):
 def test_loss_is_the_mean_over_items(name, data):
     """The loss of a batch is the mean of its items' losses, in any layout; of no item it is 0, with an empty gradient."""
     _, _, loss, _, _, _ = LOSSES[name]
-    a, b = draw_two(data, name)
+    small = name == "esm_loss"                                                             # zeros in a spectrum of 1e4 are rounding
+    a, b = draw_two(data, name, magnitudes=(1.0, 0.0, 1e-30, 1e-3) if small else MAGNITUDES)
     value, items = loss(a, b), torch.stack([loss(a[i:i + 1], b[i:i + 1]) for i in range(len(a))])
     close(value, items.double().mean(), items.abs().max().clamp_min(1))
     close(loss(*(x.clone(memory_format=torch.contiguous_format) for x in (a, b))), value, value.abs().clamp_min(1))
