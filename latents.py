@@ -10,8 +10,10 @@ A cache is written beside its final name and renamed when complete, so a folder 
 autoencoder and the images that it was made from. Size: 4 * C * h * w bytes per image and mirror, 42 GB for ImageNet at f16d16.
 RAM stays bounded: a batch at a time goes in, and pages of the map come and go.
 """
+import concurrent.futures
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -148,20 +150,26 @@ class LatentCache:
     def posterior(self, indices, mirrored, device="cpu"):
         """Posterior over (b, C, h, w) of cached images; indices (b,) among the N, mirrored (b,) bool, numpy arrays."""
         moments = torch.from_numpy(self.moments[indices, mirrored.astype(np.int64)])       # (b, 2C, h, w) float16
-        if torch.device(device).type == "cuda":
-            moments = moments.pin_memory().to(device, non_blocking=True)
-        return Posterior(*moments.float().chunk(2, dim=1))
+        return Posterior(*moments.to(device).float().chunk(2, dim=1))
 
     def batches(self, batch_size, start_step=0, seed=0, rank=0, world=1, device="cpu"):
         """
-        The endless training stream of data.py over the cache, from start_step on.
+        The endless training stream of data.py over the cache, from start_step on; a thread reads one batch ahead.
         batch_size  the GLOBAL batch; this rank receives b = batch_size / world
         yields      Posterior over (b, C, h, w) on device, labels (b,) int64 on device, indices (b,), mirrored (b,)
         """
-        b, step = batch_size // world, start_step
-        while True:
+        b, pinned = batch_size // world, torch.device(device).type == "cuda"
+
+        def read(step):
             start = step * batch_size + rank * b
             positions, mirrored = stream_entries(len(self), start, start + b, seed)
             indices = self.rows[positions]
-            yield self.posterior(indices, mirrored, device), torch.from_numpy(self.labels[indices]).to(device), indices, mirrored
-            step += 1
+            tensors = [torch.from_numpy(a) for a in (self.moments[indices, mirrored.astype(np.int64)], self.labels[indices])]
+            return [t.pin_memory() if pinned else t for t in tensors], indices, mirrored
+
+        with concurrent.futures.ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(read, start_step)
+            for step in itertools.count(start_step + 1):
+                (tensors, indices, mirrored), ahead = ahead.result(), reader.submit(read, step)
+                moments, labels = (t.to(device, non_blocking=True) for t in tensors)
+                yield Posterior(*moments.float().chunk(2, dim=1)), labels, indices, mirrored
