@@ -11,7 +11,8 @@ from PIL import Image
 from scipy.fft import dctn
 
 import data
-from data import DeadLeaves, center_crop, open_data, pack, stream_entries, to_rgb, train_batches, val_batches
+from data import center_crop, open_data, pack, stream_entries, to_rgb, train_batches, val_batches
+from leaves import DeadLeaves
 
 
 def picture(i, height=9, width=11):

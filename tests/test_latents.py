@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import latents
-from data import DeadLeaves, stream_entries
+from data import stream_entries
 from latents import LatentCache, autoencoder_hash, build_cache, images_hash
+from leaves import DeadLeaves
 from vae import AEConfig, AutoencoderKL
 
 AE = AEConfig(ch=8, ch_mult=(1, 1), latent_channels=3, num_res_blocks=1, norm_groups=2)

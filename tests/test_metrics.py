@@ -7,7 +7,7 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 
-from data import DeadLeaves
+from leaves import DeadLeaves
 from metrics import Moments, frechet_distance, laplacian_pyramid, load_inception, psnr, sliced_wasserstein, spectral_kl, ssim, to_uint8
 
 close = torch.testing.assert_close

@@ -6,7 +6,7 @@ import scipy.ndimage
 import torch
 import torch.nn.functional as F
 
-from data import DeadLeaves
+from leaves import DeadLeaves
 from spectral import (block_dct2, block_idct2, dct2, dct_matrix, directional_energy, dog, downsample_dct, fit_power_law, gaussian_blur,
                       idct2, learnable_power, lowpass, match_resolution, power_spectrum, radial_profile, rmsc, spatial_norm,
                       spectrum_distribution, triangle_mask, wiener_gain)
