@@ -52,8 +52,10 @@ def create_array(what, path, dtype, shape):
     An empty .npy at path for memory maps to write into, its room on the disk taken at once: a memory map on a full disk dies by signal.
     raises   OSError in one line that begins with `what`, and no file, if there is no room
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    room, needed = shutil.disk_usage(path.parent).free, math.prod(shape) * np.dtype(dtype).itemsize
+    room = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
+    needed = math.prod(shape) * np.dtype(dtype).itemsize
+    if needed <= room:                                                                     # else not even a folder is left
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if needed > room:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

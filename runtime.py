@@ -218,7 +218,9 @@ def load_checkpoint(path, stage):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+        code = "Unsupported" in str(error) or "weights_only" in str(error)
+        reason = "holds more than plain data, of which nothing is run" if code else (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a readable checkpoint ({reason})") from None
     found = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
     if found != stage:
         raise ValueError(f"{path}: holds {f'a run of stage {found!r}' if found else 'no run of this project'}, expected stage {stage!r}")
@@ -233,6 +235,8 @@ def open_run(out, stage, args, resume, overwrite, free=()):
     raises   ValueError naming every flag that contradicts the checkpoint, or when there are checkpoints but none can be read
     """
     folder = pathlib.Path(out)
+    if not next(path for path in (folder, *folder.absolute().parents) if path.exists()).is_dir():
+        raise ValueError(f"--out {out}: a file is in the way; name another folder")
     kept = sorted(folder.glob("ckpt_*.pt"), key=lambda path: (len(path.name), path.name), reverse=True)  # newest first
     found = [path for path in (folder / "ckpt.pt", *kept) if path.exists()]
     if found and not resume and not overwrite:
@@ -242,6 +246,8 @@ def open_run(out, stage, args, resume, overwrite, free=()):
     for path in found:
         try:
             checkpoint = load_checkpoint(path, stage)
+            if not (isinstance(checkpoint.get("step"), int) and isinstance(checkpoint.get("args"), dict)):
+                raise ValueError(f"{path}: not a readable checkpoint of a run (no step, or no flags)")
             break
         except ValueError as error:
             if path == found[-1] or "not a readable" not in str(error):
@@ -252,6 +258,22 @@ def open_run(out, stage, args, resume, overwrite, free=()):
     if changed:
         raise ValueError(f"--resume: {path} was made with other flags: {', '.join(changed)}; give the same ones or another --out")
     return checkpoint
+
+
+def restore(out, checkpoint, parts):
+    """
+    Put checkpoint[name] back into each of parts, {name: module, optimiser or EMA}, by load_state_dict.
+    raises   ValueError in one line if one is missing, of another shape, or holds weights that are not finite
+    """
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(checkpoint[name])
+            finite = not isinstance(part, torch.nn.Module) or all(tensor.isfinite().all() for tensor in part.state_dict().values())
+        except Exception as error:                                                         # a foreign file breaks this in any way
+            raise ValueError(f"--resume: {out}/ckpt.pt: its {name} does not fit this run ({' '.join(str(error).split())[:200]}); take an older "
+                             "checkpoint of it, or begin another --out") from None
+        if not finite:
+            raise ValueError(f"--resume: {out}/ckpt.pt: its {name} is not finite, so the training diverged; take an older checkpoint")
 
 
 def newest(pattern, hint):
@@ -271,7 +293,7 @@ def run_name(path):
 def checkpoint_args(path):
     """The flags with which a run of this project made the checkpoint at path; {} for other people's files."""
     with contextlib.suppress(ValueError, OSError):
-        return load_checkpoint(path, "ae")["args"]
+        return load_checkpoint(path, "ae").get("args", {})
     return {}
 
 
@@ -395,6 +417,10 @@ class EMA:
         floats = [k for k, v in current.items() if v.is_floating_point()]
         self.pairs = [self.shadow[k] for k in floats], [current[k] for k in floats]
 
+    def load_state_dict(self, state):
+        for name, value in self.shadow.items():
+            value.copy_(state[name])
+
     @torch.no_grad()
     def update(self, step):
         """step: optimiser steps done before this one, 0, 1, ..."""
@@ -419,6 +445,8 @@ def parse_args(parser, presets, subparser=None):
         unknown = presets[preset].keys() - {action.dest for action in target._actions}
         assert not unknown, f"preset {preset} sets {unknown}"
         target.set_defaults(**presets[preset])
+    for p in {parser, subparser} - {None}:                                                 # one line, as for every other mistake
+        p.error = lambda message, p=p: p.exit(2, f"{p.prog}: {message}; {p.prog} --help lists the flags\n")
     return parser.parse_args()
 
 
@@ -438,5 +466,5 @@ def one_line_errors():
             raise
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(5)                                                                  # rank 0 most often says the same, and torchrun then ends us
-        print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        print(f"{pathlib.Path(sys.argv[0]).name}: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
         raise SystemExit(2)

@@ -454,8 +454,10 @@ def main():
     try:
         if os.path.dirname(args.plot) and not os.path.isdir(os.path.dirname(args.plot)):
             raise ValueError(f"--plot {args.plot}: no such folder")
-        if args.size < 64 or args.size % 8:
-            raise ValueError(f"--size {args.size}: must be a multiple of 8, at least 64")
+        if not args.plot.endswith((".png", ".pdf", ".svg")):
+            raise ValueError(f"--plot {args.plot}: must end in .png, .pdf or .svg")
+        if not 64 <= args.size <= 4096 or args.size % 8:
+            raise ValueError(f"--size {args.size}: must be a multiple of 8 in 64..4096")
         image = Image.open(args.image or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")
     except (OSError, ValueError) as error:                                                 # no such file, or not an image
         message = f"--image {args.image}: not an image that PIL can read" if isinstance(error, UnidentifiedImageError) else error

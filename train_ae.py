@@ -231,15 +231,12 @@ def main():
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     start_step, means = 0, {}
     if checkpoint:
+        parts = dict(model=ae, optimizer=optimizer) | (dict(projection=projection) if aligned else {})
+        if gan_on and "disc" in checkpoint:                                                # it is not there when --steps was below --gan_start
+            parts |= dict(disc=disc, disc_optimizer=disc_optimizer)
+        runtime.restore(args.out, checkpoint, parts)
         start_step = checkpoint["step"]
-        ae.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if "projection" in checkpoint:
-            projection.load_state_dict(checkpoint["projection"])
-        if gan_on and "disc" in checkpoint:
-            disc.load_state_dict(checkpoint["disc"])
-            disc_optimizer.load_state_dict(checkpoint["disc_optimizer"])
-        means = checkpoint["means"]
+        means = checkpoint.get("means", {})
         say(f"resuming {args.out} at step {start_step}")
         del checkpoint                                                                     # gigabytes at paper scale
     networks = [ae] + ([disc] if gan_on else []) + ([projection] if aligned else [])

@@ -172,6 +172,8 @@ def main():
         "eval_every", "keep_every", "encoder_source", "cache", "encode_batch", "sample_steps", "cfg"))
     train_set, _ = open_data(data, image_size, seed=trained.get("seed", 0))
     num_classes = len(train_set.classes) if args.num_classes == -1 else args.num_classes
+    if args.cfg != 1 and not num_classes:
+        raise ValueError(f"--cfg {args.cfg}: an unconditional model has no null class to guide away from; leave --cfg at 1")
 
     side = image_size // ae.config.reduction
     shape = (ae.config.latent_channels, side, side)
@@ -194,32 +196,21 @@ def main():
     cache = open_latents(args, ae, train_set, rank, world, device)
     if num_classes and cache.labels.max() >= num_classes:
         raise ValueError(f"--num_classes {num_classes}: the data has labels up to {cache.labels.max()}")
-    if args.cfg != 1 and not num_classes:
-        raise ValueError(f"--cfg {args.cfg}: an unconditional model has no null class to guide away from; leave --cfg at 1")
     uvit = args.model.startswith("UViT")
     process = DDPM() if uvit else Interpolant()
     optimizer = torch.optim.AdamW(trained_parameters, lr=args.lr, betas=(0.99 if uvit else 0.9, args.beta2), weight_decay=args.weight_decay,
                                   fused=True)
-    start_step, means = 0, {}
+    ema, start_step, means = runtime.EMA(model, args.ema), 0, {}
     if checkpoint:
-        start_step, means = checkpoint["step"], checkpoint["means"]
+        start_step, means = checkpoint["step"], checkpoint.get("means", {})
         for name in ("autoencoder", "images"):
-            if checkpoint[name] != cache.meta[name]:
+            if checkpoint.get(name) != cache.meta[name]:
                 raise ValueError(f"--resume: the {name} changed since {args.out}/ckpt.pt was written; restore it, or name another --out")
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if aligned and checkpoint.get("projector") is None:
-            raise ValueError(f"--resume: {args.out}/ckpt.pt was trained without --repa; name another --out")
-        if aligned:
-            projector.load_state_dict(checkpoint["projector"])
+        runtime.restore(args.out, checkpoint, dict(model=model, optimizer=optimizer, ema=ema) | (dict(projector=projector) if aligned else {}))
         say(f"resuming {args.out} at step {start_step}")
     for network in (model, projector) if aligned else (model,):
         runtime.broadcast_parameters(network)
-    ema = runtime.EMA(model, args.ema)
-    if checkpoint:
-        for name, value in checkpoint["ema"].items():
-            ema.shadow[name].copy_(value)
-        del checkpoint                                                                     # gigabytes at paper scale
+    del checkpoint                                                                         # gigabytes at paper scale
     averaged = MODELS[args.model](**model_args).to(device).eval().requires_grad_(False)    # carries the EMA weights for sampling
     if args.grad_checkpoint:
         runtime.recompute(model, (SiTBlock, UViTBlock))
