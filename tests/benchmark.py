@@ -5,6 +5,7 @@ Speed and memory, side by side in one run: a number behind every default, and be
     python tests/benchmark.py                          256 px, the paper's sizes: minutes on a GPU, about an hour on two cores
     python tests/benchmark.py --section theory off     some of it
 
+    costs         the README's table: hours, bytes and disk of every preset, from FLOPs and sizes
     theory        FLOPs of each network against known figures, the machine's measured rates, and what these allow
     off           ASSERTED: a term that is off runs no operator. All else is reported, never asserted
     ae            the autoencoder's step: every --reg, with and without LPIPS and GAN; what share of it ESM and DSM take
@@ -733,7 +734,30 @@ def learning(args, steps=600):
         args.rows.append(dict(table="alternatives: start", name=name, steps=steps, psnr=value))
 
 
-SECTIONS = dict(theory=theory, off=off, ae=ae, diffusion=diffusion, encode=encode, sample=sample, load=load, eval=evaluation, alternatives=alternatives)
+def costs(args, mfu=0.4):
+    """
+    Scaling on paper, as the README's table: training FLOPs of each preset (forward KNOWN x 3, frozen networks x 1 and their gradient), hours at an
+    ASSUMED share of the bf16 matmul rate, for no GPU was at hand; gradients, data and disk follow from sizes alone.
+    """
+    ae = lambda name: 3 * (KNOWN[f"{name} encoder"] + KNOWN[f"{name} decoder"]) + 1.5 * KNOWN["LPIPS, a pair"]
+    disc_step = lambda name: KNOWN[f"{name} encoder"] + KNOWN[f"{name} decoder"] + 6 * KNOWN["PatchGAN"]  # no backward through the autoencoder
+    gan = lambda name, steps: (50_000 * ae(name) + (steps - 50_000) * (ae(name) + 2 * KNOWN["PatchGAN"] + disc_step(name)) / 2) / steps  # they alternate
+    rows = (("train_ae, celeba-f16d16", gan("f16d16", 500_000), 500_000, 48, 64.4, True), ("train_ae, celeba-f8d4", gan("f8d4", 500_000), 500_000, 48, 83.7, True),
+            ("train_ae, imagenet-f16d16", gan("f16d16", 600_000), 600_000, 128, 64.4, True),
+            ("train_diffusion, celeba-f16d16 (UViT-S/1)", 3 * KNOWN["UViT-S/2"], 500_000, 256, 44.8, False),
+            ("train_diffusion, imagenet-f16d16 (SiT-B/1)", 3 * KNOWN["SiT-B/2"], 400_000, 256, 130.5, False),
+            ("train_diffusion, imagenet-repa (SiT-B/2)", 3 * KNOWN["SiT-B/2"] + KNOWN["ViT-B/14"] + 3, 400_000, 256, 130.5, True))
+    print("\n| preset | TFLOP per image | total EFLOP | hours, 8 A100 | hours, 8 H200 | gradients per step | of them by NVLink / 100 Gb/s | data on 8 H200 |\n" + 8 * "|---" + "|")
+    for name, gflop, steps, batch, parameters, images in rows:
+        total, (a100, h200) = gflop * steps * batch / 1e9, (gflop * 1e9 / (8 * rate * mfu) for rate in (312e12, 790e12))  # seconds an image
+        ring = 2 * 7 / 8 * 4 * parameters * 1e6                                            # bytes that a ring all-reduce sends per process
+        print(f"| {name} | {gflop / 1e3:.2f} | {total:.1f} | {a100 * steps * batch / 3600:.1f} | {h200 * steps * batch / 3600:.1f} | {4 * parameters:.0f} MB | "
+              f"{ring / 300e9 * 1e3:.1f} / {ring / 12.5e9 * 1e3:.0f} ms | {1 / h200:,.0f} images/s, {(0.197 if images else 0.0164) / h200:,.0f} MB/s |")
+    print(f"at an assumed {mfu:.0%} of 312 (A100) and 790 (H200) TFLOP/s in bf16. Disk: a packed set takes 0.197 MB an image of 256 px (ImageNet 252 GB, CelebA-HQ 5.9 GB), "
+          "a latent cache 32.8 KB an image and its mirror at f16d16 or f8d4 (ImageNet 42 GB, CelebA-HQ 1 GB).")
+
+
+SECTIONS = dict(theory=theory, costs=costs, off=off, ae=ae, diffusion=diffusion, encode=encode, sample=sample, load=load, eval=evaluation, alternatives=alternatives)
 
 
 def main():
