@@ -245,7 +245,9 @@ def main():
     if args.grad_checkpoint:
         runtime.recompute(ae, (ResnetBlock, AttnBlock))
     if device.type == "cuda":                                                              # slower on a CPU: tests/benchmark.py
-        ae.to(memory_format=torch.channels_last)
+        for network in (ae, *([perceptual] if lpips_on else [])):
+            network.to(memory_format=torch.channels_last)
+        torch.backends.cudnn.allow_tf32 = args.dtype == "bf16"                             # LPIPS, which stays out of autocast
     compiled = (args.compile or ("on" if device.type == "cuda" else "off")) == "on"
     if compiled:
         for network in (ae.encoder, ae.decoder, *([disc] if gan_on else []), *([perceptual] if lpips_on else [])):

@@ -193,6 +193,7 @@ def main():
         if model.grid != (16, 16):
             say(f"--repa: a grid of {model.grid[0]}x{model.grid[1]} tokens, so the encoder sees {14 * model.grid[0]} x {14 * model.grid[1]} pixels; "
                 "the DoG's sigmas are in tokens, and their defaults are meant for 16x16")
+    torch.backends.cudnn.allow_tf32 = args.dtype == "bf16"                                 # the cache keeps float16: no more bits than TF32
     cache = open_latents(args, ae, train_set, rank, world, device)
     if num_classes and cache.labels.max() >= num_classes:
         raise ValueError(f"--num_classes {num_classes}: the data has labels up to {cache.labels.max()}")

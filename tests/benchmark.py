@@ -160,7 +160,7 @@ def table(args, title, cases, repeats=None):
         work = (f"{row['gflop_per_image']:,.1f}", f"{row['gflop_per_s']:,.0f}", f"{row['mfu']:.0%}") if flops else "---"
         speed = f"{row['images_per_s']:,.{2 if row['images_per_s'] > 1 else 4}f}"
         print(f"{case.name:46}{speed:>10}{row['ms']:>10,.2f}{row['spread']:>6.0%}{row['peak_mb']:>9,.0f}"
-              f"{work[0]:>11}{work[1]:>10}{work[2]:>6}{first:>9.2f}", flush=True)
+              f"{work[0]:>11}{work[1]:>10}{work[2]:>6}{first:>9.3g}", flush=True)
     args.rows += rows.values()
     return rows
 
@@ -183,11 +183,11 @@ def autocast(device, dtype):
 
 @functools.cache
 def matmul_rate(device, dtype):
-    """FLOP/s of a large square matmul: the fastest of ten, for it is a ceiling."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    """FLOP/s of a large square matmul: the fastest of ten, for it is a ceiling (of matmuls: a CPU's convolutions may pass it)."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
     allow_tf32(dtype == "tf32")
-    seconds = min(clock(lambda: a @ a, 1, device) for _ in range(10))
+    seconds = min(clock(lambda: a @ b, 1, device) for _ in range(10))
     allow_tf32(False)
     return 2 * n ** 3 / seconds
 
@@ -460,9 +460,11 @@ def off(args):
 
 def ae(args):
     """The autoencoder's step."""
-    device, dtype, compiled, rows = args.device, args.dtype, args.compile, {}
+    device, dtype, compiled = args.device, args.dtype, args.compile
     for name, size, batch in pick(args, [("f8d4", 64, 1), ("f16d16", 64, 1)], [("f8d4", 256, 1), ("f16d16", 256, 1)],
                                   [("f8d4", 256, 16), ("f16d16", 256, 48)]):
+        if name not in args.model:
+            continue
         nets = ae_nets(name, device, compiled=compiled, small_encoder=args.quick)
         images = torch.rand(batch, 3, size, size, device=device) * 2 - 1
 
@@ -475,13 +477,13 @@ def ae(args):
                   case("none, LPIPS, GAN: discriminator's step", nets.perceptual, *gan, train_disc=True)]
         if args.quick and name == "f16d16":
             cases = [cases[0], *cases[-2:]]                                                # a latent of 4x4 is too small for DSM
-        rows[name] = table(args, f"ae: {name}, {size} px, batch {batch}, {dtype}", cases)
-        share = rows[name]["none, LPIPS, GAN: discriminator's step"]["ms"] / rows[name]["none, LPIPS, GAN"]["ms"]
+        rows = table(args, f"ae: {name}, {size} px, batch {batch}, {dtype}", cases)
+        share = rows["none, LPIPS, GAN: discriminator's step"]["ms"] / rows["none, LPIPS, GAN"]["ms"]
         target(args, f"{name}: a discriminator's step, as a share of an autoencoder's", share, 0.35, least=False)
-    if args.h200:
-        for name, bound in (("f16d16", 300), ("f8d4", 130)):
-            target(args, f"{name}, LPIPS: images/s", rows[name]["none, LPIPS"]["images_per_s"], bound)
-
+        if args.h200:
+            target(args, f"{name}, LPIPS: images/s", rows["none, LPIPS"]["images_per_s"], dict(f8d4=130, f16d16=300)[name])
+    if "f16d16" not in args.model:
+        return
     batch = pick(args, 1, 1, 48)                                                           # the shares, at 256 px in every mode
     images, nets = torch.rand(batch, 3, 256, 256, device=device) * 2 - 1, ae_nets("f16d16", device, extras=False, compiled=compiled)
     latents = torch.randn(batch, 16, 16, 16, device=device, requires_grad=True)
@@ -511,10 +513,11 @@ def diffusion(args):
     large = ("SiT-L/2", "UViT-L/2", "SiT-XL/2", "UViT-H/2")                                # the last two hold 10 GB and more: GPU only
     for names, batch in pick(args, [(("SiT-B/2",), 4), (("UViT-S/2",), 2)], [(sit, 8), (uvit, 8), (large[:1], 2), (large[1:2], 2)],
                              [(sit + uvit, 256), (large, 64)]):
-        cases, linears, counts = [diffusion_case(args, name, build(name), batch, compiled=compiled) for name in names], [], []
+        names, linears, counts = [name for name in names if name in args.model], [], []
+        cases = [diffusion_case(args, name, build(name), batch, compiled=compiled) for name in names]
         if "SiT-B/2" in names:
             linears, counts = layer_cases(args, nn.Linear, 0.95, lambda: SiTBlock(768, 12)(torch.empty(batch, 256, 768), torch.empty(batch, 768)))
-        rows = table(args, f"diffusion: each model, batch {batch}, {dtype}" + ", and the linear layers of SiT-B/2" * bool(linears), cases + linears)
+        rows = names and table(args, f"diffusion: each model, batch {batch}, {dtype}" + ", and the linear layers of SiT-B/2" * bool(linears), cases + linears)
         if linears:
             rate = layer_rate(rows, linears, counts) / 1e9
             if device.type == "cpu":
@@ -523,6 +526,8 @@ def diffusion(args):
                 target(args, "SiT-B/2: training images/s", rows["SiT-B/2"]["images_per_s"], 2860)
         del cases                                                                          # and their weights, before the next group
     name, batch = pick(args, ("SiT-S/2", 2), ("SiT-B/2", 8), ("SiT-B/2", 256))
+    if name not in args.model:
+        return
     encoder = target_encoder(small=args.quick).to(device)
     rows = table(args, f"diffusion: {name}, batch {batch}, {dtype}, each --repa, its encoder included" + " (the small one)" * args.quick, [
         diffusion_case(args, f"--repa {repa}", build(name, repa=repa, encoder=encoder), batch, compiled=compiled) for repa in ("none", *REPA_KINDS)])
@@ -763,7 +768,8 @@ SECTIONS = dict(theory=theory, costs=costs, off=off, ae=ae, diffusion=diffusion,
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small batches and images, few repeats: three minutes on two cores")
-    parser.add_argument("--section", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
+    parser.add_argument("--section", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME", help="default: all; those named above")
+    parser.add_argument("--model", nargs="+", choices=[*CONFIGS, *MODELS], default=[*CONFIGS, *MODELS], metavar="NAME", help="of sections ae and diffusion; default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: cuda when there is a GPU")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default=None, help="of the networks (default: bf16 on cuda, fp32 on cpu)")
     parser.add_argument("--compile", choices=("on", "off"), default=None, help="torch.compile as the scripts do (default: on on cuda, off on cpu)")

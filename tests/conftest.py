@@ -8,6 +8,8 @@ import socket
 import sys
 import time
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")                                              # small work: threads would wait for one another
+
 import numpy as np
 import pytest
 import torch

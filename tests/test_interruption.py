@@ -8,6 +8,7 @@ import pathlib
 import random
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -305,7 +306,7 @@ def test_losses_that_stay_zero_are_reported(tmp_path, capsys):
 # ---- long runs -------------------------------------------------------------------------------------------------------------------
 
 def test_three_thousand_steps_leak_nothing(tmp_path, request):
-    """Resident memory and file handles of a quick run every 300 steps; the second half grows by less than 5% over the first."""
+    """Resident memory and file handles of a quick run every 300 steps: the second half's peak within 5% of the first's, the median of handles equal."""
     if not request.config.getoption("--long"):
         pytest.skip("--long runs it (five minutes)")
     out, curve = tmp_path / "run", []
@@ -322,5 +323,5 @@ def test_three_thousand_steps_leak_nothing(tmp_path, request):
     assert process.exitcode == 0 and len(curve) >= 10
     first, second = [entry for entry in curve if 0 < entry[0] <= 1500], [entry for entry in curve if entry[0] > 1500]
     assert max(entry[1] for entry in second) < 1.05 * max(entry[1] for entry in first)
-    assert max(entry[2] for entry in second) <= max(entry[2] for entry in first)
+    assert statistics.median(entry[2] for entry in second) == statistics.median(entry[2] for entry in first)  # one may be open just now
     assert "\r" not in (tmp_path / "output.txt").read_text()                               # no progress bar in a file
