@@ -70,17 +70,6 @@ def test_resuming_equals_never_stopping(flags, tmp_path, monkeypatch):
     assert all(same(a[part], b[part]) for part in set(a) - {"args"})
 
 
-def test_two_processes_equal_one_for_esm(tmp_path, monkeypatch):
-    """The same global batch on 1 and on 2 gloo processes: losses, gradients and validation agree to float tolerance."""
-    flags = ["--reg", "esm", "--gamma", "1.0", "--steps", "4", "--val_images", "5"]        # 5 does not divide by 2
-    one, two = train(tmp_path / "one", *flags, monkeypatch=monkeypatch), torchrun(tmp_path / "two", 2, *flags)
-    assert [line["step"] for line in one] == [line["step"] for line in two]
-    for a, b in zip(one, two):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (a["step"], name)
-
-
 @pytest.mark.filterwarnings("ignore:.*untrained")
 @pytest.mark.parametrize("reg", ["vf", "uae"])
 def test_alignment_reaches_the_encoder_and_is_resumed(reg, tmp_path, monkeypatch):

@@ -141,8 +141,10 @@ def test_images_and_latents_share_crop_and_mirror(material, tmp_path, monkeypatc
 
 
 @pytest.mark.filterwarnings("ignore:.*untrained")
-def test_two_processes_equal_one_with_alignment(material, tmp_path, monkeypatch):
+def test_two_processes_equal_one_with_alignment(material, tmp_path, monkeypatch, request):
     """--repa dog on 2 gloo processes: the losses of one; and resuming equals never stopping."""
+    if not request.config.getoption("--long"):
+        pytest.skip("--long; test_processes.py has the losses")
     flags = ["--steps", 4, "--repa", "dog", "--encoder_source", "random", "--eval_every", 2]
     run(train_diffusion, *flags_of(material, tmp_path / "one", *flags, "--keep_every", 2), monkeypatch=monkeypatch)
     torchrun("train_diffusion.py", *flags_of(material, tmp_path / "two", *flags))
