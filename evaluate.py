@@ -434,8 +434,7 @@ def evaluate_spectrum(args, rank, world, device):
     for ax in (left, right):
         ax.legend(fontsize=8)
     out = pathlib.Path(args.out or "out/spectrum.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=90)
+    runtime.write_atomic(out, lambda file: figure.savefig(file, format=out.suffix[1:] or "png", dpi=90))
     plt.close(figure)
     with open(out.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -478,8 +477,7 @@ def evaluate_bands(args, rank, world, device):
     axes[0, 0].set(title="Does a low-passed latent decode\nto the low-passed image?", xlabel="n, anti-diagonals cut", ylabel="PSNR, dB")
     axes[0, 0].legend(fontsize=8)
     out = pathlib.Path(args.out or "out/bands.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=90)
+    runtime.write_atomic(out, lambda file: figure.savefig(file, format=out.suffix[1:] or "png", dpi=90))
     plt.close(figure)
     print(f"wrote {out}")
 

@@ -144,6 +144,11 @@ class StopSignal:
         flag = torch.tensor(float(self.name is not None))
         return bool(all_sum(flag) > 0)
 
+    def farewell(self, step, args):
+        """What to say once the state before `step` is saved."""
+        return (f"{self.name or 'a signal to another process'}: stopped before step {step} of {args.steps}, {args.out}/ckpt.pt is written; "
+                "the same command with --resume continues")
+
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Random numbers: functions of (seed, step)
@@ -209,6 +214,13 @@ def _umask():
 def save_checkpoint(path, state):
     """Write a dict of tensors and plain Python values, atomically; torch.load(path, weights_only=True) reads it."""
     write_atomic(path, lambda file: torch.save(state, file))
+
+
+def save_run(out, state, keep_every):
+    """Write a run's state into out/ckpt.pt, and into out/ckpt_<step>.pt as well where keep_every > 0 divides its step; only rank 0 calls it."""
+    save_checkpoint(f"{out}/ckpt.pt", state)
+    if keep_every > 0 and state["step"] % keep_every == 0:
+        save_checkpoint(f"{out}/ckpt_{state['step']}.pt", state)
 
 
 def load_checkpoint(path, stage):
@@ -302,7 +314,7 @@ class RunLog:
     log.jsonl, written by rank 0: one JSON object a line, each with its step. `add` collects every step's terms on their device, `write`
     averages them over steps and processes, so that the loop waits for the GPU only when a line is due.
     Opening it for a resume at step s drops the lines of steps >= s, which will be written again, and a last line that a crash cut short;
-    it also clears the folder of half-written files and of the later checkpoints of a run that is replaced.
+    it also clears the folder of half-written files and, at step 0, of the kept checkpoints of a run that is replaced.
     state     what `state()` returned when the checkpoint was made: the terms collected but not yet written
     bad_limit so many steps in a row that are not finite end the run
     """
@@ -319,8 +331,8 @@ class RunLog:
                 with contextlib.suppress(json.JSONDecodeError):
                     if json.loads(line)["step"] < start_step:
                         kept.append(line + "\n")
-        for stale in [path for path in self.path.parent.glob("ckpt_*.pt") if path.stem[5:].isdigit() and int(path.stem[5:]) > start_step]:
-            stale.unlink()                                                                 # of the run that this one replaces
+        for stale in self.path.parent.glob("ckpt_*.pt") if start_step == 0 else ():
+            stale.unlink()                                                                 # of the run that this one replaces; never on a resume
         for stale in self.path.parent.glob(".*.tmp"):
             stale.unlink()                                                                 # of a write that was killed
         write_atomic(self.path, lambda file: file.write("".join(kept).encode()))

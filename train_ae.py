@@ -275,17 +275,14 @@ def main():
         if gan_on:
             state |= dict(disc=disc.state_dict(), disc_optimizer=disc_optimizer.state_dict())
         if rank == 0:
-            runtime.save_checkpoint(f"{args.out}/ckpt.pt", state)
-            if args.keep_every > 0 and step % args.keep_every == 0:
-                runtime.save_checkpoint(f"{args.out}/ckpt_{step}.pt", state)
+            runtime.save_run(args.out, state, args.keep_every)
 
     with runtime.StopSignal() as stop:
         for step in range(start_step, args.steps + 1):
             last_step = step == args.steps
             if stop.asked():
                 save(step)
-                say(f"{stop.name or 'a signal to another process'}: stopped before step {step} of {args.steps}, {args.out}/ckpt.pt is written; "
-                    "the same command with --resume continues")
+                say(stop.farewell(step, args))
                 break
             if last_step or step % args.eval_every == 0:
                 speed = (step - timed_step) * args.batch_size / (time.perf_counter() - clock)  # since the last validation

@@ -235,9 +235,7 @@ def main():
                      means=log.state(), ae=str(args.ae), data=data, image_size=image_size, data_seed=trained.get("seed", 0),
                      autoencoder=cache.meta["autoencoder"], images=cache.meta["images"], latent_mean=cache.mean, latent_std=cache.std)
         if rank == 0:
-            runtime.save_checkpoint(f"{args.out}/ckpt.pt", state)
-            if args.keep_every > 0 and step % args.keep_every == 0:
-                runtime.save_checkpoint(f"{args.out}/ckpt_{step}.pt", state)
+            runtime.save_run(args.out, state, args.keep_every)
 
     with runtime.StopSignal() as stop:
         for step in range(start_step, args.steps + 1):
@@ -246,8 +244,7 @@ def main():
             if stopping or last_step or step % args.eval_every == 0:
                 save(step)
             if stopping:
-                say(f"{stop.name or 'a signal to another process'}: stopped before step {step} of {args.steps}, {args.out}/ckpt.pt is written; "
-                    "the same command with --resume continues")
+                say(stop.farewell(step, args))
                 break
             if rank == 0 and (last_step or step % args.eval_every == 0):
                 averaged.load_state_dict(ema.shadow)

@@ -77,6 +77,16 @@ def test_log_continues_without_gaps_or_repeats(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
 
 
+def test_only_a_fresh_start_removes_kept_checkpoints(tmp_path):
+    """A resume from step 5, after a newer checkpoint could not be read, leaves that file alone; a run that replaces another clears them."""
+    for step in (5, 10):
+        runtime.save_checkpoint(tmp_path / f"ckpt_{step}.pt", dict(stage="ae", step=step))
+    runtime.RunLog(tmp_path / "log.jsonl", start_step=5)
+    assert {path.name for path in tmp_path.glob("ckpt_*")} == {"ckpt_5.pt", "ckpt_10.pt"}
+    runtime.RunLog(tmp_path / "log.jsonl", start_step=0)
+    assert not list(tmp_path.glob("ckpt_*"))
+
+
 def test_ema_arithmetic():
     """decay_t = min(decay, (1 + t) / (10 + t)); integer buffers follow the first value; a scalar model by hand."""
     model = torch.nn.Linear(1, 1, bias=False)
