@@ -13,9 +13,9 @@ def plant(folder, **values):
     """Result files {name: [FD-cifar of seed 0, of seed 1, ...]}."""
     for name, distances in values.items():
         for seed, distance in enumerate(distances):
-            numbers = dict(psnr=30.0 + seed, esm=0.05, alpha=1.5, FD_cifar=distance, SWD_32px=40.0, spectral_KL=0.002)
+            numbers = dict(psnr=30.0 + seed, rFD_cifar=3.0, esm=0.05, alpha=1.5, FD_cifar=distance, SWD_32px=40.0, spectral_KL=0.002)
             (folder / f"{name}-s{seed}.json").write_text(json.dumps(dict(name=name, seed=seed, samples=2000, labelnet_accuracy=0.75,
-                                                                         hardware="a laptop", numbers=numbers)))
+                                                                         FD_cifar_of_held_out_images=0.5, hardware="a laptop", numbers=numbers)))
 
 
 def test_the_table_shows_every_run_and_says_what_is_missing(tmp_path, monkeypatch):
@@ -23,7 +23,7 @@ def test_the_table_shows_every_run_and_says_what_is_missing(tmp_path, monkeypatc
     monkeypatch.setattr(miniature, "RESULTS", tmp_path)
     plant(tmp_path, kl=[10.0, 11.0], esm=[8.0, 8.5])
     text = miniature.table()
-    assert "| `kl` | 2 | 30.00 / 31.00 |" in text and "| 10.00 / 11.00 |" in text and "| `se` | not run |" in text
+    assert "| `kl` | 2 | 30.00 / 31.00 | 3.00 / 3.00 |" in text and "| 10.00 / 11.00 |" in text and "| `se` | not run |" in text
     assert "75.0% accuracy" in text and "a laptop" in text
 
 
@@ -48,7 +48,8 @@ def test_the_readme_shows_the_committed_results():
 
 def test_every_run_of_the_plan_appears_in_a_table():
     """No run without a table, no row and no claim without a run."""
-    runs = {name for name, *_ in miniature.plan()}
+    runs = {name for name, _ in miniature.plan()}
+    assert sorted(miniature.plan()) == sorted((name, seed) for name in runs for seed in (0, 1))
     assert runs == {name for names in miniature.TABLES.values() for name in names}
     assert {name for claim in miniature.CLAIMS for name in claim} <= runs
 
