@@ -13,7 +13,7 @@ def plant(folder, **values):
     """Result files {name: [FD-cifar of seed 0, of seed 1, ...]}."""
     for name, distances in values.items():
         for seed, distance in enumerate(distances):
-            numbers = dict(psnr=30.0 + seed, rFD_cifar=3.0, esm=0.05, alpha=1.5, FD_cifar=distance, SWD_32px=40.0, spectral_KL=0.002)
+            numbers = dict(psnr=30.0 + seed, rFD_cifar=3.0, esm=0.05, esm_shape=0.04, alpha=1.5, FD_cifar=distance, SWD_32px=40.0, spectral_KL=0.002)
             (folder / f"{name}-s{seed}.json").write_text(json.dumps(dict(name=name, seed=seed, samples=2000, labelnet_accuracy=0.75,
                                                                          FD_cifar_of_held_out_images=0.5, hardware="a laptop", numbers=numbers)))
 
