@@ -9,8 +9,9 @@ Every number and figure of the project, by one command each.
     latents     latents as pictures, PCA to RGB                                                   Fig. 3
     similarity  which tokens a token of an image resembles, for each target of REPA               Fig. 6
 
-The formulas are in metrics.py, the last four commands in figures.py. Every result is printed with its settings and appended to results.jsonl with command, commit and
-hardware. Without the Inception weights there is no FID, only the metrics that need none, under their own names.
+The formulas are in metrics.py, the last four commands in figures.py. Every result is printed with its settings and appended to
+results.jsonl with command, commit and hardware. Without the Inception weights there is no FID, only the metrics that need none, under
+their own names.
 """
 import argparse
 import contextlib
@@ -225,8 +226,8 @@ def evaluate_gen(args, rank, world, device):
     inception = load_everywhere(lambda: load_inception(device), rank, device)
     if inception:
         values, weights = inception_metrics(inception, samples, reference_set, out, args, rank, world, device), "torch-fidelity"
+    count = min(args.num_samples, len(reference_set), 2048)                                # in memory, unlike all else here
     if rank == 0:
-        count = min(args.num_samples, len(reference_set), 2048)                            # in memory, unlike all else here
         fake = torch.from_numpy(samples[:count].copy()).movedim(-1, 1).float() / 127.5 - 1
         real = torch.cat([images for images, _, _ in val_batches(spread(reference_set, count), args.batch_size)])
         for side, distance in sliced_wasserstein(fake, real).items():
@@ -237,7 +238,7 @@ def evaluate_gen(args, rank, world, device):
     report(values, dict(ckpt=args.ckpt, step=checkpoint["step"], model=checkpoint["model_name"], n=args.num_samples,
                         sampler=args.sampler if isinstance(process, Interpolant) else "ddim", steps=args.steps, cfg=args.cfg,
                         cfg_interval=args.cfg_interval, seed=args.seed, dtype=dtype, weights=weights,
-                        reference=f"{len(reference_set)} training images of {data or 'built-in'} at {size} px",
+                        reference=f"{len(reference_set)} training images of {data or 'built-in'} at {size} px", swd_images=count,
                         seconds=round(seconds, 1)), args, rank)
     if rank == 0:
         (out / "samples.npy").unlink()
@@ -423,7 +424,7 @@ def get_args():
 def main():
     args = get_args()
     rank, world, device = runtime.start_processes(args.device)
-    if world > 1 and args.function not in (evaluate_recon, evaluate_gen):
+    if world > 1 and args.command not in ("recon", "gen"):
         raise ValueError(f"{args.command}: runs in one process; start it without torchrun")
     for name, low, high in (("val_images", 1, math.inf), ("batch_size", 1, math.inf), ("num_samples", 2, math.inf), ("steps", 2, math.inf),
                             ("image_size", 8, LARGEST_SIDE), ("workers", 0, 1024), ("seed", 0, 2 ** 63), ("cfg", 0, math.inf),
@@ -439,10 +440,10 @@ def main():
     check_place("--results", args.results)
     if args.out and args.command not in ("recon", "fid"):                                  # which write no more than a result
         check_place("--out", args.out, folder=args.command == "gen", figure=args.command != "gen")
-    if args.function in (evaluate_recon, evaluate_gen, evaluate_fid):
+    if args.command in ("recon", "gen", "fid"):
         args.function(args, rank, world, device)
     else:
-        for values, settings in args.function(args, device):
+        for values, settings in args.function(args, device):                               # a figure, and what it measures
             report(values, settings, args, rank)
     runtime.barrier()
 

@@ -1,15 +1,17 @@
 """
-Every figure. Pictures that the scripts share: latents as colours (Fig. 3), grids of samples, labelled rows; and the figures of evaluate.py:
+Every figure but that of spectral.py. What the scripts share: latents as colours (Fig. 3), grids of samples, labelled rows; and the figures of
+evaluate.py:
 
     spectrum_figure     radial PSD of images and of latents                                       Figs. 5, 7, 8
     bands_figure        does a low-passed latent decode to the low-passed image?                  Sec. 3.3, Fig. 10
     latents_figure      latents as pictures                                                       Fig. 3
     similarity_figure   which tokens a token of an image resembles, for each target of REPA       Fig. 6
 
-Those four take evaluate.py's flags and the device, write their figure, and return what they measured as [(values, settings)].
+Those four take evaluate.py's flags and the device, yield (values, settings) as they measure, and write their figure at the end.
 Pictures are in [0, 1] here, images that go through a network in [-1, 1].
 """
 import csv
+import io
 import pathlib
 
 import numpy as np
@@ -21,7 +23,6 @@ from data import center_crop, open_data, open_picture, reason, to_rgb, val_batch
 from losses import esm_loss
 from metrics import psnr
 from repa import filter_target, load_encoder
-from runtime import write_atomic
 from spectral import block_dct2, fit_power_law, lowpass, match_resolution, power_spectrum, radial_profile, rmsc, spectrum_distribution
 from vae import load_autoencoder
 
@@ -47,12 +48,12 @@ def pca_rgb(latents):
 def picture_grid(images, path, columns=8):
     """Images (N, 3, H, W) in [0, 1], clipped, side by side as one PNG."""
     from torchvision.utils import save_image
-    write_atomic(path, lambda file: save_image(images.float().cpu().clamp(0, 1), file, "png", nrow=columns, padding=2, pad_value=1.0))
+    runtime.write_atomic(path, lambda file: save_image(images.float().cpu().clamp(0, 1), file, "png", nrow=columns, padding=2, pad_value=1.0))
 
 
 def figure_rows(rows, path):
     """
-    A grid of pictures with a label before every row, as PNG.
+    A grid of pictures with a label before every row, as PNG, or what the path's suffix says.
     rows     {label: (N, 3, h, w) in [0, 1]}; the N of all rows are equal, their sizes may differ (small ones are shown in blocks)
     """
     import matplotlib
@@ -66,7 +67,7 @@ def figure_rows(rows, path):
         for image, ax in zip(images, line):
             ax.imshow(image.float().cpu().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=100, bbox_inches="tight"))
+    runtime.write_atomic(path, lambda file: figure.savefig(file, format=pathlib.Path(path).suffix[1:] or "png", dpi=100, bbox_inches="tight"))
     plt.close(figure)
 
 
@@ -81,7 +82,7 @@ def some_images(args, trained, device):
 
 
 def autoencoders(args, device):
-    """[(label, autoencoder, its training flags)] for the files of --ae; labels are the runs' folder names."""
+    """Yields (label, autoencoder, its training flags) for the files of --ae; labels are the runs' folder names."""
     files = args.ae or [str(path) for path in sorted(pathlib.Path().glob(f"out/ae/{args.preset}-*/ckpt.pt"))]
     if not files:
         raise FileNotFoundError(f"no out/ae/{args.preset}-*/ckpt.pt here; --ae: train autoencoders with train_ae.py, or give files")
@@ -115,7 +116,7 @@ def spectrum_figure(args, device):
     models = [(None, None, {})] if encoder and nothing else autoencoders(args, device)
     rings = np.arange(1, 17)
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    rows, results, drawn = [], [], set()
+    rows, drawn = [], set()
 
     def draw(name, batches, gamma=0.0, descriptor=True, **style):
         """One curve of a set that comes as tensors (b, C, h, w); a descriptor only where the scale means something."""
@@ -149,20 +150,20 @@ def spectrum_figure(args, device):
                           alpha_images=fit_power_law(radial_profile(power_spectrum(small)).mean(0)).item(),
                           esm=esm_loss(images, latents, args.gamma).item(), rmsc=rmsc(latents.flatten(2).transpose(1, 2)).mean().item(),
                           std=latents.std().item())
-            results.append((values, dict(autoencoder=label, gamma=args.gamma, n=len(images), latent="x".join(map(str, latents.shape[1:])))))
+            yield values, dict(autoencoder=label, gamma=args.gamma, n=len(images), latent="x".join(map(str, latents.shape[1:])))
     left.set(title="Radial power, each curve scaled to sum 1", xlabel="ring (1 = low frequency)", ylabel="share of power")
     right.set(title="What ESM compares: log(1 + power), scaled to sum 1", xlabel="ring (1 = low frequency)", ylim=(0, None))
     for ax in (left, right):
         ax.legend(fontsize=8)
     out = pathlib.Path(args.out or "out/spectrum.png")
-    write_atomic(out, lambda file: figure.savefig(file, format=out.suffix[1:] or "png", dpi=90))
+    runtime.write_atomic(out, lambda file: figure.savefig(file, format=out.suffix[1:] or "png", dpi=90))
     plt.close(figure)
-    with open(out.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    runtime.write_atomic(out.with_suffix(".csv"), lambda file: file.write(text.getvalue().encode()))
     print(f"wrote {out}, {out.with_suffix('.csv')}")
-    return results
 
 
 @torch.no_grad()
@@ -174,7 +175,7 @@ def bands_figure(args, device):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    models, results = list(autoencoders(args, device)), []
+    models = list(autoencoders(args, device))
     figure, axes = plt.subplots(1, 1 + len(models), figsize=(4.6 + 3.6 * len(models), 4), layout="constrained", squeeze=False)
     diagonal = (torch.arange(8)[:, None] + torch.arange(8)).flatten()                      # anti-diagonal of each coefficient
     for ax, (label, ae, trained) in zip(axes[0, 1:], models):
@@ -194,15 +195,14 @@ def bands_figure(args, device):
         axes[0, 0].plot(range(15), scores, "o-", ms=3, label=label)
         ax.imshow(matrix.numpy(), cmap="magma", vmin=0, origin="lower", extent=(-0.5, 14.5, 0.5, 14.5), aspect="auto")
         ax.set(title=f"{label}\nwhere each latent band lands", xlabel="band of the decoded image (0 = DC)", ylabel="band of the latent")
-        results.append((dict({f"psnr_n{n}": scores[n] for n in (0, 8, 10, 12)}, mean_image_band=(matrix @ torch.arange(15.0)).mean().item()),
-                        dict(autoencoder=label, n=len(images))))
+        yield (dict({f"psnr_n{n}": scores[n] for n in (0, 8, 10, 12)}, mean_image_band=(matrix @ torch.arange(15.0)).mean().item()),
+               dict(autoencoder=label, n=len(images)))
     axes[0, 0].set(title="Does a low-passed latent decode\nto the low-passed image?", xlabel="n, anti-diagonals cut", ylabel="PSNR, dB")
     axes[0, 0].legend(fontsize=8)
     out = pathlib.Path(args.out or "out/bands.png")
-    write_atomic(out, lambda file: figure.savefig(file, format=out.suffix[1:] or "png", dpi=90))
+    runtime.write_atomic(out, lambda file: figure.savefig(file, format=out.suffix[1:] or "png", dpi=90))
     plt.close(figure)
     print(f"wrote {out}")
-    return results
 
 
 def latents_figure(args, device):
@@ -213,10 +213,9 @@ def latents_figure(args, device):
         rows.setdefault("image", images * 0.5 + 0.5)
         rows[label] = pca_rgb(encode_all(ae, images, args.batch_size))
     out = pathlib.Path(args.out or "out/latents.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
     figure_rows(rows, out)
     print(f"wrote {out}")
-    return []
+    return ()                                                                              # nothing is measured
 
 
 @torch.no_grad()
@@ -249,7 +248,6 @@ def similarity_figure(args, device):
         values[f"rmsc_{kind}"] = contrast
         rows[f"{'raw' if kind == 'none' else kind}\nRMSC {contrast:.2f}"] = (cosine * 0.5 + 0.5).expand(-1, 3, -1, -1)
     out = pathlib.Path(args.out or "out/similarity.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
     figure_rows(rows, out)
+    yield values, dict(encoder=args.encoder_source if args.encoder_source == "random" else args.encoder, n=len(images), token=token)
     print(f"wrote {out} (black = opposite, white = equal)")
-    return [(values, dict(encoder=args.encoder_source if args.encoder_source == "random" else args.encoder, n=len(images), token=token))]

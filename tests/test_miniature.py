@@ -1,12 +1,17 @@
 """The miniature's bookkeeping: tables and verdicts from result files, the README in step with them, and the network whose features it uses."""
 import json
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import evaluate
 import miniature
 import repa
+import train_ae
+import train_diffusion
+from vae import AEConfig, AutoencoderKL
 
 
 def plant(folder, **values):
@@ -23,7 +28,7 @@ def test_the_table_shows_every_run_and_says_what_is_missing(tmp_path, monkeypatc
     monkeypatch.setattr(miniature, "RESULTS", tmp_path)
     plant(tmp_path, kl=[10.0, 11.0], esm=[8.0, 8.5])
     text = miniature.table()
-    assert "| `kl` | 2 | 30.00 / 31.00 | 3.00 / 3.00 |" in text and "| 10.00 / 11.00 |" in text and "| `se` | not run |" in text
+    assert "| `kl` | 30.00 / 31.00 | 3.00 / 3.00 |" in text and "| 10.00 / 11.00 |" in text and "| `se` | not run |" in text
     assert "75.0% accuracy" in text and "a laptop" in text
 
 
@@ -33,7 +38,7 @@ def test_the_verdict_follows_the_protocol(esm, kl, word, tmp_path, monkeypatch):
     """The gap of the means must exceed the larger spread between two seeds."""
     monkeypatch.setattr(miniature, "RESULTS", tmp_path)
     plant(tmp_path, kl=kl, esm=esm)
-    row = next(line for line in miniature.table().splitlines() if line.startswith("| `esm` better than `kl`"))
+    row = next(line for line in miniature.table().splitlines() if line.startswith("| FD-cifar: `esm` below `kl` |"))
     assert word in row
 
 
@@ -47,11 +52,65 @@ def test_the_readme_shows_the_committed_results():
 
 
 def test_every_run_of_the_plan_appears_in_a_table():
-    """No run without a table, no row and no claim without a run."""
-    runs = {name for name, _ in miniature.plan()}
-    assert sorted(miniature.plan()) == sorted((name, seed) for name in runs for seed in (0, 1))
-    assert runs == {name for names in miniature.TABLES.values() for name in names}
-    assert {name for claim in miniature.CLAIMS for name in claim} <= runs
+    """No run without a table, no row and no claim without a run; every run with every seed, once."""
+    names = [name for rows in miniature.TABLES.values() for name in rows]
+    assert sorted(miniature.plan()) == sorted((name, seed) for name in set(names) for seed in miniature.SEEDS)
+    assert {name for _, *claim in miniature.CLAIMS for name in claim} <= set(names)
+    assert {key for key, *_ in miniature.CLAIMS} <= miniature.COLUMNS.keys()
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in miniature.plan()}))
+def test_the_commands_are_understood(name, monkeypatch):
+    """Each script takes its flags, and finds what the command before it leaves."""
+    parsed = []
+    for command, module in zip(miniature.commands(name, 1, "cifar10", miniature.pathlib.Path("out/m")), (train_ae, train_diffusion, evaluate)):
+        monkeypatch.setattr("sys.argv", command)
+        parsed.append(module.get_args())
+    ae, sit, gen = parsed
+    assert sit.ae == f"{ae.out}/ckpt.pt" and gen.ckpt == f"{sit.out}/ckpt.pt" and (ae.seed, sit.seed) == (1, 1)
+    assert (ae.steps, sit.steps) == (miniature.AE_STEPS, miniature.SIT_STEPS)
+
+
+@pytest.mark.parametrize("code, expected", [(0, "train_ae.py did not reach its end"), (2, "train_ae.py did not reach its end")])
+def test_a_run_that_was_stopped_is_no_result(code, expected, tmp_path, monkeypatch):
+    """A signal ends a training script early with code 0: the next stage must not start, whatever the code."""
+    calls = []
+    monkeypatch.setattr(miniature.subprocess, "run", lambda command, **kw: calls.append(command) or miniature.subprocess.CompletedProcess(command, code))
+    with pytest.raises(ValueError, match=expected):
+        miniature.run_one("kl", 0, "cifar10", tmp_path)
+    assert len(calls) == 1
+
+
+def test_a_run_of_other_commands_is_refused(tmp_path, monkeypatch):
+    """What lies in the folder of another protocol is not taken for a result of this one."""
+    (tmp_path / "diffusion" / "kl-s0").mkdir(parents=True)
+    (tmp_path / "diffusion" / "kl-s0" / "commands.txt").write_text("python train_ae.py --steps 1\n")
+    monkeypatch.setattr(miniature.subprocess, "run", lambda *args, **kw: pytest.fail("nothing may run"))
+    with pytest.raises(ValueError, match="made by other commands"):
+        miniature.run_one("kl", 0, "cifar10", tmp_path)
+
+
+def test_divergence_without_the_scale():
+    """Latents three times as large have another ESM divergence, and the same one at their best scale: diffusion sees no scale."""
+    ae = AutoencoderKL(AEConfig(ch=8, ch_mult=(1, 2), latent_channels=2, num_res_blocks=1, norm_groups=2))
+    images = torch.nn.functional.interpolate(torch.randn(4, 3, 8, 12), scale_factor=2, mode="bilinear")
+    latents = miniature.encode_all(ae, images, 4, seed=0).transpose(0, 1).flatten(1)       # (C, B*h*w)
+    mean, std = latents.mean(1), latents.std(1)
+    ae.set_latent_stats(mean, std)
+    before = miniature.divergences(ae, images)
+    with torch.no_grad():
+        ae.quant_conv.weight[:2] *= 3
+        ae.quant_conv.bias[:2] *= 3
+        ae.quant_conv.bias[2:] += 2 * math.log(3)                                          # the posterior's noise, too
+    ae.set_latent_stats(3 * mean, 3 * std)
+    after = miniature.divergences(ae, images)
+    assert abs(after[0] - before[0]) > 1e-3 and after[1] == pytest.approx(before[1], rel=1e-4)
+
+
+def test_the_network_of_fd_cifar_is_part_of_the_project():
+    """assets/labelnet.pt loads as a target encoder and knows its accuracy."""
+    assert torch.load(miniature.LABELNET, weights_only=True)["accuracy"] > 0.8
+    assert repa.load_encoder(source=str(miniature.LABELNET))(torch.zeros(1, 3, 32, 32), (8, 8)).shape == (1, 64, 96)
 
 
 def test_labelnet_is_a_target_encoder(tmp_path):
