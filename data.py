@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from leaves import DeadLeaves
-from runtime import one_line_errors, write_atomic
+from runtime import one_line_errors, parse_args, write_atomic
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # whatever the name says; PIL would hand an EPS to Ghostscript
@@ -485,7 +485,7 @@ def main():
     command.add_argument("--count", type=int, default=10_000, help="number of built-in images, when --data is not given")
     command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode; 0 = this one")
     command.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    args = parser.parse_args()
+    args = parse_args(parser, {}, command)
     with one_line_errors():
         written, skipped = pack(args.data, args.size, args.out, args.count, args.workers, args.overwrite)
     megabytes = Path(args.out).stat().st_size / 1e6
