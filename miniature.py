@@ -2,7 +2,7 @@
 The paper's claims in miniature: Tables 2, 4, 7 and 8 on CIFAR-10 at 32 px, small enough for two CPU cores.
 
     python miniature.py run --data cifar10       train and sample everything that is not there yet, then write assets/results/*.json
-    python miniature.py collect --data cifar10   assets/results/ alone, from the runs that are finished
+    python miniature.py collect                  assets/results/ alone, from the runs that are finished
     python miniature.py table                    the README's tables from assets/results/ alone
     python miniature.py figure                   assets/miniature_samples.png: samples of each method from the same noise
 

@@ -71,12 +71,12 @@ def test_the_commands_are_understood(name, monkeypatch):
     assert (ae.steps, sit.steps) == (miniature.AE_STEPS, miniature.SIT_STEPS)
 
 
-@pytest.mark.parametrize("code, expected", [(0, "train_ae.py did not reach its end"), (2, "train_ae.py did not reach its end")])
-def test_a_run_that_was_stopped_is_no_result(code, expected, tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_run_that_was_stopped_is_no_result(code, tmp_path, monkeypatch):
     """A signal ends a training script early with code 0: the next stage must not start, whatever the code."""
     calls = []
     monkeypatch.setattr(miniature.subprocess, "run", lambda command, **kw: calls.append(command) or miniature.subprocess.CompletedProcess(command, code))
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(ValueError, match="train_ae.py did not reach its end"):
         miniature.run_one("kl", 0, "cifar10", tmp_path)
     assert len(calls) == 1
 
