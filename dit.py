@@ -267,57 +267,6 @@ MODELS = {f"{name}/{p}": partial(kind, patch_size=p, depth=depth, dim=dim, heads
               ("UViT-L", UViT, 20, 1024, 16), ("UViT-H", UViT, 28, 1152, 16)]}
 
 
-def load_transformer(model, path):
-    """
-    Fill a model with the weights of a SiT, REPA or U-ViT file, or of one of ours, and return it.
-    A dict with "ema" or "model" (ema wins) or a bare state dict; "module." is stripped, REPA's projectors are dropped. Two kinds of
-    file are rewritten, so that the loaded network is an ordinary one and stays so when it is saved again:
-      original SiT  known by twice the output channels (learn_sigma). It runs from t=0 noise to t=1 data and predicts x - eps
-                    (transport/path.py, ICPlan), hence v(x, t) = -v_SiT(x, 1 - t). The variance channels go, the sign goes into the
-                    last layer and the reversal into the first time layer: cos and sin of (1 - t) f are linear in those of t f.
-      U-ViT-H       trained with conv=False: the missing final convolution becomes the identity kernel.
-    What a file was trained on cannot be told from its keys: DiT files (eps-prediction) and U-ViT-L/2 on ImageNet-256 (continuous
-    VP-SDE) load, but belong to neither process below.
-    raises  FileNotFoundError; ValueError for a file that is no checkpoint, or does not fit the model's depth, width, size or classes
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file; give a SiT, REPA or U-ViT checkpoint")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):           # SiT and REPA keep their flags in the file
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                                 # what is no pickle fails in a dozen ways
-        raise ValueError(f"{path}: not a checkpoint of tensors and plain values ({error!r:.100})") from error
-    for key in ("ema", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
-        raise ValueError(f"{path}: neither a state dict nor a dict with one under 'ema' or 'model'")
-    state = {key.removeprefix("module."): value for key, value in state.items() if "projectors." not in key}
-
-    want = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    last = state.get("final_layer.linear.weight")
-    if last is not None and last.shape[0] == 2 * want.get("final_layer.linear.weight", (0,))[0]:
-        C = model.in_channels
-        for key in ("final_layer.linear.weight", "final_layer.linear.bias"):   # rows run over (row, column, channel) of the patch
-            state[key] = -state[key].unflatten(0, (-1, 2 * C))[:, :C].flatten(0, 1)
-        f = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)             # the frequencies of sinusoid
-        a, b = state["t_embedder.mlp.0.weight"].double().chunk(2, dim=1)       # they act on cos((1 - t) f) and sin((1 - t) f)
-        state["t_embedder.mlp.0.weight"] = torch.cat([a * f.cos() + b * f.sin(), a * f.sin() - b * f.cos()], dim=1)
-    if isinstance(model, UViT) and not any(key.startswith("final_layer.") for key in state):
-        state["final_layer.weight"] = nn.init.dirac_(torch.empty(model.final_layer.weight.shape))
-        state["final_layer.bias"] = torch.zeros(model.in_channels)
-
-    have = {key: tuple(value.shape) for key, value in state.items()}
-    wrong = [f"{key} is {have.get(key, 'missing')} in the file and {want.get(key, 'unknown')} in the model"
-             for key in sorted(have.keys() | want.keys()) if have.get(key) != want.get(key)]
-    if wrong:
-        raise ValueError(f"{path}: does not fit this {type(model).__name__} ({len(wrong)} of {len(want)} entries): {wrong[0]}; "
-                         "build the model with the file's size, patch, input_size, in_channels and num_classes")
-    model.load_state_dict(state)
-    return model
-
-
 # ---------------------------------------------------------------------------- training and sampling
 class NoiseStream:
     """

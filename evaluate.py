@@ -36,7 +36,7 @@ from figures import bands_figure, latents_figure, picture_grid, similarity_figur
 from latents import autoencoder_hash, create_array, images_hash
 from losses import PerceptualLoss
 from metrics import Moments, frechet_distance, load_inception, psnr, sliced_wasserstein, spectral_kl, ssim, to_uint8
-from vae import load_autoencoder
+from weights import load_autoencoder
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from losses import esm_loss
 from metrics import psnr
 from repa import filter_target, load_encoder
 from spectral import block_dct2, fit_power_law, lowpass, match_resolution, power_spectrum, radial_profile, rmsc, spectrum_distribution
-from vae import load_autoencoder
+from weights import load_autoencoder
 
 
 def pca_rgb(latents):

@@ -24,7 +24,7 @@ from dit import DDPM, MODELS, Interpolant, NoiseStream, SiTBlock, UViTBlock
 from figures import picture_grid
 from latents import LatentCache, autoencoder_hash, build_cache, images_hash
 from repa import DOG_SIGMAS, REPA_KINDS, Projector, alignment_loss, filter_target, load_encoder
-from vae import load_autoencoder
+from weights import load_autoencoder
 
 SIT = dict(lr=1e-4, beta2=0.999, weight_decay=0.0, warmup_steps=0)                         # Table 6; the defaults are U-ViT's
 PRESETS = {

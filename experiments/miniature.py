@@ -1,10 +1,10 @@
 """
 The paper's claims in miniature: Tables 2, 4, 7 and 8 on CIFAR-10 at 32 px, small enough for two CPU cores.
 
-    python miniature.py run --data cifar10       train and sample everything that is not there yet, then write assets/results/*.json
-    python miniature.py collect                  assets/results/ alone, from the runs that are finished
-    python miniature.py table                    the README's tables from assets/results/ alone
-    python miniature.py figure                   assets/miniature_samples.png: samples of each method from the same noise
+    python -m experiments.miniature run --data cifar10       train and sample everything that is not there yet, then write experiments/results/*.json
+    python -m experiments.miniature collect                  experiments/results/ alone, from the runs that are finished
+    python -m experiments.miniature table                    the README's tables from experiments/results/ alone
+    python -m experiments.miniature figure                   experiments/figures/samples.png: samples of each method from the same noise
 
 Protocol, fixed before its runs, but for what is marked as added.
     autoencoder   f2d4-tiny (0.17M), 1,000 steps of batch 16, lr 2e-3, L1 only (no LPIPS, no GAN), the weights of Table 5 for each --reg
@@ -48,15 +48,15 @@ from figures import encode_all, figure_rows
 from losses import esm_loss
 from metrics import Moments, frechet_distance, to_uint8
 from repa import LabelNet
-from vae import load_autoencoder
+from weights import load_autoencoder
 
-ROOT = pathlib.Path(__file__).parent
-RESULTS, LABELNET = ROOT / "assets" / "results", ROOT / "assets" / "labelnet.pt"
+ROOT = pathlib.Path(__file__).resolve().parent
+RESULTS, LABELNET = ROOT / "results", ROOT / "labelnet.pt"
 SEEDS, AE_STEPS, SIT_STEPS = (0, 1), 1000, 3000
 AE = f"--model f2d4-tiny --steps {AE_STEPS} --batch_size 16 --lr 2e-3 --eval_every 1000 --val_images 1000"
 SIT = f"--steps {SIT_STEPS} --batch_size 32 --ema 0.998 --eval_every 1000"
 GEN = "--num_samples 2000 --steps 30 --batch_size 100 --reference_images 0"
-REPA = "--repa_depth 1 --dog_sigma1 0.5 --dog_sigma2 1.25 --encoder_source assets/labelnet.pt"
+REPA = "--repa_depth 1 --dog_sigma1 0.5 --dog_sigma2 1.25 --encoder_source experiments/labelnet.pt"
 AUTOENCODERS = {                                                                           # flags of train_ae.py
     "kl": "--reg kl", "se": "--reg se", "esm": "--reg esm", "dsm": "--reg dsm", "eq": "--reg eq",
     "kl-f4": "--reg kl --model f4d4-tiny", "esm-f4": "--reg esm --model f4d4-tiny", "esm-w1": "--reg esm --esm_weight 1",
@@ -204,7 +204,7 @@ def divergences(ae, images):
 
 
 def collect(out):
-    """assets/results/NAME-sSEED.json for every finished run: its commands, hardware, commit, final numbers and loss curves."""
+    """experiments/results/NAME-sSEED.json for every finished run: its commands, hardware, commit, final numbers and loss curves."""
     checkpoint = torch.load(LABELNET, weights_only=True)
     net = LabelNet(checkpoint["num_classes"]).eval()
     net.load_state_dict(checkpoint["model"])
@@ -253,14 +253,14 @@ def verdict(results, key, low, high):
 
 
 def table():
-    """The README's tables as markdown, from assets/results/ alone."""
+    """The README's tables as markdown, from experiments/results/ alone."""
     results = {(r["name"], r["seed"]): r for r in (json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-s?.json")))}
     if not results:
-        raise FileNotFoundError(f"{RESULTS}: no results yet; `python miniature.py run` makes them")
+        raise FileNotFoundError(f"{RESULTS}: no results yet; `python -m experiments.miniature run` makes them")
     one = next(iter(results.values()))
     lines = [f"{one['samples']:,} samples each; seeds side by side. FD-cifar, rFD-cifar: features of a network with {100 * one['labelnet_accuracy']:.1f}% accuracy "
              f"on held-out images; 2,000 held-out images themselves have {one['FD_cifar_of_held_out_images']:.2f}. \"Normalised, best scale\": the ESM divergence "
-             f"of the latents as diffusion sees them. Hardware: {', '.join(sorted({r['hardware'] for r in results.values()}))}; commands, logs and versions in `assets/results/`."]
+             f"of the latents as diffusion sees them. Hardware: {', '.join(sorted({r['hardware'] for r in results.values()}))}; commands, logs and versions in `experiments/results/`."]
     for title, names in TABLES.items():
         lines += ["", f"**{title}** in miniature", "", "| run | " + " | ".join(head for head, _ in COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
         for name in names:
@@ -302,8 +302,8 @@ def main():
         files = {name: out / "diffusion" / f"{name}-s0" / "samples" / "samples.npz" for name in TABLES["Table 2"]}
         rows = {name: torch.from_numpy(np.load(path)["arr_0"][:10]).movedim(-1, 1) / 255 for name, path in files.items() if path.exists()}
         if not rows:
-            raise FileNotFoundError(f"--out {out}: no samples of seed 0 here yet; `python miniature.py run` makes them")
-        figure_rows(rows, ROOT / "assets" / "miniature_samples.png")
+            raise FileNotFoundError(f"--out {out}: no samples of seed 0 here yet; `python -m experiments.miniature run` makes them")
+        figure_rows(rows, ROOT / "figures" / "samples.png")
     if failed:
         raise ValueError("; ".join(failed))
 
