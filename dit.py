@@ -1,22 +1,26 @@
 """
 Diffusion transformers and the two processes they are trained and sampled with.
-A latent is cut into patches, the patches are tokens, a transformer turns noisy tokens into a prediction:
+A latent is cut into patches, the patches are tokens, a transformer turns noisy tokens into a
+prediction:
 
-  SiT    adaLN-Zero blocks: time and class scale, shift and gate every block (Peebles & Xie 2022, Ma et al. 2024)
-  UViT   time and class are tokens beside the patches; long skips join shallow and deep blocks (Bao et al. 2022)
+  SiT    adaLN-Zero blocks: time and class scale, shift and gate every block
+         (Peebles & Xie 2022, Ma et al. 2024)
+  UViT   time and class are tokens beside the patches; long skips join shallow and deep blocks
+         (Bao et al. 2022)
 
-  Interpolant   x_t = (1 - t) x + t eps,                     the network learns the velocity v = eps - x
-  DDPM          x_n = sqrt(a_n) x + sqrt(1 - a_n) eps,       the network learns eps;  a_n = prod_{i <= n} (1 - beta_i)
+  Interpolant   x_t = (1 - t) x + t eps,                 the network learns v = eps - x
+  DDPM          x_n = sqrt(a_n) x + sqrt(1 - a_n) eps,   the network learns eps
+                a_n = prod_{i <= n} (1 - beta_i)
 
-Latents x (B, C, h, w), normalised to std near 1; tokens (B, T, D), T = (h/p)*(w/p) in row-major order; labels y (B,) int64,
-num_classes is the null label. Time runs from 0 = data to 1 = noise, as in REPA. A network receives the time unscaled, as in the
-original repositories: t in [0, 1] from Interpolant (REPA), n = 1 .. 1000 as a float from DDPM (U-ViT, train_ldm_discrete.py).
-Networks hold no randomness: which labels are dropped is drawn by the loss, so a training step is a function of weights and generator.
-State-dict names and shapes are those of willisma/SiT, sihyun-yu/REPA and baofff/U-ViT; load_transformer reads their files.
+Latents x (B, C, h, w), normalised to std near 1; tokens (B, T, D), T = (h/p)*(w/p) in row-major
+order; labels y (B,) int64, num_classes is the null label. Time runs from 0 = data to 1 = noise, as
+in REPA. A network receives the time unscaled, as in the original repositories: t in [0, 1] from
+Interpolant (REPA), n = 1 .. 1000 as a float from DDPM (U-ViT, train_ldm_discrete.py).
+Networks hold no randomness: which labels are dropped is drawn by the loss, so a training step is a
+function of weights and generator. State-dict names and shapes are those of willisma/SiT,
+sihyun-yu/REPA and baofff/U-ViT; weights.py reads their files.
 """
-import argparse
 import math
-import os
 from functools import partial
 
 import numpy as np
@@ -25,24 +29,32 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# ---------------------------------------------------------------------------- parts of both transformers
+# ----------------------------------------------------------------------- parts of both transformers
 def sinusoid(t, dim):
     """
     Time as phases: [cos(t f_k), sin(t f_k)], f_k = 10000^(-k / (dim/2)) radians per unit of t.
     t        (B,) any range
     returns  (B, dim) float32 whatever t's dtype: n = 999 and n = 1000 are one number in bfloat16
     """
-    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))  # (dim/2,), 1 .. 1e-4
-    phase = t.float()[:, None] * freqs                                                          # (B, dim/2)
+    k = torch.arange(dim // 2, device=t.device)
+    freqs = torch.exp(-math.log(10000) * k / (dim // 2))  # (dim/2,), 1 .. 1e-4
+    phase = t.float()[:, None] * freqs                    # (B, dim/2)
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
 
 def sincos_positions(grid, dim):
-    """Fixed 2-D positions (1, T, dim) of a (rows, columns) grid: first half of dim the column, second half the row, as in MAE."""
-    omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))                # (dim/4,)
-    row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    phases = [position.reshape(-1, 1) * omega for position in (column, row)]                    # 2 x (T, dim/4)
-    return torch.cat([f(phase) for phase in phases for f in (torch.sin, torch.cos)], dim=1)[None].float()
+    """
+    Fixed 2-D positions (1, T, dim) of a (rows, columns) grid: first half of dim the column, second
+    half the row, as in MAE.
+    """
+    omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (dim/4,)
+    sides = [torch.arange(n, dtype=torch.float64) for n in grid]
+    row, column = torch.meshgrid(*sides, indexing="ij")
+    parts = []
+    for position in (column, row):
+        phase = position.reshape(-1, 1) * omega           # (T, dim/4)
+        parts += [phase.sin(), phase.cos()]
+    return torch.cat(parts, dim=1)[None].float()
 
 
 class Attention(nn.Module):
@@ -56,8 +68,10 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, T, D = x.shape
-        q, k, v = self.qkv(x).reshape(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, heads, T, D/heads)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
+        qkv = self.qkv(x).reshape(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)              # each (B, heads, T, D/heads)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(B, T, D))
 
 
 class Mlp(nn.Module):
@@ -66,7 +80,7 @@ class Mlp(nn.Module):
     def __init__(self, dim, gelu):
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
-        self.act = nn.GELU(approximate=gelu)                                   # "tanh" in SiT, "none" (exact) in U-ViT
+        self.act = nn.GELU(approximate=gelu)              # "tanh" in SiT, "none" (exact) in U-ViT
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x):
@@ -74,27 +88,39 @@ class Mlp(nn.Module):
 
 
 class LatentTransformer(nn.Module):
-    """What SiT and UViT share: the patch grid, the checks of what comes in, and the way from tokens back to a latent."""
+    """What SiT and UViT share: the patch grid, the checks of what comes in, tokens to latent."""
+
     def __init__(self, input_size, in_channels, num_classes, patch_size, depth):
         super().__init__()
-        self.input_size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-        self.in_channels, self.num_classes, self.patch_size, self.depth = in_channels, num_classes, patch_size, depth
-        self.grid = tuple(side // patch_size for side in self.input_size)      # (h/p, w/p)
+        if isinstance(input_size, int):
+            input_size = (input_size, input_size)
+        self.input_size = tuple(input_size)
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.patch_size = patch_size
+        self.depth = depth
+        self.grid = tuple(side // patch_size for side in self.input_size)  # (h/p, w/p)
         if any(side % patch_size for side in self.input_size):
-            raise ValueError(f"{type(self).__name__}: patch size {patch_size} does not divide {self.input_size}; take a smaller one")
+            raise ValueError(f"{type(self).__name__}: patch size {patch_size} does not divide "
+                             f"{self.input_size}; take a smaller one")
 
     def check(self, x, y, drop, return_hidden):
-        """Latents and labels as the network takes them: x in its own precision, the null label where drop is True."""
+        """x in the network's precision, and the labels with the null label where drop is True."""
         name = type(self).__name__
-        if x.shape[1:] != (self.in_channels, *self.input_size):
-            raise ValueError(f"{name}: got latents {tuple(x.shape[1:])}, built for {(self.in_channels, *self.input_size)}")
+        wanted = (self.in_channels, *self.input_size)
+        if x.shape[1:] != wanted:
+            raise ValueError(f"{name}: got latents {tuple(x.shape[1:])}, built for {wanted}")
         if return_hidden is not None and not 1 <= return_hidden <= self.depth:
-            raise ValueError(f"{name}: return_hidden={return_hidden}, but the blocks are counted 1 .. {self.depth}")
+            raise ValueError(f"{name}: return_hidden={return_hidden}, but the blocks are counted "
+                             f"1 .. {self.depth}")
         if (y is None) != (self.num_classes == 0):
-            raise ValueError(f"{name}: labels y are {'missing' if y is None else 'given'}, but num_classes={self.num_classes}")
+            found = "missing" if y is None else "given"
+            raise ValueError(f"{name}: labels y are {found}, but num_classes={self.num_classes}")
+        # On an accelerator a look at the labels would wait for the device.
         if y is not None and y.device.type == "cpu" and not torch.compiler.is_compiling():
-            if y.amin() < 0 or y.amax() > self.num_classes:                    # on an accelerator a look would wait for the device
-                raise ValueError(f"{name}: labels lie in {y.amin()} .. {y.amax()}, not in 0 .. {self.num_classes} (the null label)")
+            if y.amin() < 0 or y.amax() > self.num_classes:
+                raise ValueError(f"{name}: labels lie in {y.amin()} .. {y.amax()}, not in "
+                                 f"0 .. {self.num_classes} (the null label)")
         if y is not None and drop is not None:
             y = torch.where(drop, self.num_classes, y)
         return x.to(self.pos_embed.dtype), y
@@ -102,13 +128,14 @@ class LatentTransformer(nn.Module):
     def unpatchify(self, tokens):
         """(B, T, p*p*C) -> (B, C, h, w); inside a token the order is row, column, channel."""
         (rows, columns), p = self.grid, self.patch_size
-        x = tokens.reshape(-1, rows, columns, p, p, self.in_channels).permute(0, 5, 1, 3, 2, 4)   # (B, C, h/p, p, w/p, p)
+        x = tokens.reshape(-1, rows, columns, p, p, self.in_channels)
+        x = x.permute(0, 5, 1, 3, 2, 4)                   # (B, C, h/p, p, w/p, p)
         return x.reshape(-1, self.in_channels, rows * p, columns * p)
 
 
-# ---------------------------------------------------------------------------- SiT
+# ---------------------------------------------------------------------------------------------- SiT
 class SiTBlock(nn.Module):
-    """adaLN-Zero block: the condition c (B, D) shifts, scales and gates attention and MLP on tokens (B, T, D)."""
+    """adaLN-Zero: the condition c (B, D) shifts, scales and gates attention and MLP (B, T, D)."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -118,8 +145,9 @@ class SiTBlock(nn.Module):
         self.mlp = Mlp(dim, "tanh")
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x, c):                                                                       # (B, T, D), (B, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # each (B, 1, D)
+    def forward(self, x, c):                              # (B, T, D), (B, D)
+        modulation = self.adaLN_modulation(c)[:, None]    # (B, 1, 6 D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
@@ -134,25 +162,28 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)                          # each (B, 1, D)
-        return self.linear(self.norm_final(x) * (1 + scale) + shift)                             # (B, T, p*p*C)
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)  # each (B, 1, D)
+        return self.linear(self.norm_final(x) * (1 + scale) + shift)
 
 
 class SiT(LatentTransformer):
     """
-    The transformer of SiT and REPA (and of DiT). adaLN-Zero: every gate and the last layer start at zero, so a fresh network
-    is the zero function and every block the identity.
+    The transformer of SiT and REPA (and of DiT). adaLN-Zero: every gate and the last layer start at
+    zero, so a fresh network is the zero function and every block the identity.
     input_size   int or (h, w); raises ValueError where patch_size does not divide it
-    num_classes  0 = unconditional; else num_classes + 1 embeddings, the last one for the null label
+    num_classes  0 = unconditional; else num_classes + 1 embeddings, the last the null label's
     """
     def __init__(self, input_size, in_channels, num_classes, patch_size, depth, dim, heads):
         super().__init__(input_size, in_channels, num_classes, patch_size, depth)
-        # ModuleDict stands where the original has a class of its own: the key keeps the checkpoint's name.
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)})
-        self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))})
+        # ModuleDict stands where the original has a class: the key keeps the checkpoint's name.
+        patchify = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+        self.x_embedder = nn.ModuleDict({"proj": patchify})
+        time_mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.t_embedder = nn.ModuleDict({"mlp": time_mlp})
         if num_classes:
             self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, dim)})
-        self.pos_embed = nn.Parameter(sincos_positions(self.grid, dim), requires_grad=False)       # (1, T, D), never trained
+        # (1, T, D), never trained
+        self.pos_embed = nn.Parameter(sincos_positions(self.grid, dim), requires_grad=False)
         self.blocks = nn.ModuleList([SiTBlock(dim, heads) for _ in range(depth)])
         self.final_layer = FinalLayer(dim, patch_size ** 2 * in_channels)
 
@@ -160,29 +191,32 @@ class SiT(LatentTransformer):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder["proj"].weight.flatten(1))                         # a view: as the linear map it is
-        nn.init.zeros_(self.x_embedder["proj"].bias)
+        nn.init.xavier_uniform_(patchify.weight.flatten(1))  # a view: as the linear map it is
+        nn.init.zeros_(patchify.bias)
         for i in (0, 2):
-            nn.init.normal_(self.t_embedder["mlp"][i].weight, std=0.02)
+            nn.init.normal_(time_mlp[i].weight, std=0.02)
         if num_classes:
             nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
-        for linear in [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)] + [self.final_layer.linear]:
+        modulations = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
+        for linear in (*modulations, self.final_layer.linear):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
     def forward(self, x, t, y=None, drop=None, return_hidden=None):
         """
-        x              (B, C, h, w) noisy latent, any float dtype; computed in the weights' precision or under the caller's autocast
+        x              (B, C, h, w) noisy latent, any float dtype; computed in the weights'
+                       precision or under the caller's autocast
         t              (B,) float, unscaled: in [0, 1] from Interpolant
-        y              (B,) int64 labels 0 .. num_classes (the null label); None exactly when num_classes == 0
+        y              (B,) int64 labels 0 .. num_classes; None exactly when num_classes == 0
         drop           (B,) bool or None: rows that take the null label instead of theirs
         return_hidden  k or None: also return the tokens (B, T, D) after block k, counted from 1
         returns        (B, C, h, w), or the pair (output, tokens)
-        raises         ValueError for another latent size, missing, unexpected or impossible labels, a block that is not there
+        raises         ValueError for another latent size, missing, unexpected or impossible labels,
+                       a block that is not there
         """
         x, y = self.check(x, y, drop, return_hidden)
-        tokens = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed            # (B, T, D)
-        c = self.t_embedder["mlp"](sinusoid(t, 256).to(x.dtype))                                   # (B, D)
+        tokens = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed  # (B, T, D)
+        c = self.t_embedder["mlp"](sinusoid(t, 256).to(x.dtype))                         # (B, D)
         if y is not None:
             c = c + self.y_embedder["embedding_table"](y)
         for k, block in enumerate(self.blocks, 1):
@@ -193,9 +227,9 @@ class SiT(LatentTransformer):
         return out if return_hidden is None else (out, hidden)
 
 
-# ---------------------------------------------------------------------------- U-ViT
+# -------------------------------------------------------------------------------------------- U-ViT
 class UViTBlock(nn.Module):
-    """Pre-norm transformer block on tokens (B, T, D); with skip, a linear layer first merges a shallow block's tokens."""
+    """Pre-norm block on tokens (B, T, D); with skip, it first merges a shallow block's tokens."""
 
     def __init__(self, dim, heads, skip):
         super().__init__()
@@ -205,7 +239,7 @@ class UViTBlock(nn.Module):
         self.mlp = Mlp(dim, "none")
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
 
-    def forward(self, x, skip=None):                                                               # both (B, T, D)
+    def forward(self, x, skip=None):                      # both (B, T, D)
         if skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         x = x + self.attn(self.norm1(x))
@@ -214,22 +248,26 @@ class UViTBlock(nn.Module):
 
 class UViT(LatentTransformer):
     """
-    The transformer of U-ViT: depth//2 blocks, one in the middle, depth//2 with a long skip each; positions are learned.
-    Arguments as for SiT; the original's num_classes counts the null label (1001), ours does not (1000).
+    The transformer of U-ViT: depth//2 blocks, one in the middle, depth//2 with a long skip each
+    (depth 12 is 6 + 1 + 6 blocks); positions are learned. Arguments as for SiT; the original's
+    num_classes counts the null label (1001), ours does not (1000).
     """
     def __init__(self, input_size, in_channels, num_classes, patch_size, depth, dim, heads):
-        super().__init__(input_size, in_channels, num_classes, patch_size, depth // 2 * 2 + 1)     # depth 12 is 6 + 1 + 6 blocks
-        self.extras = 2 if num_classes else 1                                                      # (label,) time
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)})
-        if num_classes:
-            self.label_emb = nn.Embedding(num_classes + 1, dim)                                    # starts at std 1, as the original
+        half = depth // 2
+        super().__init__(input_size, in_channels, num_classes, patch_size, half * 2 + 1)
+        self.extras = 2 if num_classes else 1             # (label,) time
+        patchify = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": patchify})
+        if num_classes:                                   # starts at std 1, as the original
+            self.label_emb = nn.Embedding(num_classes + 1, dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + math.prod(self.grid), dim))
-        self.in_blocks = nn.ModuleList([UViTBlock(dim, heads, skip=False) for _ in range(depth // 2)])
+        self.in_blocks = nn.ModuleList([UViTBlock(dim, heads, skip=False) for _ in range(half)])
         self.mid_block = UViTBlock(dim, heads, skip=False)
-        self.out_blocks = nn.ModuleList([UViTBlock(dim, heads, skip=True) for _ in range(depth // 2)])
+        self.out_blocks = nn.ModuleList([UViTBlock(dim, heads, skip=True) for _ in range(half)])
         self.norm = nn.LayerNorm(dim)
         self.decoder_pred = nn.Linear(dim, patch_size ** 2 * in_channels)
-        self.final_layer = nn.Conv2d(in_channels, in_channels, 3, padding=1)                       # smooths over patch borders
+        # smooths over patch borders
+        self.final_layer = nn.Conv2d(in_channels, in_channels, 3, padding=1)
 
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
@@ -239,64 +277,78 @@ class UViT(LatentTransformer):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x, t, y=None, drop=None, return_hidden=None):
-        """As SiT.forward; t is n = 1 .. 1000 from DDPM; hidden tokens come without time and label: (B, T, D)."""
+        """As SiT.forward; t is n = 1 .. 1000 from DDPM; hidden tokens are those of the patches."""
         x, y = self.check(x, y, drop, return_hidden)
-        patches = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)                           # (B, T, D)
-        extras = [sinusoid(t, patches.shape[-1]).to(x.dtype)[:, None]]                             # (B, 1, D)
-        if y is not None:
-            extras = [self.label_emb(y)[:, None], *extras]                                         # label first, as the original
-        tokens = torch.cat([*extras, patches], dim=1) + self.pos_embed                             # (B, extras + T, D)
-        skips = []
+        patches = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # (B, T, D)
+        extras = [sinusoid(t, patches.shape[-1]).to(x.dtype)[:, None]]    # (B, 1, D)
+        if y is not None:                                 # label first, as the original
+            extras = [self.label_emb(y)[:, None], *extras]
+        tokens = torch.cat([*extras, patches], dim=1) + self.pos_embed    # (B, extras + T, D)
+        skips = []                                        # last in, first out
         for k, block in enumerate([*self.in_blocks, self.mid_block, *self.out_blocks], 1):
-            tokens = block(tokens) if block.skip_linear is None else block(tokens, skips.pop())    # last in, first out
+            tokens = block(tokens) if block.skip_linear is None else block(tokens, skips.pop())
             if k <= len(self.in_blocks):
                 skips.append(tokens)
             if k == return_hidden:
                 hidden = tokens[:, self.extras:]
-        out = self.final_layer(self.unpatchify(self.decoder_pred(self.norm(tokens))[:, self.extras:]))
+        pixels = self.decoder_pred(self.norm(tokens))[:, self.extras:]    # (B, T, p*p*C)
+        out = self.final_layer(self.unpatchify(pixels))
         return out if return_hidden is None else (out, hidden)
 
 
-# ---------------------------------------------------------------------------- sizes, and other people's weights
-# MODELS["SiT-B/2"](input_size=32, in_channels=4, num_classes=1000); the number after the slash is the patch size.
-MODELS = {f"{name}/{p}": partial(kind, patch_size=p, depth=depth, dim=dim, heads=heads) for p in (1, 2, 4)
-          for name, kind, depth, dim, heads in [
-              ("SiT-tiny", SiT, 2, 128, 4), ("SiT-S", SiT, 12, 384, 6), ("SiT-B", SiT, 12, 768, 12),
-              ("SiT-L", SiT, 24, 1024, 16), ("SiT-XL", SiT, 28, 1152, 16),
-              ("UViT-tiny", UViT, 2, 96, 3), ("UViT-S", UViT, 12, 512, 8), ("UViT-M", UViT, 16, 768, 12),
-              ("UViT-L", UViT, 20, 1024, 16), ("UViT-H", UViT, 28, 1152, 16)]}
+# -------------------------------------------------------------------------------------------- sizes
+# MODELS["SiT-B/2"](input_size=32, in_channels=4, num_classes=1000), /2 being the patch size. Names
+# are those of willisma/SiT, sihyun-yu/REPA and baofff/U-ViT, whose files weights.py reads.
+SIZES = [  # name, class, depth, dim, heads
+    ("SiT-tiny", SiT, 2, 128, 4), ("SiT-S", SiT, 12, 384, 6), ("SiT-B", SiT, 12, 768, 12),
+    ("SiT-L", SiT, 24, 1024, 16), ("SiT-XL", SiT, 28, 1152, 16),
+    ("UViT-tiny", UViT, 2, 96, 3), ("UViT-S", UViT, 12, 512, 8), ("UViT-M", UViT, 16, 768, 12),
+    ("UViT-L", UViT, 20, 1024, 16), ("UViT-H", UViT, 28, 1152, 16)]
+MODELS = {}
+for p in (1, 2, 4):
+    for name, kind, depth, dim, heads in SIZES:
+        MODELS[f"{name}/{p}"] = partial(kind, patch_size=p, depth=depth, dim=dim, heads=heads)
 
 
 # ---------------------------------------------------------------------------- training and sampling
 class NoiseStream:
     """
-    Gaussian noise whose row j depends on (seed, indices[j]) and on the calls before, on nothing else: sample i of a run is the
-    same in any batch and on any number of processes (up to the rounding of the network's matmuls). Counter-based on the CPU,
-    one key of 128 bits per sample; torch's CPU generator keeps only 32 bits of a seed, too few for 50,000 distinct streams.
-    NoiseStream(seed, indices)(shape) -> shape float32, shape[0] == len(indices); seed and indices are non-negative integers
+    Gaussian noise whose row j depends on (seed, indices[j]) and on the calls before, on nothing
+    else: sample i of a run is the same in any batch and on any number of processes (up to the
+    rounding of the network's matmuls). Counter-based on the CPU, one key of 128 bits per sample;
+    torch's CPU generator keeps only 32 bits of a seed, too few for 50,000 distinct streams.
+    NoiseStream(seed, indices)(shape) -> shape float32, shape[0] == len(indices); seed and indices
+    are non-negative integers
     """
     def __init__(self, seed, indices):
-        self.streams = [np.random.Generator(np.random.Philox(key=[seed, int(i)])) for i in indices]
+        keys = [[seed, int(i)] for i in indices]
+        self.streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
 
     def __call__(self, shape):
         if shape[0] != len(self.streams):
-            raise ValueError(f"NoiseStream: {len(self.streams)} indices, but a batch of {shape[0]} was asked for")
-        return torch.from_numpy(np.stack([s.standard_normal(shape[1:], dtype=np.float32) for s in self.streams]))
+            raise ValueError(f"NoiseStream: {len(self.streams)} indices, but a batch of "
+                             f"{shape[0]} was asked for")
+        rows = [s.standard_normal(shape[1:], dtype=np.float32) for s in self.streams]
+        return torch.from_numpy(np.stack(rows))
 
 
 def draw(x, generator, label_dropout, share):
     """
-    Uniform times (B,), noise like x and labels to drop (B,) of one training batch, drawn where the generator lives. share = (rank,
-    world): drawn for the global batch, world times B, then cut, so that the number of processes changes nothing.
+    Uniform times (B,), noise like x and labels to drop (B,) of one training batch, drawn where the
+    generator lives. share = (rank, world): drawn for the global batch, world times B, then cut, so
+    that the number of processes changes nothing.
     """
-    where = dict(generator=generator, device=x.device if generator is None else generator.device)
     (rank, world), B = share, len(x)
-    draws = (torch.rand(world * B, **where), torch.randn(world * B, *x.shape[1:], **where), torch.rand(world * B, **where) < label_dropout)
-    return [d[rank * B:(rank + 1) * B].to(x.device) for d in draws]
+    device = x.device if generator is None else generator.device
+    where = dict(generator=generator, device=device)
+    t = torch.rand(world * B, **where)
+    eps = torch.randn(world * B, *x.shape[1:], **where)
+    drop = torch.rand(world * B, **where) < label_dropout
+    return [d[rank * B:(rank + 1) * B].to(x.device) for d in (t, eps, drop)]
 
 
 def regress(model, x_t, t, target, y, drop, return_hidden):
-    """Mean squared error of the network's prediction, in float32; paired with the hidden tokens if they are asked for."""
+    """Mean squared error of the prediction, in float32; with the hidden tokens if asked for."""
     out = model(x_t, t, y, drop=drop, return_hidden=return_hidden)
     if return_hidden is None:
         return F.mse_loss(out.float(), target)
@@ -305,92 +357,114 @@ def regress(model, x_t, t, target, y, drop, return_hidden):
 
 def guided(model, shape, y, cfg, cfg_interval):
     """
-    predict(x, t, time) -> float64: the network at the time it is told, with classifier-free guidance null + cfg * (class - null)
-    while cfg_interval[0] <= t <= cfg_interval[1], t in [0, 1]: both halves in one call. cfg == 1 is the plain conditional call,
-    cfg == 0 the unconditional network; U-ViT's configurations count from 0 instead (their scale 0.4 is cfg 1.4).
+    The pair (predict, the model's device). predict(x, t, time) -> float64: the network at the time
+    it is told, with classifier-free guidance null + cfg * (class - null), both halves in one call,
+    while cfg_interval[0] <= t <= cfg_interval[1], t in [0, 1]. cfg == 1 is the plain conditional
+    call, cfg == 0 the unconditional network; U-ViT's configurations count from 0 instead (their
+    scale 0.4 is cfg 1.4).
     """
-    B, device = shape[0], next(model.parameters()).device
+    B = shape[0]
+    device = next(model.parameters()).device
     if cfg != 1 and y is None:
-        raise ValueError(f"cfg={cfg} guides towards labels, but there are none; give y or leave cfg at 1")
+        raise ValueError(f"cfg={cfg} guides towards labels, but there are none; give y or leave "
+                         "cfg at 1")
     if y is not None:
         if len(y) != B:
             raise ValueError(f"got {len(y)} labels y for {B} samples")
         y = y.to(device)
-        pair, drop = torch.cat([y, y]), torch.arange(2 * B, device=device) >= B                    # (2B,): class, then null
+        pair = torch.cat([y, y])                          # (2B,): class, then null
+        drop = torch.arange(2 * B, device=device) >= B
 
     def predict(x, t, time):
         if cfg == 1 or not cfg_interval[0] <= t <= cfg_interval[1]:
             return model(x, x.new_full((B,), time), y).double()
-        given, null = model(torch.cat([x, x]), x.new_full((2 * B,), time), pair, drop=drop).double().chunk(2)
+        out = model(torch.cat([x, x]), x.new_full((2 * B,), time), pair, drop=drop)
+        given, null = out.double().chunk(2)
         return null + cfg * (given - null)
     return predict, device
 
 
 class Interpolant:
-    """The straight path x_t = (1 - t) x + t eps with velocity v = eps - x, t = 0 data, t = 1 noise (REPA's loss.py)."""
+    """The straight path x_t = (1 - t) x + t eps, velocity v = eps - x (REPA's loss.py)."""
 
-    def loss(self, model, x, y=None, generator=None, label_dropout=0.1, return_hidden=None, share=(0, 1)):
+    def loss(self, model, x, y=None, generator=None, label_dropout=0.1, return_hidden=None,
+             share=(0, 1)):
         """
         Mean squared error of the velocity over a batch, t uniform in [0, 1).
         x              (B, C, h, w) float32 normalised latents; y (B,) labels or None
         generator      torch.Generator of x's device or the CPU, or None for the global one
-        label_dropout  in [0, 1]: share of labels replaced by the null label; 0 for a validation loss
-        share          (rank, world) when x is one process's share of a global batch and the generators are seeded alike
+        label_dropout  in [0, 1]: share of labels replaced by the null label; 0 to validate
+        share          (rank, world) when x is one process's share of a global batch and the
+                       generators are seeded alike
         returns        scalar, or (scalar, tokens (B, T, D)) with return_hidden=k
         """
-        t, eps, drop = draw(x, generator, label_dropout, share)                                    # (B,), (B, C, h, w), (B,)
+        t, eps, drop = draw(x, generator, label_dropout, share)  # (B,), (B, C, h, w), (B,)
         s = t.view(-1, 1, 1, 1)
         return regress(model, (1 - s) * x + s * eps, t, eps - x, y, drop, return_hidden)
 
     @torch.no_grad()
-    def sample(self, model, shape, steps=100, y=None, cfg=1.0, cfg_interval=(0.0, 1.0), sampler="em", noise=torch.randn):
+    def sample(self, model, shape, steps=100, y=None, cfg=1.0, cfg_interval=(0.0, 1.0),
+               sampler="em", noise=torch.randn):
         """
-        Latents from noise, one network call a step; the state is float64, the calls in the model's precision or the caller's autocast.
-        sampler  "em": Euler-Maruyama on dx = (v - w/2 score) dt + sqrt(w) dW, w = 2t, from t = 1 to 0.04 in equal steps and then
-                 one noiseless step to 0 (REPA's samplers.py); "ode": Euler on dx = v dt, equal steps from 1 to 0
+        Latents from noise, one network call a step; the state is float64, the calls in the model's
+        precision or the caller's autocast.
+        sampler  "em": Euler-Maruyama on dx = (v - w/2 score) dt + sqrt(w) dW, w = 2t, from t = 1 to
+                 0.04 in equal steps and then one noiseless step to 0 (REPA's samplers.py);
+                 "ode": Euler on dx = v dt, equal steps from 1 to 0
         shape    (B, C, h, w); y (B,) labels or None; cfg and cfg_interval as in `guided`
-        noise    noise(shape) -> (B, C, h, w), called for the start and then for every noisy step; a NoiseStream to fix each sample
+        noise    noise(shape) -> (B, C, h, w), called for the start and then for every noisy step;
+                 a NoiseStream to fix each sample
         returns  (B, C, h, w) float32 on the model's device
         raises   ValueError for an unknown sampler, too few steps, guidance without labels
         """
-        if sampler not in ("em", "ode") or steps < (2 if sampler == "em" else 1):
-            raise ValueError(f"sampler={sampler!r} with steps={steps}: take 'em' with 2 steps or more, or 'ode' with 1 or more")
-        predict, device = guided(model, shape, y, cfg, cfg_interval)
         sde = sampler == "em"
-        times = torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist() + [0.0] if sde else \
-            torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+        if sampler not in ("em", "ode") or steps < (2 if sde else 1):
+            raise ValueError(f"sampler={sampler!r} with steps={steps}: take 'em' with 2 steps or "
+                             "more, or 'ode' with 1 or more")
+        predict, device = guided(model, shape, y, cfg, cfg_interval)
+        if sde:
+            times = torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist() + [0.0]
+        else:
+            times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
         x = noise(shape).to(device, torch.float64)
         for t, t_next in zip(times, times[1:]):
             drift = predict(x, t, t)
             if sde:
-                score = -((1 - t) * drift + x) / t                             # E[eps | x_t] = (1 - t) v + x_t = -t * score
-                drift = drift - t * score                                      # w/2 = t
+                # E[eps | x_t] = (1 - t) v + x_t = -t * score
+                score = -((1 - t) * drift + x) / t
+                drift = drift - t * score                 # w/2 = t
             x = x + (t_next - t) * drift
             if sde and t_next > 0:
-                x = x + math.sqrt(2 * t * (t - t_next)) * noise(shape).to(device, torch.float64)
+                z = noise(shape).to(device, torch.float64)
+                x = x + math.sqrt(2 * t * (t - t_next)) * z
         return x.float()
 
 
 class DDPM:
     """
-    1000 noise levels with Stable Diffusion's betas, linear in their square roots from 0.00085 to 0.012, and eps-prediction.
-    alpha_bar (1001,) float64 counts as the network does: n = 0 is data (1.0), n = 1000 almost noise (0.0047).
+    1000 noise levels with Stable Diffusion's betas, linear in their square roots from 0.00085 to
+    0.012, and eps-prediction. alpha_bar (1001,) float64 counts as the network does: n = 0 is data
+    (1.0), n = 1000 almost noise (0.0047).
     """
     def __init__(self):
         betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
-        self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
+        one = torch.ones(1, dtype=torch.float64)
+        self.alpha_bar = torch.cat([one, (1 - betas).cumprod(0)])
 
-    def loss(self, model, x, y=None, generator=None, label_dropout=0.1, return_hidden=None, share=(0, 1)):
-        """Mean squared error of eps over a batch, n uniform in 1 .. 1000; arguments and result as Interpolant.loss."""
+    def loss(self, model, x, y=None, generator=None, label_dropout=0.1, return_hidden=None,
+             share=(0, 1)):
+        """Mean squared error of eps, n uniform in 1 .. 1000; the rest as Interpolant.loss."""
         u, eps, drop = draw(x, generator, label_dropout, share)
-        n = (1000 * u).long() + 1                                                                  # (B,)
+        n = (1000 * u).long() + 1                         # (B,)
         a = self.alpha_bar.to(x.device, non_blocking=True)[n].view(-1, 1, 1, 1)
-        return regress(model, a.sqrt().float() * x + (1 - a).sqrt().float() * eps, n.float(), eps, y, drop, return_hidden)
+        x_n = a.sqrt().float() * x + (1 - a).sqrt().float() * eps
+        return regress(model, x_n, n.float(), eps, y, drop, return_hidden)
 
     def step(self, x, eps, n, m, eta=0.0, noise=None):
         """
-        DDIM (Song et al. 2021, Eq. 12): from level n to level m along the predicted eps, all shapes (B, C, h, w). With eta = 0 also
-        upwards, from data to noise, and then back onto the same point if eps is the same. noise is used when eta > 0 (1 = DDPM).
+        DDIM (Song et al. 2021, Eq. 12): from level n to level m along the predicted eps, all shapes
+        (B, C, h, w). With eta = 0 also upwards, from data to noise, and then back onto the same
+        point if eps is the same. noise is used when eta > 0 (1 = DDPM).
         """
         a, b = float(self.alpha_bar[n]), float(self.alpha_bar[m])
         x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
@@ -400,14 +474,19 @@ class DDPM:
         return math.sqrt(b) * x0 + math.sqrt(1 - b - sigma ** 2) * eps + sigma * noise
 
     @torch.no_grad()
-    def sample(self, model, shape, steps=100, y=None, cfg=1.0, cfg_interval=(0.0, 1.0), eta=0.0, noise=torch.randn):
-        """DDIM in `steps` (1 .. 1000) equal strides from n = 1000 to 0; t = n / 1000 in cfg_interval; else as Interpolant.sample."""
+    def sample(self, model, shape, steps=100, y=None, cfg=1.0, cfg_interval=(0.0, 1.0), eta=0.0,
+               noise=torch.randn):
+        """
+        DDIM in `steps` (1 .. 1000) equal strides from n = 1000 to 0; t = n / 1000 in cfg_interval;
+        the rest as Interpolant.sample.
+        """
         if not 1 <= steps <= 1000:
             raise ValueError(f"steps={steps}: DDPM has 1000 noise levels, take 1 .. 1000")
         predict, device = guided(model, shape, y, cfg, cfg_interval)
         levels = torch.linspace(1000, 0, steps + 1, dtype=torch.float64).round().int().tolist()
         x = noise(shape).to(device, torch.float64)
         for n, m in zip(levels, levels[1:]):
-            z = noise(shape).to(device, torch.float64) if eta > 0 and m > 0 else 0.0               # sigma is 0 on the way to n = 0
+            # sigma is 0 on the way to n = 0
+            z = noise(shape).to(device, torch.float64) if eta > 0 and m > 0 else 0.0
             x = self.step(x, predict(x, n / 1000, n), n, m, eta, z)
         return x.float()

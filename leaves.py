@@ -1,70 +1,91 @@
 """
-The built-in images, drawn in milliseconds from a seed: no experiment of this project needs a download.
+The built-in images, drawn in milliseconds from a seed: no experiment needs a download.
 
-Dead leaves: opaque discs fall on one another, radii with density r^-3. The picture then looks alike at every scale, and its
-power spectrum falls like f^-2 as that of photographs does (Lee, Mumford & Huang, IJCV 2001).
+Dead leaves: opaque discs fall on one another, radii with density r^-3. The picture then looks alike
+at every scale, and its power spectrum falls like f^-2 as that of photographs does (Lee, Mumford &
+Huang, IJCV 2001).
 """
 import numpy as np
 import torch
 
+f32 = np.float32
+
 
 def _covered(centre, half, size):
-    """For every k, the pixels of a line whose centres are within half[k] of centre[k], one after the other: (k, pixel)."""
-    first = np.maximum(np.ceil(centre - half - np.float32(0.5)), 0).astype(np.int32)
-    count = np.maximum(np.minimum(np.ceil(centre + half - np.float32(0.5)), size).astype(np.int32) - first, 0)
+    """Of every k, the pixels of a line with centres within half[k] of centre[k]: (k, pixel)."""
+    first = np.maximum(np.ceil(centre - half - f32(0.5)), 0).astype(np.int32)
+    end = np.minimum(np.ceil(centre + half - f32(0.5)), size).astype(np.int32)
+    count = np.maximum(end - first, 0)
     k = np.repeat(np.arange(len(count), dtype=np.int32), count)
-    return k, np.arange(len(k), dtype=np.int32) - np.repeat(np.cumsum(count, dtype=np.int32) - count - first, count)
+    before = np.cumsum(count, dtype=np.int32) - count - first
+    return k, np.arange(len(k), dtype=np.int32) - np.repeat(before, count)
+
+
+def _colours(n, rng):
+    """(3, n) float32 RGB from a palette of five: neighbours of one hue and its complement."""
+    k = 5
+    hue = rng.random() + np.array([0, 0.05, -0.07, 0.12, 0.5]) + 0.03 * rng.standard_normal(k)
+    saturation = 0.9 * rng.beta(2, 2.5, k)
+    value = rng.permutation(np.linspace(0.2, 0.95, k))
+    pick = rng.choice(k, n, p=rng.dirichlet(np.full(k, 2.0)))
+    jitter = rng.standard_normal((3, n), dtype=f32)
+    h = hue[pick] + 0.015 * jitter[0]
+    s = np.clip(saturation[pick] + 0.08 * jitter[1], 0, 1)
+    v = np.clip(value[pick] + 0.08 * jitter[2], 0.05, 1)
+    ramp = np.abs((6 * h + np.array([[0], [4], [2]])) % 6 - 3) - 1  # (3, n), HSV to RGB
+    return (v * (1 - s + s * np.clip(ramp, 0, 1))).astype(f32)
 
 
 def dead_leaves(size, rng, r_min=1.3, r_max=0.4, cover=1.4):
     """
     One picture of shaded discs that hide each other.
     rng      numpy Generator: the only source of chance
-    r_min    smallest radius in pixels;  r_max  largest as a fraction of the side (density r^-3 between)
-    cover    mean number of discs over a pixel, the background not counted; exp(-cover) of the picture shows the background
+    r_min    smallest radius in pixels; r_max: largest as a fraction of the side (density r^-3)
+    cover    mean number of discs over a pixel, the background not counted: it shows in exp(-cover)
+             of the picture
     returns  (3, size, size) uint8
     """
-    f32, r_max = np.float32, r_max * size
+    r_max = r_max * size
     ratio = (r_min / r_max) ** 2
-    area = 2 * np.pi * r_min ** 2 * np.log(r_max / r_min) / (1 - ratio)                   # mean area of a disc
-    side = size + 2 * r_max                                                               # centres also fall outside the frame
+    area = 2 * np.pi * r_min ** 2 * np.log(r_max / r_min) / (1 - ratio)  # mean area of a disc
+    side = size + 2 * r_max                        # centres also fall outside the frame
     x, y, r = rng.random((3, int(cover * side ** 2 / area) + 1), dtype=f32)
-    x, y, r = x * side - r_max, y * side - r_max, r_min / np.sqrt(1 - r * (1 - ratio))    # (N,), inverse of the law's CDF
-    x[0], y[0], r[0] = size / 2, size / 2, 4 * size                                       # the background is a leaf as well
+    x, y = x * side - r_max, y * side - r_max
+    r = r_min / np.sqrt(1 - r * (1 - ratio))       # (N,), inverse of the law's CDF
+    x[0], y[0], r[0] = size / 2, size / 2, 4 * size  # the background is a leaf as well
     seen = (np.abs(x - size / 2) < size / 2 + r) & (np.abs(y - size / 2) < size / 2 + r)
-    x, y, r = x[seen], y[seen], r[seen]                                                   # (n,), the last one lies on top
+    x, y, r = x[seen], y[seen], r[seen]            # (n,), the last one lies on top
 
-    n, k = len(r), 5                                                   # palette: neighbours of one hue and its complement
-    hue = rng.random() + np.array([0, 0.05, -0.07, 0.12, 0.5]) + 0.03 * rng.standard_normal(k)
-    saturation, value = 0.9 * rng.beta(2, 2.5, k), rng.permutation(np.linspace(0.2, 0.95, k))
-    pick, jitter = rng.choice(k, n, p=rng.dirichlet(np.full(k, 2.0))), rng.standard_normal((3, n), dtype=f32)
-    h = hue[pick] + 0.015 * jitter[0]
-    s = np.clip(saturation[pick] + 0.08 * jitter[1], 0, 1)
-    v = np.clip(value[pick] + 0.08 * jitter[2], 0.05, 1)
-    ramp = np.clip(np.abs((6 * h + np.array([[0], [4], [2]])) % 6 - 3) - 1, 0, 1)         # (3, n), HSV to RGB
-    rgb = (v * (1 - s + s * ramp)).astype(f32)
+    n = len(r)
+    rgb = _colours(n, rng)
     angle, waves, ripple = rng.random((3, n), dtype=f32)
-    wave_x, wave_y = (2 + 6 * waves) * np.cos(2 * np.pi * angle), (2 + 6 * waves) * np.sin(2 * np.pi * angle)
-    ripple, light = 0.18 * ripple ** 2, 2 * np.pi * rng.random()                          # most discs are nearly plain
-    light_x, light_y = f32(0.22 * np.cos(light)), f32(0.22 * np.sin(light))               # one lamp for the whole picture
+    wave_x = (2 + 6 * waves) * np.cos(2 * np.pi * angle)
+    wave_y = (2 + 6 * waves) * np.sin(2 * np.pi * angle)
+    ripple = 0.18 * ripple ** 2                    # most discs are nearly plain
+    light = 2 * np.pi * rng.random()               # one lamp for the whole picture
+    light_x, light_y = f32(0.22 * np.cos(light)), f32(0.22 * np.sin(light))
 
-    disc, rows = _covered(y, r + f32(0.5), size)                       # every row of every disc, half a pixel of soft edge
-    grid = np.arange(size, dtype=f32) + f32(0.5)                       # pixel centres
+    disc, rows = _covered(y, r + f32(0.5), size)   # rows of every disc, half a pixel of soft edge
+    grid = np.arange(size, dtype=f32) + f32(0.5)   # pixel centres
     half = np.sqrt(np.maximum((r[disc] + f32(0.5)) ** 2 - (grid[rows] - y[disc]) ** 2, 0))
-    run, columns = _covered(x[disc], half, size)                       # every pixel of every row
-    disc, pixel = disc[run], rows[run] * size + columns                # (M,), disc ascending: lower leaves first
+    run, columns = _covered(x[disc], half, size)   # every pixel of every row
+    disc, pixel = disc[run], rows[run] * size + columns  # (M,), lower leaves first
 
-    image, open_ = np.zeros((3, size * size), f32), np.ones(size * size, f32)             # open_: share not yet painted
-    grid_x, grid_y, todo = np.tile(grid, size), np.repeat(grid, size), np.arange(size * size)
-    for layer in range(3):                                             # from the top: soft edges let the next leaf through
+    image = np.zeros((3, size * size), f32)
+    open_ = np.ones(size * size, f32)              # share not yet painted
+    grid_x, grid_y = np.tile(grid, size), np.repeat(grid, size)
+    todo = np.arange(size * size)
+    for layer in range(3):                         # from the top: soft edges show the next leaf
         owner = np.zeros(size * size, np.int32)
-        owner[pixel] = disc                                            # repeated pixels: the last, topmost leaf stays
+        owner[pixel] = disc                        # repeated pixels: the last, topmost leaf stays
         o = owner[todo]
         radius = r[o]
-        dx, dy = (grid_x[todo] - x[o]) / radius, (grid_y[todo] - y[o]) / radius           # (T,), in radii, from the leaf's centre
+        # (T,), in radii, from the leaf's centre
+        dx, dy = (grid_x[todo] - x[o]) / radius, (grid_y[todo] - y[o]) / radius
         d2 = dx * dx + dy * dy
         alpha = np.clip((1 - np.sqrt(d2)) * radius + f32(0.5), 0, 1) if layer < 2 else f32(1)
-        shade = 1 + dx * light_x + dy * light_y - f32(0.2) * d2 * d2 + ripple[o] * np.cos(dx * wave_x[o] + dy * wave_y[o])
+        wave = ripple[o] * np.cos(dx * wave_x[o] + dy * wave_y[o])
+        shade = 1 + dx * light_x + dy * light_y - f32(0.2) * d2 * d2 + wave
         image[:, todo] += np.minimum(rgb[:, o] * shade, 1) * (alpha * open_[todo])
         open_[todo] *= 1 - alpha
         todo = np.flatnonzero(open_)
@@ -75,8 +96,9 @@ def dead_leaves(size, rng, r_min=1.3, r_max=0.4, cover=1.4):
 
 class DeadLeaves:
     """
-    Built-in images: picture i is dead_leaves drawn from (seed, first + i), the same on every rank and in every run.
-    size  pixels, 8 or more;  count  number of pictures;  items (uint8 (3, size, size), 0, i, False)
+    Built-in images: picture i is dead_leaves drawn from (seed, first + i), the same on every rank
+    and in every run.
+    size   pixels, 8 or more; count: number of pictures; items: (uint8 (3, size, size), 0, i, False)
     """
     classes, unreadable = [], frozenset()
 
@@ -89,4 +111,5 @@ class DeadLeaves:
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return torch.from_numpy(dead_leaves(self.size, np.random.default_rng((self.seed, self.first + i)))), 0, i, False
+        rng = np.random.default_rng((self.seed, self.first + i))
+        return torch.from_numpy(dead_leaves(self.size, rng)), 0, i, False

@@ -1,18 +1,19 @@
 """
-Every training loss of an autoencoder. What the methods of Table 1 have in common: a term on the spectrum of the latent, or a pair
-(target, latent) that went through the same operation, so that the decoder learns to map one to the other.
+Every training loss of an autoencoder. What the methods of Table 1 have in common: a term on the
+spectrum of the latent, or a pair (target, latent) that went through the same operation, so that the
+decoder learns to map one to the other.
 
-    SD-VAE              KL(q(z|x) || N(0, 1)), weight 1e-6                                               kl_loss
-    ESM                 KL(P_image^gamma || P_latent), weight 0.01                                       esm_loss   (Sec. 3.2, Alg. 1)
-    DSM                 x, z -> DCT-masked x, z by one mask n drawn from {0, 8, 10, 12}                  dsm_pair   (Alg. 2, Fig. 10)
-    Scale Equivariance  x, z -> both downsampled by k drawn from {1, 2, 4}                               scale_pair (a low-pass: A.4)
-    EQ-VAE              x, z -> both scaled and rotated                                                  eq_pair
-    VA-VAE              projected z close to DINOv2 features, in cosine and in pairwise cosines          vf_loss
-    UAE                 the low frequencies of projected z close to those of DINOv2 features             low_freq_align_loss
-    reconstruction      L1 + 0.5 LPIPS(decode(z), x) + 0.5 * adaptive weight * PatchGAN                  (Table 5)
+    kl_loss              SD-VAE: KL(q(z|x) || N(0, 1)), weight 1e-6
+    esm_loss             ESM: KL(P_image^gamma || P_latent), weight 0.01 (Sec. 3.2, Alg. 1)
+    dsm_pair             DSM: x, z -> both DCT-masked, one n of {0, 8, 10, 12} (Alg. 2, Fig. 10)
+    scale_pair           Scale Equivariance: x, z -> both downsampled, k of 1, 2, 4 (low-pass: A.4)
+    eq_pair              EQ-VAE: x, z -> both scaled and rotated
+    vf_loss              VA-VAE: projected z close to DINOv2 features, in cosine, also of pairs
+    low_freq_align_loss  UAE: the low frequencies of projected z close to those of DINOv2 features
+    reconstruction       L1 + 0.5 LPIPS(decode(z), x) + 0.5 * adaptive weight * PatchGAN (Table 5)
 
-Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), sampled from the posterior, not normalised. Losses are float32 scalars, batch
-means; an empty batch costs 0. Numbering: arXiv:2603.14645 v1.
+Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), sampled from the posterior, not normalised.
+Losses are float32 scalars, batch means; an empty batch costs 0. Numbering: arXiv:2603.14645 v1.
 """
 import os
 import warnings
@@ -23,95 +24,112 @@ import torch.nn.functional as F
 
 from spectral import dct2, idct2, lowpass, match_resolution, need_shape, spectrum_distribution
 
-DSM_MASKS = (0, 8, 10, 12)                                                                 # anti-diagonals cut (Table 8, the best set)
-SCALES = (1, 2, 4)                                                                         # Scale Equivariance's reductions
+DSM_MASKS = (0, 8, 10, 12)  # anti-diagonals cut (Table 8, the best set)
+SCALES = (1, 2, 4)          # Scale Equivariance's reductions
 
 
 def _mean(x):
-    return x.mean() if x.numel() else x.sum()                                              # of nothing: 0, with a gradient, and not NaN
+    return x.mean() if x.numel() else x.sum()  # of nothing: 0, with a gradient, and not NaN
 
 
 def _same_shape(function, a, b):
-    if a.shape != b.shape or a.ndim < 2:                                                   # different ones might broadcast
-        raise ValueError(f"{function}: needs two tensors (B, ...) of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+    if a.shape != b.shape or a.ndim < 2:  # different ones might broadcast
+        raise ValueError(f"{function}: needs two tensors (B, ...) of one shape, "
+                         f"got {tuple(a.shape)} and {tuple(b.shape)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Terms on the latent
 
 def kl_loss(mean, logvar):
     """
-    KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over a latent's dimensions, averaged over the batch.
-    mean, logvar  (B, C, h, w) each, or (B, any sides); logvar below 88, where exp leaves float32 (vae.Posterior clamps it to 20)
+    KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over a latent's dimensions, batch mean.
+    mean     (B, C, h, w), or (B, any sides)
+    logvar   likewise, below 88, where exp leaves float32 (vae.Posterior clamps it to 20)
     """
     _same_shape("kl_loss", mean, logvar)
     mean, logvar = mean.float(), logvar.float()
-    return _mean(0.5 * (mean.square() + logvar.expm1() - logvar).flatten(1).sum(1))        # expm1: exp - 1 cancels near 0
+    kl = 0.5 * (mean.square() + logvar.expm1() - logvar)  # expm1: exp - 1 cancels near 0
+    return _mean(kl.flatten(1).sum(1))
 
 
 def esm_loss(images, latents, gamma=1.0, n_bins=16):
     """
-    Encoding Spectrum Matching: the latent's power is distributed over frequency as the image's, flattened by gamma.
+    Encoding Spectrum Matching: the latent's power is distributed over frequency as the image's,
+    flattened by gamma.
     images   (B, 3, H, W), brought to the latent's size by match_resolution; no gradient
-    latents  (B, C, h, w), the sampled ones, before any normalisation; the gradient goes here only. ValueError for another B
+    latents  (B, C, h, w), the sampled ones, before any normalisation; the gradient goes here only.
+             ValueError for another B
     gamma    0 copies the image's power law, larger is flatter (`delta` in the authors' code)
-    returns  KL(P_image^gamma || P_latent), nats, averaged over the batch, >= 0. It sees the latent's scale: by the log(1 + P) in the
-             descriptor, rescaling z changes the loss (see spectrum_distribution), so it also nudges the scale until the shapes agree
+    returns  KL(P_image^gamma || P_latent), nats, batch mean, >= 0. It sees the latent's scale: by
+             the log(1 + P) in the descriptor, rescaling z changes the loss (see
+             spectrum_distribution), so it also nudges the scale until the shapes agree
     """
     if len(images) != len(latents):
         raise ValueError(f"esm_loss: {len(images)} images and {len(latents)} latents")
-    P = spectrum_distribution(latents.float(), n_bins)                                     # (B, n_bins)
+    P = spectrum_distribution(latents.float(), n_bins)  # (B, n_bins)
     with torch.no_grad():
-        target = spectrum_distribution(match_resolution(images.float(), latents.shape[-2:]), n_bins, gamma)  # (B, n_bins)
+        small = match_resolution(images.float(), latents.shape[-2:])
+        target = spectrum_distribution(small, n_bins, gamma)  # (B, n_bins)
     return _mean((target * (target.log() - P.log())).sum(1))
 
 
 def vf_loss(projected, features, cos_margin=0.5, dist_margin=0.25):
     """
-    VA-VAE's alignment (Yao et al. 2025): a partial ESM, for features of a foundation model are smooth over space, and a latent that
-    shares their directions and their pairwise similarities inherits where in frequency they differ, though not its own power.
-    projected  (B, T, D) latent cells after a 1x1 projection to the feature width; features (B, T, D) of the same grid, no gradient;
-               ValueError if the shapes differ
-    returns    mean relu(1 - cos_margin - cos(p_t, f_t)) + mean relu(|cos(p_s, p_t) - cos(f_s, f_t)| - dist_margin); 0 once both
-               are within their margins
+    VA-VAE's alignment (Yao et al. 2025): a partial ESM, for features of a foundation model are
+    smooth over space, and a latent that shares their directions and their pairwise similarities
+    inherits where in frequency they differ, though not its own power.
+    projected  (B, T, D) latent cells after a 1x1 projection to the feature width
+    features   (B, T, D) of the same grid, no gradient; ValueError if the shapes differ
+    returns    mean relu(1 - cos_margin - cos(p_t, f_t))
+               + mean relu(|cos(p_s, p_t) - cos(f_s, f_t)| - dist_margin); 0 within both margins
     """
     _same_shape("vf_loss", projected, features)
     need_shape("vf_loss", projected, "BTD")
     with torch.autocast(projected.device.type, enabled=False):
-        p, f = F.normalize(projected.float(), dim=-1), F.normalize(features.detach().float(), dim=-1)
-        cosine = _mean(F.relu(1 - cos_margin - (p * f).sum(-1)))
-        return cosine + _mean(F.relu((p @ p.transpose(1, 2) - f @ f.transpose(1, 2)).abs() - dist_margin))
+        p = F.normalize(projected.float(), dim=-1)
+        f = F.normalize(features.detach().float(), dim=-1)
+        point = F.relu(1 - cos_margin - (p * f).sum(-1))
+        gap = (p @ p.transpose(1, 2) - f @ f.transpose(1, 2)).abs()
+        return _mean(point) + _mean(F.relu(gap - dist_margin))
 
 
 def low_freq_align_loss(projected, features, grid, cutoff=0.25):
     """
-    UAE as Table 1 describes it: only the low frequencies of the latent are aligned with those of the features. A partial ESM: the
-    low end of the spectrum takes its layout from the features, the high end is free.
-    projected, features  (B, T, D) on a grid (h, w), T = h*w in row-major order; no gradient into the features
-    cutoff   in (0, 1]: coefficients with u < cutoff * h and v < cutoff * w are kept (our choice of low-pass; the paper names none)
+    UAE as Table 1 describes it: only the low frequencies of the latent are aligned with those of
+    the features. A partial ESM: the low end of the spectrum takes its layout from the features, the
+    high end is free.
+    projected, features  (B, T, D), T = h*w in row-major order; no gradient into the features
+    grid     (h, w)
+    cutoff   in (0, 1]: keeps u < cutoff * h and v < cutoff * w (our choice; the paper names none)
     returns  mean of 1 - cosine of the low-passed tokens, in [0, 2]
-    raises   ValueError if the shapes differ, the grid does not hold T tokens, or the cutoff is outside (0, 1]
+    raises   ValueError for shapes that differ, a grid that does not hold T tokens, another cutoff
     """
     _same_shape("low_freq_align_loss", projected, features)
-    (_, T, _), (h, w) = need_shape("low_freq_align_loss", projected, "BTD"), grid
+    T = need_shape("low_freq_align_loss", projected, "BTD")[1]
+    h, w = grid
     if T != h * w or not 0 < cutoff <= 1:
-        raise ValueError(f"low_freq_align_loss: {T} tokens on a grid of {h}x{w}, cutoff={cutoff}: needs h*w tokens and a cutoff in (0, 1]")
+        raise ValueError(f"low_freq_align_loss: {T} tokens on a grid of {h}x{w}, cutoff={cutoff}: "
+                         "needs h*w tokens and a cutoff in (0, 1]")
+    u, v = (torch.arange(side, device=projected.device) for side in (h, w))
+    keep = (u < cutoff * h)[:, None] & (v < cutoff * w)  # (h, w)
 
-    def low(tokens):                                                                       # (B, T, D) -> (B, T, D)
-        coefficients = dct2(tokens.float().transpose(1, 2).unflatten(2, (h, w)))           # (B, D, h, w)
-        keep = (torch.arange(h, device=tokens.device) < cutoff * h)[:, None] & (torch.arange(w, device=tokens.device) < cutoff * w)
+    def low(tokens):  # (B, T, D) -> (B, T, D)
+        coefficients = dct2(tokens.float().transpose(1, 2).unflatten(2, (h, w)))  # (B, D, h, w)
         return idct2(coefficients * keep).flatten(2).transpose(1, 2)
     return _mean(1 - F.cosine_similarity(low(projected), low(features.detach()), dim=-1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Pairs: what the decoder is shown, and what it shall answer. Each returns (target images, latents), float32, spatially f : 1 as before.
+# --------------------------------------------------------------------------------------------------
+# Pairs: what the decoder is shown, and what it shall answer.
+# Each returns (target images, latents), float32, spatially f : 1 as before.
 
 def dsm_pair(images, latents, n, block=8):
     """
-    Decoding Spectrum Matching (Alg. 2): image and latent low-passed by the same triangular DCT mask.
+    Decoding Spectrum Matching (Alg. 2): image and latent low-passed by the same triangular mask.
     n        anti-diagonals cut, one for the whole batch, drawn from DSM_MASKS; 0 changes nothing
-    returns  pair of unchanged shapes; ValueError if a side of either does not tile into block x block, or for an n that is no mask
+    returns  pair of unchanged shapes
+    raises   ValueError if a side of either does not divide by block, or for an n that is no mask
     """
     return lowpass(images.float(), n, block), lowpass(latents.float(), n, block)
 
@@ -121,7 +139,7 @@ def scale_pair(images, latents, k):
     Scale Equivariance: image and latent downsampled k times, bilinear.
     k        at least 1, one for the batch, drawn from SCALES; 1 changes nothing
     returns  (B, 3, H/k, W/k), (B, C, h/k, w/k)
-    raises   ValueError if the latent's sides do not divide by k, or the image's are not f times the latent's
+    raises   ValueError if k does not divide the latent's sides, or they times f are not the image's
     """
     h, w = need_shape("scale_pair", latents, "BCHW")[-2:]
     if k < 1 or h % k or w % k:
@@ -132,69 +150,82 @@ def scale_pair(images, latents, k):
 def eq_pair(images, latents, scale, rot):
     """
     EQ-VAE: image and latent scaled (bilinear) and rotated alike.
-    scale    in (0, 1], EQ-VAE draws k/32 with k in 8..31; the latent's side is rounded to whole cells, the image's is f times that
+    scale    in (0, 1], EQ-VAE draws k/32 with k in 8..31; the latent's side is rounded to whole
+             cells, the image's is f times that
     rot      quarter turns, counter-clockwise, 0..3
     returns  the pair; height and width swap when rot is odd
-    raises   ValueError for a scale or rot outside these, or if the image's sides are not f times the latent's
+    raises   ValueError for another scale or rot, or image sides that are not f times the latent's
     """
     h, w = need_shape("eq_pair", latents, "BCHW")[-2:]
     if not 0 < scale <= 1 or rot not in range(4):
-        raise ValueError(f"eq_pair: needs a scale in (0, 1] and rot in 0..3, got scale={scale}, rot={rot}")
-    images, latents = _resize_pair("eq_pair", images, latents, (max(1, round(h * scale)), max(1, round(w * scale))))
+        raise ValueError("eq_pair: needs a scale in (0, 1] and rot in 0..3, "
+                         f"got scale={scale}, rot={rot}")
+    size = (max(1, round(h * scale)), max(1, round(w * scale)))
+    images, latents = _resize_pair("eq_pair", images, latents, size)
     return torch.rot90(images, rot, (2, 3)), torch.rot90(latents, rot, (2, 3))
 
 
 def scale_images(images, scale, f):
     """
-    Images (B, 3, H, W) scaled, bilinear, to whole latent cells: H -> f * round(H / f * scale), likewise W; EQ-VAE encodes some such.
-    float32; ValueError for a scale outside (0, 1], or sides that are not multiples of f
+    Images (B, 3, H, W) scaled, bilinear, to whole latent cells: H -> f * round(H / f * scale),
+    likewise W; EQ-VAE encodes some such. float32.
+    raises   ValueError for a scale outside (0, 1], or sides that are not multiples of f
     """
     H, W = need_shape("scale_images", images, "BCHW")[-2:]
     if not 0 < scale <= 1 or f < 1 or H % f or W % f:
-        raise ValueError(f"scale_images: needs a scale in (0, 1] and sides that divide by f, got scale={scale}, f={f}, {H}x{W}")
-    size = [f * max(1, round(side // f * scale)) for side in images.shape[-2:]]
-    return F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False)
+        raise ValueError("scale_images: needs a scale in (0, 1] and sides that divide by f, "
+                         f"got scale={scale}, f={f}, {H}x{W}")
+    return _bilinear(images, [f * max(1, round(side // f * scale)) for side in (H, W)])
+
+
+def _bilinear(x, size):
+    return F.interpolate(x.float(), size=size, mode="bilinear", align_corners=False)
 
 
 def _resize_pair(function, images, latents, size):
     """Latents to size, images to f times that; f = H / h = W / w."""
-    (h, w), (H, W) = latents.shape[-2:], need_shape(function, images, "BCHW")[-2:]
+    h, w = latents.shape[-2:]
+    H, W = need_shape(function, images, "BCHW")[-2:]
     f = W // w
     if (H, W) != (f * h, f * w):
-        raise ValueError(f"{function}: an image of {H}x{W} is not f times a latent of {h}x{w} for one whole f")
-    if latents.shape[-2:] == size:
+        raise ValueError(f"{function}: an image of {H}x{W} is not f times a latent of {h}x{w} "
+                         "for one whole f")
+    if (h, w) == size:
         return images.float(), latents.float()
-    return (F.interpolate(images.float(), size=(size[0] * f, size[1] * f), mode="bilinear", align_corners=False),
-            F.interpolate(latents.float(), size=size, mode="bilinear", align_corners=False))
+    return _bilinear(images, (size[0] * f, size[1] * f)), _bilinear(latents, size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Perception: LPIPS and PatchGAN
 
 class PerceptualLoss(nn.Module):
     """
-    LPIPS (VGG, v0.1; Zhang et al. 2018), frozen, float32 also under autocast. forward(a, b), images (B, 3, H, W) in [-1, 1] with sides
-    of at least 16, -> scalar, batch mean. The calibration comes with the lpips package; the VGG-16 trunk is torchvision's file, which
-    is downloaded once; FileNotFoundError says where it belongs when there is no network.
+    LPIPS (VGG, v0.1; Zhang et al. 2018), frozen, float32 also under autocast. forward(a, b), images
+    (B, 3, H, W) in [-1, 1] with sides of at least 16, -> scalar, batch mean. The calibration comes
+    with the lpips package; the VGG-16 trunk is torchvision's file, which is downloaded once;
+    FileNotFoundError says where it belongs when there is no network.
     """
 
     def __init__(self):
         super().__init__()
         import lpips
         from torchvision.models import VGG16_Weights
-        url = VGG16_Weights.IMAGENET1K_V1.url
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")                                            # lpips calls torchvision's older interface
+                warnings.simplefilter("ignore")  # lpips calls torchvision's older interface
                 self.lpips = lpips.LPIPS(net="vgg", version="0.1", verbose=False)
-        except OSError as error:                                                           # no network, or it broke off
+        except OSError as error:  # no network, or it broke off
+            url = VGG16_Weights.IMAGENET1K_V1.url
             place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-            raise FileNotFoundError(f"LPIPS needs torchvision's VGG-16, and downloading it failed ({getattr(error, 'reason', error)}): fetch {url} yourself "
-                                    f"and put it at {place}, or train without it: --lpips_weight 0") from None
+            reason = getattr(error, "reason", error)
+            raise FileNotFoundError(
+                f"LPIPS needs torchvision's VGG-16, and downloading it failed ({reason}): "
+                f"fetch {url} yourself and put it at {place}, "
+                "or train without it: --lpips_weight 0") from None
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
-        """Stays in evaluation mode: LPIPS has dropout, and its frozen network must answer the same every time."""
+        """Stays in evaluation mode: LPIPS has dropout, and is to answer the same every time."""
         return super().train(False)
 
     def forward(self, a, b):
@@ -204,18 +235,20 @@ class PerceptualLoss(nn.Module):
 
 class PatchDiscriminator(nn.Module):
     """
-    PatchGAN (Isola et al. 2017; 64 channels, 3 layers, k = 4): one logit per overlapping 70 x 70 patch. forward: (B, 3, H, W) in
-    [-1, 1] -> (B, 1, H/8 - 2, W/8 - 2) for sides that divide by 8; ValueError for sides below 24, or below 3 * 2^n_layers. Names and
-    initialisation as in CompVis' `NLayerDiscriminator`.
+    PatchGAN (Isola et al. 2017; 64 channels, 3 layers, k = 4): one logit per overlapping 70 x 70
+    patch. forward: (B, 3, H, W) in [-1, 1] -> (B, 1, H/8 - 2, W/8 - 2) for sides that divide by 8;
+    ValueError for sides below 24, or below 3 * 2^n_layers. Names and initialisation as in CompVis'
+    `NLayerDiscriminator`.
     """
 
     def __init__(self, in_channels=3, channels=64, n_layers=3):
         super().__init__()
         self.in_channels, self.smallest = in_channels, 3 * 2 ** n_layers
         layers = [nn.Conv2d(in_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2, True)]
-        for i in range(1, n_layers + 1):                                                   # the last one keeps the resolution
+        for i in range(1, n_layers + 1):
             inner, outer = channels * min(2 ** (i - 1), 8), channels * min(2 ** i, 8)
-            layers += [nn.Conv2d(inner, outer, 4, stride=2 if i < n_layers else 1, padding=1, bias=False),
+            stride = 2 if i < n_layers else 1  # the last one keeps the resolution
+            layers += [nn.Conv2d(inner, outer, 4, stride=stride, padding=1, bias=False),
                        nn.BatchNorm2d(outer), nn.LeakyReLU(0.2, True)]
         layers += [nn.Conv2d(outer, 1, 4, stride=1, padding=1)]
         self.main = nn.Sequential(*layers)
@@ -228,12 +261,13 @@ class PatchDiscriminator(nn.Module):
     def forward(self, images):
         _, C, H, W = need_shape("PatchDiscriminator", images, "BCHW")
         if C != self.in_channels or min(H, W) < self.smallest:
-            raise ValueError(f"PatchDiscriminator: needs {self.in_channels} channels and sides of at least {self.smallest}, got {C}x{H}x{W}")
+            raise ValueError(f"PatchDiscriminator: needs {self.in_channels} channels and sides of "
+                             f"at least {self.smallest}, got {C}x{H}x{W}")
         return self.main(images)
 
 
 def hinge_d_loss(real, fake):
-    """Discriminator: mean relu(1 - real) + mean relu(1 + fake), logits of any shape; 2 for a fresh discriminator."""
+    """Discriminator: mean relu(1 - real) + mean relu(1 + fake), any shape; 2 when it is fresh."""
     return _mean(F.relu(1 - real.float())) + _mean(F.relu(1 + fake.float()))
 
 
@@ -244,18 +278,22 @@ def hinge_g_loss(fake):
 
 def adaptive_weight(rec, gan, last_layer, average=lambda gradient: gradient):
     """
-    VQGAN's balance (Esser et al. 2021): |grad of rec| / |grad of gan| at one layer, so that both pull alike: the decoder's last
-    convolution for the GAN, the encoder's for an alignment of the latents.
+    VQGAN's balance (Esser et al. 2021): |grad of rec| / |grad of gan| at one layer, so that both
+    pull alike: the decoder's last convolution for the GAN, the encoder's for an alignment.
     rec, gan     scalars that share a graph with last_layer (a parameter); the graph is kept
     average      mean of a tensor over the processes, so that all use one weight
-    returns      detached scalar in [0, 1e4]; the 1e-4 below the line keeps it finite when gan has no gradient
+    returns      detached scalar in [0, 1e4]; 1e-4 below the line: finite when gan has no gradient
     raises       ValueError if one of them is no scalar or does not depend on last_layer
     """
     def gradient_norm(name, loss):
         if loss.numel() != 1:
             raise ValueError(f"adaptive_weight: {name} of shape {tuple(loss.shape)} is no scalar")
-        gradient, = torch.autograd.grad(loss, last_layer, retain_graph=True, allow_unused=True) if loss.requires_grad else (None,)
+        gradient = None
+        if loss.requires_grad:
+            gradient, = torch.autograd.grad(loss, last_layer, retain_graph=True, allow_unused=True)
         if gradient is None:
             raise ValueError(f"adaptive_weight: {name} does not depend on last_layer")
         return average(gradient).float().norm()
-    return (gradient_norm("rec", rec) / (gradient_norm("gan", gan) + 1e-4)).clamp(0, 1e4).detach()
+
+    weight = gradient_norm("rec", rec) / (gradient_norm("gan", gan) + 1e-4)
+    return weight.clamp(0, 1e4).detach()

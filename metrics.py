@@ -1,8 +1,9 @@
 """
-The formulas behind evaluate.py: how close two images are (PSNR, SSIM), and how close two sets of images (Frechet distance, sliced
-Wasserstein distance, KL of radial spectra). PSNR and SSIM are per image, (B,), so that any split over batches and processes averages
-to the same number. Inception score, KID, precision and recall are torch-fidelity's own functions, and so are the Inception network and
-its weights. Images (B, 3, H, W) in [-1, 1].
+The formulas behind evaluate.py: how close two images are (PSNR, SSIM), and how close two sets of
+images (Frechet distance, sliced Wasserstein distance, KL of radial spectra). PSNR and SSIM are per
+image, (B,), so that any split over batches and processes averages to the same number. Inception
+score, KID, precision and recall are torch-fidelity's own functions, and so are the Inception
+network and its weights. Images (B, 3, H, W) in [-1, 1].
 """
 import contextlib
 import os
@@ -15,8 +16,7 @@ import torch.nn.functional as F
 import runtime
 from spectral import spectrum_distribution
 
-
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Two images
 
 def to_uint8(images):
@@ -36,60 +36,67 @@ def psnr(a, b):
 
 def ssim(a, b, data_range=2.0):
     """
-    Structural similarity (Wang et al. 2004): 11x11 Gaussian window of sigma 1.5, K = (0.01, 0.03), only windows that fit inside,
-    per channel, then the mean over channels and windows.
-    a, b     (B, C, H, W), sides of at least 11 (else ValueError); data_range 2 for images in [-1, 1]
+    Structural similarity (Wang et al. 2004): 11x11 Gaussian window of sigma 1.5, K = (0.01, 0.03),
+    only windows that fit inside, per channel, then the mean over channels and windows.
+    a, b     (B, C, H, W), sides of at least 11 (else ValueError); data_range 2 for [-1, 1]
     returns  (B,) float32, 1 for identical images
     """
-    if min(a.shape[-2:]) < 11:
-        raise ValueError(f"ssim: images of {a.shape[-2]}x{a.shape[-1]} are smaller than its 11x11 window")
+    H, W = a.shape[-2:]
+    if min(H, W) < 11:
+        raise ValueError(f"ssim: images of {H}x{W} are smaller than its 11x11 window")
     a, b = a.float(), b.float()
     C = a.shape[1]
     taps = torch.exp(-0.5 * ((torch.arange(11, device=a.device) - 5) / 1.5) ** 2)
     taps = (taps / taps.sum()).expand(C, 1, 11)
 
-    def window(x):                                                                         # Gaussian mean over every 11x11 window
-        with torch.autocast(x.device.type, enabled=False):                                 # E[a^2] - E[a]^2 cancels in bf16
+    def window(x):  # Gaussian mean over every 11x11 window
+        with torch.autocast(x.device.type, enabled=False):  # E[a^2] - E[a]^2 cancels in bf16
             return F.conv2d(F.conv2d(x, taps[..., None], groups=C), taps[..., None, :], groups=C)
 
     mean_a, mean_b = window(a), window(b)
     var_a, var_b = window(a * a) - mean_a ** 2, window(b * b) - mean_b ** 2
     covariance = window(a * b) - mean_a * mean_b
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    similarity = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))
+    shared = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    similarity = shared / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))
     return similarity.flatten(1).mean(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Two sets of images
 
 class Moments:
-    """Streaming mean and covariance of feature rows, float64: add((b, D)) on every rank, then mean_cov() on all of them."""
+    """Streaming mean and covariance, float64: add (b, D) features on every rank, then mean_cov."""
 
     def __init__(self, D, device="cpu"):
-        self.sums = torch.zeros(D + 1, D + 1, dtype=torch.float64, device=device)          # [1, f] [1, f]^T: count, sum, outer product
+        # [1, f] [1, f]^T: count, sum, outer product
+        self.sums = torch.zeros(D + 1, D + 1, dtype=torch.float64, device=device)
 
     def add(self, features):
         rows = F.pad(features.to(self.sums), (1, 0), value=1.0)
         self.sums += rows.T @ rows
 
     def mean_cov(self):
-        """returns n (int), mean (D,), covariance (D, D), unbiased, over all ranks; ValueError if n < 2"""
+        """n (int), mean (D,), covariance (D, D), unbiased, over all ranks; ValueError if n < 2."""
         sums = runtime.all_sum(self.sums.clone()).cpu()
         n, total = sums[0, 0], sums[0, 1:]
         if n < 2:
-            raise ValueError(f"a set of {int(n)} images has no covariance, and so no Frechet distance; give two or more")
-        return int(n), total / n, (sums[1:, 1:] - torch.outer(total, total) / n) / (n - 1)
+            raise ValueError(f"a set of {int(n)} images has no covariance, and so no Frechet "
+                             "distance; give two or more")
+        covariance = (sums[1:, 1:] - torch.outer(total, total) / n) / (n - 1)
+        return int(n), total / n, covariance
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
     """
     |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), float64 (Heusel et al. 2017).
-    The trace of the root needs two symmetric eigendecompositions and no sqrtm: (cov1 cov2)^(1/2) has the eigenvalues of
-    (A cov2 A)^(1/2), A = cov1^(1/2). Singular covariances are fine: what rounding made negative counts as 0.
+    The trace of the root needs two symmetric eigendecompositions and no sqrtm: (cov1 cov2)^(1/2)
+    has the eigenvalues of (A cov2 A)^(1/2), A = cov1^(1/2). Singular covariances are fine: what
+    rounding made negative counts as 0.
     mean (D,), cov (D, D) tensors or arrays -> float
     """
-    mean1, cov1, mean2, cov2 = (torch.as_tensor(a, dtype=torch.float64) for a in (mean1, cov1, mean2, cov2))
+    moments = (mean1, cov1, mean2, cov2)
+    mean1, cov1, mean2, cov2 = (torch.as_tensor(a, dtype=torch.float64) for a in moments)
     values, vectors = torch.linalg.eigh(cov1)
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     overlap = torch.linalg.eigvalsh(root @ cov2 @ root).clamp_min(0).sqrt().sum()
@@ -98,20 +105,25 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 def load_inception(device):
     """
-    The FID Inception network: (B, 3, H, W) uint8 -> (B, 2048) features and (B, 1008) logits without bias, float32.
-    raises FileNotFoundError saying what to fetch and where to put it when its weights can be neither found nor downloaded, ValueError
-    when they are damaged
+    The FID Inception network, float32:
+    (B, 3, H, W) uint8 -> (B, 2048) features and (B, 1008) logits without bias.
+    raises   FileNotFoundError saying what to fetch and where to put it when its weights can be
+             neither found nor downloaded, ValueError when they are damaged
     """
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-    place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(URL_INCEPTION_V3))
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+    url = fidelity.URL_INCEPTION_V3
+    place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
-    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError):                    # cut short, or something else
-        raise ValueError(f"{place}: not the Inception weights; remove the file, it is fetched anew from {URL_INCEPTION_V3}") from None
-    except OSError as error:                                                               # no network, or it broke off
-        raise FileNotFoundError(f"no FID: the Inception weights could not be downloaded ({getattr(error, 'reason', error)}); fetch {URL_INCEPTION_V3} and "
-                                f"put it at {place}") from None
+            network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat",
+                                                           ["2048", "logits_unbiased"])
+    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError):  # cut short, or another
+        raise ValueError(f"{place}: not the Inception weights; remove the file, it is fetched anew "
+                         f"from {url}") from None
+    except OSError as error:  # no network, or it broke off
+        reason = getattr(error, "reason", error)
+        raise FileNotFoundError("no FID: the Inception weights could not be downloaded "
+                                f"({reason}); fetch {url} and put it at {place}") from None
     network = network.to(device, memory_format=torch.channels_last)
 
     def features(images):
@@ -121,13 +133,13 @@ def load_inception(device):
 
 
 def laplacian_pyramid(images, smallest=16):
-    """(B, C, H, W) -> [finest, ..., coarsest]: what halving loses at each size (Burt & Adelson), and last the rest, sides >= smallest."""
+    """What each halving of (B, C, H, W) loses (Burt & Adelson), then the rest, smallest or more."""
     C = images.shape[1]
     taps = torch.tensor([1.0, 4, 6, 4, 1], device=images.device) / 16
     kernel = (taps[:, None] * taps).expand(C, 1, 5, 5)
     blur = lambda x: F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, groups=C)
     levels = []
-    while min(images.shape[-2:]) >= 2 * smallest and images.shape[-1] % 2 == images.shape[-2] % 2 == 0:
+    while all(side >= 2 * smallest and side % 2 == 0 for side in images.shape[-2:]):
         small = blur(images)[..., ::2, ::2]
         spread = torch.zeros_like(images)
         spread[..., ::2, ::2] = 4 * small
@@ -138,31 +150,36 @@ def laplacian_pyramid(images, smallest=16):
 
 def sliced_wasserstein(samples, reference, seed=0, patches=64, directions=256):
     """
-    Sliced Wasserstein distance of 7x7 patches on a Laplacian pyramid (Karras et al. 2018), times 1000.
-    samples, reference  (N, 3, H, W) of one size; the first min(N) of each are used; the same patch positions on both
-    returns   {side: distance} from fine to coarse. Unlike there, both sets are scaled by the reference's mean and standard deviation
-              per channel (not each by its own), so that missing contrast counts
+    Sliced Wasserstein distance of 7x7 patches on a Laplacian pyramid (Karras et al. 2018), x 1000.
+    samples, reference  (N, 3, H, W) of one size; the first min(N) of each are used, with the same
+             patch positions on both
+    returns  {side: distance} from fine to coarse. Unlike there, both sets are scaled by the
+             reference's mean and standard deviation per channel (not each by its own), so that
+             missing contrast counts
     """
     N = min(len(samples), len(reference))
+    image = torch.arange(N).repeat_interleave(patches)[:, None, None]
+    offset = torch.arange(7)
     result = {}
-    for a, b in zip(laplacian_pyramid(samples[:N].float()), laplacian_pyramid(reference[:N].float())):
+    pyramids = (laplacian_pyramid(x[:N].float()) for x in (samples, reference))
+    for a, b in zip(*pyramids):
         generator = torch.Generator().manual_seed(seed)
         H, W = a.shape[-2:]
-        corner = torch.randint((H - 6) * (W - 6), (N * patches,), generator=generator)     # of each patch
-        image = torch.arange(N).repeat_interleave(patches)
-        v, u = corner % (W - 6), corner // (W - 6)
-        offset = torch.arange(7)
-        rows, columns = (u[:, None] + offset)[:, :, None], (v[:, None] + offset)[:, None, :]
-        descriptor = lambda x: x[image[:, None, None], :, rows, columns].movedim(-1, 1)     # (N*patches, 3, 7, 7)
-        a, b = descriptor(a), descriptor(b)
-        mean, std = b.mean((0, 2, 3), keepdim=True), b.std((0, 2, 3), keepdim=True).clamp_min(1e-8)
+        corner = torch.randint((H - 6) * (W - 6), (N * patches,), generator=generator)
+        rows = (corner // (W - 6))[:, None] + offset  # (N*patches, 7) of each patch
+        columns = (corner % (W - 6))[:, None] + offset
+        place = (image, slice(None), rows[:, :, None], columns[:, None, :])
+        a, b = a[place].movedim(-1, 1), b[place].movedim(-1, 1)  # (N*patches, 3, 7, 7)
+        mean = b.mean((0, 2, 3), keepdim=True)
+        std = b.std((0, 2, 3), keepdim=True).clamp_min(1e-8)
         a, b = ((x - mean).div(std).flatten(1) for x in (a, b))
         axes = F.normalize(torch.randn(a.shape[1], directions, generator=generator), dim=0)
-        result[H] = 1000 * (((a @ axes).sort(0).values - (b @ axes).sort(0).values).abs().mean()).item()
+        gap = (a @ axes).sort(0).values - (b @ axes).sort(0).values
+        result[H] = 1000 * gap.abs().mean().item()
     return result
 
 
 def spectral_kl(samples, reference, n_bins=16):
-    """KL(reference || samples) in nats between the mean spectrum_distribution of two sets (N, 3, H, W) in [-1, 1]; 0 when they agree."""
+    """KL(reference || samples), nats, of mean spectrum_distributions; (N, 3, H, W) in [-1, 1]."""
     p, q = (spectrum_distribution(x, n_bins).mean(0) for x in (reference, samples))
     return (p * (p.log() - q.log())).sum().item()

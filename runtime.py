@@ -1,12 +1,13 @@
 """
-The machinery around a training loop, so that the loop itself reads like the paper: processes, random numbers, checkpoints, the log.
+The machinery around a training loop, so that the loop itself reads like the paper: processes,
+device choices, random numbers, checkpoints, the log.
 
-Processes: one per GPU under torchrun (NCCL), or per CPU worker (gloo), or a single plain `python`. Data-parallel training here is two
-calls: `broadcast_parameters` once and `average_gradients` after backward. No wrapper module stands between the loop and the model, so
-encode and decode can be called apart, two networks can alternate (GAN), and BatchNorm buffers are never touched behind the loop's back.
+Processes: one per GPU under torchrun (NCCL), or per CPU worker (gloo), or a single plain `python`.
+Gradients are averaged by torch's DistributedDataParallel.
 
-Random numbers: every draw of a step is a function of (seed, step), never of a generator's history, and batch-shaped draws are made
-for the GLOBAL batch and then sliced. So a resumed run, or one on another number of processes, continues with the very same numbers.
+Random numbers: every draw of a step is a function of (seed, step), never of a generator's history,
+and batch-shaped draws are made for the GLOBAL batch and then sliced. So a resumed run, or one on
+another number of processes, continues with the very same numbers.
 """
 import argparse
 import contextlib
@@ -21,35 +22,40 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
+from torch.nn.parallel import DistributedDataParallel
 
-
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Processes
 
 def start_processes(device=None):
     """
-    Join torchrun's process group if there is one. device: "cpu", "cuda" or None (CUDA when there is a GPU).
-    returns (rank, world, torch.device); tensors on CUDA travel by NCCL, those on the CPU by gloo
+    Join torchrun's process group if there is one.
+    device   "cpu", "cuda" or None (CUDA when there is a GPU)
+    returns  (rank, world, torch.device); tensors on CUDA travel by NCCL, those on the CPU by gloo
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.allow_tf32 = False                                                # float32 is meant where float32 is said
+    torch.backends.cudnn.allow_tf32 = False            # float32 is meant where float32 is said
     if "RANK" not in os.environ:
         return 0, 1, torch.device(kind)
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"--nproc_per_node: process {local_rank} has no GPU, there are {torch.cuda.device_count()}; start one a GPU")
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None,
-                            timeout=datetime.timedelta(hours=2))                           # rank 0 alone downloads, saves and draws
+    two_hours = datetime.timedelta(hours=2)            # rank 0 alone downloads, saves and draws
+    if kind == "cpu":
+        dist.init_process_group("gloo", timeout=two_hours)
+        return dist.get_rank(), dist.get_world_size(), torch.device("cpu")
+    local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ValueError(f"--nproc_per_node: process {local_rank} has no GPU, there are {gpus}; "
+                         "start one a GPU")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=two_hours)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -60,7 +66,7 @@ def stop_processes():
 
 
 def barrier():
-    """Wait for all processes. A script ends with one: a process that leaves while another still works would end the run."""
+    """Wait for all processes. A script ends with one: the first to leave would end the others."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -74,42 +80,8 @@ def rank_zero_first():
     try:
         yield
     finally:
-        if first:                                                                          # also when it failed: the others wait
+        if first:                                      # also when it failed: the others wait
             barrier()
-
-
-def mean_over_processes(tensor):
-    """The mean of a tensor over the processes; the tensor itself if there is one."""
-    return all_sum(tensor.clone()) / dist.get_world_size() if dist.is_initialized() else tensor
-
-
-def everywhere(ok, device):
-    """True if ok holds on every process: what one cannot load, none may use."""
-    return all_sum(torch.tensor(float(not ok), device=device)).item() == 0
-
-
-def broadcast_parameters(module):
-    """Rank 0's parameters and buffers to everybody, in place."""
-    if dist.is_initialized():
-        for tensor in module.state_dict().values():
-            dist.broadcast(tensor, src=0)
-
-
-def average_gradients(parameters):
-    """Replace each gradient by its mean over the processes, in buckets of at least 32 MB; parameters without one are left out."""
-    if not dist.is_initialized():
-        return
-    world, bucket, size = dist.get_world_size(), [], 0
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    for i, gradient in enumerate(gradients):
-        bucket.append(gradient)
-        size += gradient.numel() * gradient.element_size()
-        if size >= 32 * 2 ** 20 or i == len(gradients) - 1:
-            flat = torch.cat([g.flatten() for g in bucket])
-            dist.all_reduce(flat)
-            for g, mean in zip(bucket, (flat / world).split([g.numel() for g in bucket])):
-                g.copy_(mean.view_as(g))
-            bucket, size = [], 0
 
 
 def all_sum(tensor):
@@ -119,15 +91,55 @@ def all_sum(tensor):
     return tensor
 
 
+def mean_over_processes(tensor):
+    """The mean of a tensor over the processes; the tensor itself if there is one."""
+    if not dist.is_initialized():
+        return tensor
+    return all_sum(tensor.clone()) / dist.get_world_size()
+
+
+def everywhere(ok, device):
+    """True if ok holds on every process: what one cannot load, none may use."""
+    return all_sum(torch.tensor(float(not ok), device=device)).item() == 0
+
+
+def data_parallel(network, static_graph=False):
+    """
+    The network as a training step calls it: under torchrun its backward averages the gradients over
+    the processes, and rank 0's weights are everybody's from now on; else the network itself.
+    None stays None. Buffers are each process's own. What is saved is the network, not the wrapper.
+    static_graph  every step runs the same graph, once a backward, without `averaging(False)` and
+                  without torch.autograd.grad through the outputs
+    """
+    if network is None or not dist.is_initialized():
+        return network
+    with warnings.catch_warnings():                    # torch 2.14 renames broadcast_buffers
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(network, broadcast_buffers=False, static_graph=static_graph,
+                                       gradient_as_bucket_view=True)
+
+
+@contextlib.contextmanager
+def averaging(now, *networks):
+    """Around a forward and its backward: the data_parallel networks exchange gradients if now."""
+    with contextlib.ExitStack() as stack:
+        for network in networks:
+            if isinstance(network, DistributedDataParallel) and not now:
+                stack.enter_context(network.no_sync())
+        yield
+
+
 class StopSignal:
     """
-    `with StopSignal() as stop:` SIGTERM (what a cluster sends before it takes a machine away) and Ctrl-C no longer end the process. The
-    loop asks stop.asked() once a step, saves and leaves; all processes get the same answer. A second Ctrl-C ends it at once.
+    `with StopSignal() as stop:` SIGTERM (what a cluster sends before it takes a machine away) and
+    Ctrl-C no longer end the process. The loop asks stop.asked() once a step, saves and leaves; all
+    processes get the same answer. A second Ctrl-C ends it at once.
     """
 
     def __enter__(self):
-        self.name = None
-        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.name, self.previous = None, {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_):
@@ -140,17 +152,66 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
     def asked(self):
-        """True on all processes once one of them got a signal. The flag travels on the CPU: no GPU waits for it."""
+        """True on all processes once one of them got a signal; travels by CPU, no GPU waits."""
         flag = torch.tensor(float(self.name is not None))
         return bool(all_sum(flag) > 0)
 
     def farewell(self, step, args):
         """What to say once the state before `step` is saved."""
-        return (f"{self.name or 'a signal to another process'}: stopped before step {step} of {args.steps}, {args.out}/ckpt.pt is written; "
-                "the same command with --resume continues")
+        return (f"{self.name or 'a signal to another process'}: stopped before step {step} of "
+                f"{args.steps}, {args.out}/ckpt.pt is written; the same command with --resume "
+                "continues")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Device choices
+
+class Compute:
+    """
+    Where a script computes, and what differs there between a CPU and a GPU, decided once:
+    precision, memory layout, compilation.
+    rank, world, device  from start_processes
+    dtype    of the networks: "fp32", "bf16", or None: bf16 on CUDA, fp32 on a CPU
+    compile  "on", "off", or None: on on CUDA, off on a CPU
+    tf32     with bf16, what stays out of autocast (LPIPS, encoding) may use TF32 convolutions
+    """
+
+    def __init__(self, rank, world, device, dtype=None, compile=None, tf32=True):
+        self.rank, self.world, self.device = rank, world, device
+        self.cuda = device.type == "cuda"
+        self.dtype = dtype or ("bf16" if self.cuda else "fp32")
+        self.compiled = (compile or ("on" if self.cuda else "off")) == "on"
+        torch.backends.cudnn.allow_tf32 = tf32 and self.dtype == "bf16"
+
+    def say(self, text):
+        """Print on rank 0."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def autocast(self):
+        """Around the networks; losses and metrics are float32 and stay outside."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16")
+
+    def channels_last(self, *networks):
+        """Convolutional networks in the layout that is fast here; NHWC is slower on a CPU."""
+        for network in networks:
+            if network is not None and self.cuda:
+                network.to(memory_format=torch.channels_last)
+
+    def compile(self, *networks):
+        """torch.compile in place, if it is on: names of weights stay; None is passed over."""
+        for network in networks:
+            if network is not None and self.compiled:
+                network.compile()
+
+    def eager(self):
+        """Around what runs rarely in shapes of its own: not worth a compilation each."""
+        if not self.compiled:
+            return contextlib.nullcontext()
+        return torch.compiler.set_stance("force_eager")
+
+
+# --------------------------------------------------------------------------------------------------
 # Random numbers: functions of (seed, step)
 
 def step_seed(seed, step):
@@ -160,29 +221,38 @@ def step_seed(seed, step):
 
 def sharded_randn(shape, generator, rank, world):
     """
-    Standard normal noise for this rank's share of the global batch: the same numbers whatever the number of processes.
+    Standard normal noise for this rank's share of the global batch: the same numbers whatever the
+    number of processes.
     shape      (b, ...), b = global batch / world
     generator  seeded alike on every rank; the noise is drawn on its device
     returns    (b, ...) float32
     """
-    noise = torch.randn(world * shape[0], *shape[1:], generator=generator, device=generator.device)
-    return noise[rank * shape[0]:(rank + 1) * shape[0]]
+    b = shape[0]
+    noise = torch.randn(world * b, *shape[1:], generator=generator, device=generator.device)
+    return noise[rank * b:(rank + 1) * b]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a run leaves behind: --out DIR with ckpt.pt and log.jsonl
+
+# Flags that may differ between the parts of a resumed run: where and how fast it runs, how often it
+# reports, how long it lasts.
+FREE = ("out", "resume", "overwrite", "preset", "device", "dtype", "compile", "grad_checkpoint",
+        "grad_accum", "workers", "steps", "log_every", "eval_every", "keep_every", "encoder_source")
+
 
 def write_atomic(path, write):
     """
-    Call write(binary file) on a temporary neighbour of path, then rename it: path is the old content or the new, never half of it.
-    An interrupted write leaves path alone and removes the neighbour (unless the process is killed outright).
+    Call write(binary file) on a temporary neighbour of path, then rename it: path is the old
+    content or the new, never half of it. An interrupted write leaves path alone and removes the
+    neighbour (unless the process is killed outright). OSError in one line if it cannot be written.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     failures = []
 
-    class Watched(io.FileIO):                                                              # torch.save and numpy hide why a write failed
+    class Watched(io.FileIO):                          # torch.save and numpy hide why it failed
         def write(self, data):
             try:
                 return super().write(data)
@@ -194,102 +264,115 @@ def write_atomic(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())                                             # mkstemp's files are private
+        mask = os.umask(0)                             # asking for it means setting it
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)             # mkstemp's files are private
         os.replace(temporary, path)
     except BaseException as error:
         pathlib.Path(temporary).unlink(missing_ok=True)
-        if failures or isinstance(error, OSError):
-            cause = failures[0] if failures else error
-            kept = "what was there before is whole" if path.exists() else "nothing is left of it"
-            raise OSError(f"{path}: cannot be written ({cause.strerror}); {kept}; make room or name another place, then run again") from None
-        raise
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        if not failures and not isinstance(error, OSError):
+            raise
+        cause = failures[0] if failures else error
+        kept = "what was there before is whole" if path.exists() else "nothing is left of it"
+        raise OSError(f"{path}: cannot be written ({cause.strerror}); {kept}; make room or name "
+                      "another place, then run again") from None
 
 
 def save_checkpoint(path, state):
-    """Write a dict of tensors and plain Python values, atomically; torch.load(path, weights_only=True) reads it."""
+    """Write a dict of tensors and plain Python values; torch.load(weights_only=True) reads it."""
     write_atomic(path, lambda file: torch.save(state, file))
 
 
 def save_run(out, state, keep_every):
-    """Write a run's state into out/ckpt.pt, and into out/ckpt_<step>.pt as well where keep_every > 0 divides its step; only rank 0 calls it."""
+    """A run's state into out/ckpt.pt, and out/ckpt_<step>.pt where keep_every > 0 divides step."""
     save_checkpoint(f"{out}/ckpt.pt", state)
     if keep_every > 0 and state["step"] % keep_every == 0:
         save_checkpoint(f"{out}/ckpt_{state['step']}.pt", state)
 
 
 def load_checkpoint(path, stage):
-    """A checkpoint of this project as a dict on the CPU; ValueError or FileNotFoundError in one line if path is not one of this stage."""
+    """
+    A checkpoint of this project as a dict on the CPU.
+    raises   ValueError or FileNotFoundError in one line if path is not one of this stage
+    """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        code = "Unsupported" in str(error) or "weights_only" in str(error)
-        reason = "holds more than plain data, of which nothing is run" if code else (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if "Unsupported" in str(error) or "weights_only" in str(error):
+            reason = "holds more than plain data, of which nothing is run"
         raise ValueError(f"{path}: not a readable checkpoint ({reason})") from None
     found = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
     if found != stage:
-        raise ValueError(f"{path}: holds {f'a run of stage {found!r}' if found else 'no run of this project'}, expected stage {stage!r}")
+        holds = f"a run of stage {found!r}" if found else "no run of this project"
+        raise ValueError(f"{path}: holds {holds}, expected stage {stage!r}")
     return checkpoint
 
 
 def open_run(out, stage, args, resume, overwrite, free=()):
     """
-    Claim the folder of a run: nothing that an earlier run left there is lost without being asked for.
-    args     dict of plain values; on resume they must equal the checkpoint's, but for those named in free
+    Claim the folder of a run: nothing that an earlier run left there is lost unasked.
+    args     dict of plain values; on resume they must equal the checkpoint's, but for those in free
     returns  the newest complete checkpoint of the run to resume from, or None for a fresh start
-    raises   ValueError naming every flag that contradicts the checkpoint, or when there are checkpoints but none can be read
+    raises   ValueError naming every flag that contradicts the checkpoint, or when there are
+             checkpoints but none can be read
     """
     folder = pathlib.Path(out)
     if not next(path for path in (folder, *folder.absolute().parents) if path.exists()).is_dir():
         raise ValueError(f"--out {out}: a file is in the way; name another folder")
-    kept = sorted(folder.glob("ckpt_*.pt"), key=lambda path: (len(path.name), path.name), reverse=True)  # newest first
-    found = [path for path in (folder / "ckpt.pt", *kept) if path.exists()]
+    kept = sorted(folder.glob("ckpt_*.pt"), key=lambda path: (len(path.name), path.name))
+    newest_first = (folder / "ckpt.pt", *reversed(kept))
+    found = [path for path in newest_first if path.exists()]
     if found and not resume and not overwrite:
-        raise ValueError(f"--out {out}: holds a run already; add --resume to continue it, --overwrite to replace it, or name another")
+        raise ValueError(f"--out {out}: holds a run already; add --resume to continue it, "
+                         "--overwrite to replace it, or name another")
     if not resume or not found:
         return None
     for path in found:
         try:
             checkpoint = load_checkpoint(path, stage)
-            if not (isinstance(checkpoint.get("step"), int) and isinstance(checkpoint.get("args"), dict)):
-                raise ValueError(f"{path}: not a readable checkpoint of a run (no step, or no flags)")
+            if not isinstance(checkpoint.get("step"), int) \
+                    or not isinstance(checkpoint.get("args"), dict):
+                raise ValueError(f"{path}: not a readable checkpoint of a run (no step or flags)")
             break
         except ValueError as error:
             if path == found[-1] or "not a readable" not in str(error):
                 raise
             print(f"{error}; trying an older one", file=sys.stderr, flush=True)
     saved = checkpoint["args"]
-    changed = [f"--{k} {args[k]} (was {saved[k]})" for k in args if k in saved and k not in free and args[k] != saved[k]]
+    changed = [f"--{k} {args[k]} (was {saved[k]})" for k in args
+               if k in saved and k not in free and args[k] != saved[k]]
     if changed:
-        raise ValueError(f"--resume: {path} was made with other flags: {', '.join(changed)}; give the same ones or another --out")
+        raise ValueError(f"--resume: {path} was made with other flags: {', '.join(changed)}; "
+                         "give the same ones or another --out")
     return checkpoint
 
 
 def restore(out, checkpoint, parts):
     """
-    Put checkpoint[name] back into each of parts, {name: module, optimiser or EMA}, by load_state_dict.
-    raises   ValueError in one line if one is missing, of another shape, or holds weights that are not finite
+    Put checkpoint[name] back into each of parts, {name: module, optimiser or EMA}.
+    raises   ValueError in one line if one is missing, of another shape, or holds weights that are
+             not finite
     """
     for name, part in parts.items():
+        finite = True
         try:
             part.load_state_dict(checkpoint[name])
-            finite = not isinstance(part, torch.nn.Module) or all(tensor.isfinite().all() for tensor in part.state_dict().values())
-        except Exception as error:                                                         # a foreign file breaks this in any way
-            raise ValueError(f"--resume: {out}/ckpt.pt: its {name} does not fit this run ({' '.join(str(error).split())[:200]}); take an older "
-                             "checkpoint of it, or begin another --out") from None
+            if isinstance(part, torch.nn.Module):
+                finite = all(tensor.isfinite().all() for tensor in part.state_dict().values())
+        except Exception as error:                     # a foreign file breaks this in any way
+            raise ValueError(f"--resume: {out}/ckpt.pt: its {name} does not fit this run "
+                             f"({' '.join(str(error).split())[:200]}); take an older checkpoint of "
+                             "it, or begin another --out") from None
         if not finite:
-            raise ValueError(f"--resume: {out}/ckpt.pt: its {name} is not finite, so the training diverged; take an older checkpoint")
+            raise ValueError(f"--resume: {out}/ckpt.pt: its {name} is not finite, so the training "
+                             "diverged; take an older checkpoint")
 
 
 def newest(pattern, hint):
-    """The file matching the glob pattern that was written last; FileNotFoundError with the hint if there is none."""
+    """The file matching the glob pattern written last; FileNotFoundError with the hint if none."""
     found = sorted(pathlib.Path().glob(pattern), key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(f"no {pattern} here; {hint}")
@@ -297,13 +380,13 @@ def newest(pattern, hint):
 
 
 def run_name(path):
-    """What a checkpoint file is called in folders and legends: its run's folder for ckpt.pt, else its own name without suffix."""
+    """A checkpoint's name in folders and legends: its run's folder for ckpt.pt, else its own."""
     path = pathlib.Path(path)
     return path.resolve().parent.name if path.stem == "ckpt" else path.stem
 
 
 def checkpoint_args(path):
-    """The flags with which a run of this project made the checkpoint at path; {} for other people's files."""
+    """The flags with which train_ae.py made the checkpoint at path; {} for other people's files."""
     with contextlib.suppress(ValueError, OSError):
         return load_checkpoint(path, "ae").get("args", {})
     return {}
@@ -311,17 +394,20 @@ def checkpoint_args(path):
 
 class RunLog:
     """
-    log.jsonl, written by rank 0: one JSON object a line, each with its step. `add` collects every step's terms on their device, `write`
-    averages them over steps and processes, so that the loop waits for the GPU only when a line is due.
-    Opening it for a resume at step s drops the lines of steps >= s, which will be written again, and a last line that a crash cut short;
-    it also clears the folder of half-written files and, at step 0, of the kept checkpoints of a run that is replaced.
-    state     what `state()` returned when the checkpoint was made: the terms collected but not yet written
-    bad_limit so many steps in a row that are not finite end the run
+    log.jsonl, written by rank 0: one JSON object a line, each with its step. `add` collects every
+    step's terms on their device, `write` averages them over steps and processes, so that the loop
+    waits for the GPU only when a line is due.
+    Opening it for a resume at step s drops the lines of steps >= s, which will be written again,
+    and a last line that a crash cut short; it also clears the folder of half-written files and, at
+    step 0, of the kept checkpoints of a run that is replaced.
+    state      what `state()` returned when the checkpoint was made: collected but not yet written
+    bad_limit  so many steps in a row that are not finite end the run
     """
 
     def __init__(self, path, rank=0, start_step=0, state=None, bad_limit=10):
         self.path, self.rank, self.bad_limit = pathlib.Path(path), rank, bad_limit
-        self.totals = {tuple(names.split()): total for names, total in (state or {}).items()}  # names: (sum, count) (2, k)
+        # names of terms that come together: (sum, count) (2, k)
+        self.totals = {tuple(names.split()): total for names, total in (state or {}).items()}
         self.not_finite, self.in_a_row, self.skipped, self.zeros = [], {}, 0, {}
         if rank > 0:
             return
@@ -331,12 +417,13 @@ class RunLog:
                 with contextlib.suppress(json.JSONDecodeError):
                     if json.loads(line)["step"] < start_step:
                         kept.append(line + "\n")
-        for stale in self.path.parent.glob("ckpt_*.pt") if start_step == 0 else ():
-            stale.unlink()                                                                 # of the run that this one replaces; never on a resume
-        for stale in self.path.parent.glob(".*.tmp"):
-            stale.unlink()                                                                 # of a write that was killed
+        stale = [*self.path.parent.glob(".*.tmp")]     # of a write that was killed
+        if start_step == 0:                            # of the run that this one replaces
+            stale += self.path.parent.glob("ckpt_*.pt")
+        for path in stale:
+            path.unlink()
         write_atomic(self.path, lambda file: file.write("".join(kept).encode()))
-        self.file = open(self.path, "a", buffering=1)                                      # a line at a time, so that a crash cuts one
+        self.file = open(self.path, "a", buffering=1)  # a line at a time: a crash cuts only one
 
     def line(self, step, **values):
         """Append one line now (rank 0)."""
@@ -344,87 +431,125 @@ class RunLog:
             try:
                 self.file.write(json.dumps({"step": step, **values}) + "\n")
             except OSError as error:
-                raise OSError(f"{self.path}: cannot be written ({error.strerror}); make room, then --resume") from None
+                raise OSError(f"{self.path}: cannot be written ({error.strerror}); make room, then "
+                              "--resume") from None
 
     def add(self, step, terms):
-        """terms: {name: scalar tensor}, the same names on all processes. What is not finite is kept apart from the means."""
-        values = torch.stack([value.detach().float() for value in terms.values()])         # (k,)
+        """terms: {name: scalar tensor}, the same names on all processes; NaN enters no mean."""
+        values = torch.stack([value.detach().float() for value in terms.values()])      # (k,)
         finite = values.isfinite()
-        total = torch.stack([values.where(finite, values.new_zeros(())), finite.float()])  # (2, k)
+        total = torch.stack([values.where(finite, values.new_zeros(())), finite.float()])
         names = tuple(terms)
-        self.totals[names] = self.totals[names].to(total.device) + total if names in self.totals else total
+        if names in self.totals:
+            total = self.totals[names].to(total.device) + total                         # (2, k)
+        self.totals[names] = total
         self.not_finite.append((step, names, ~finite))
 
     def finite(self, step):
-        """Whether all that was added for this step is finite on all processes, as a bool tensor on the device."""
+        """Whether all that was added for this step is finite on all processes, a bool tensor."""
         flags = torch.cat([flags for at, _, flags in self.not_finite if at == step])
         return mean_over_processes(flags.any().float()) == 0
 
     def state(self):
-        """What is collected and not yet written, as the mean over the processes: goes into checkpoints. Call it on all of them."""
-        return {" ".join(names): mean_over_processes(total).cpu() for names, total in self.totals.items()}
+        """What is collected and not yet written, for checkpoints. Call it on all processes."""
+        return {" ".join(names): mean_over_processes(total).cpu()
+                for names, total in self.totals.items()}
 
     def write(self, step):
         """
-        One line with the means since the last one, one for each step that was skipped; call it on all processes. returns {name: mean}
-        raises ValueError after bad_limit steps in a row that were not finite: nothing was learned from them, the checkpoint is good
+        One line with the means since the last one, and one for each step that was skipped; call it
+        on all processes.
+        returns  {name: mean}
+        raises   ValueError after bad_limit steps in a row that were not finite: nothing was learned
+                 from them, the checkpoint is good
         """
-        flags = all_sum(torch.cat([flags for *_, flags in self.not_finite]).float()).tolist()  # the one wait for the device
-        steps = {}
+        self._report_skipped()
+        sums = {}
+        for names, total in self.totals.items():
+            for name, value, count in zip(names, *all_sum(total.clone()).tolist()):
+                before = sums.get(name, (0, 0))
+                sums[name] = before[0] + value, before[1] + count
+        means = {name: value / count for name, (value, count) in sums.items() if count}
+        self.totals = {}
+        for name, mean in means.items():
+            self.zeros[name] = self.zeros.get(name, 0) + 1 if mean == 0 else 0
+            if self.zeros[name] == 10 and self.rank == 0:
+                print(f"step {step}: {name} was exactly 0 in the last 10 lines of {self.path}; is "
+                      "its weight 0, its margin reached, its gradient cut?",
+                      file=sys.stderr, flush=True)
+        self.line(step, **means)
+        return means
+
+    def _report_skipped(self):
+        """Lines for the steps since the last `write` that were not finite; see there."""
+        flags = torch.cat([flags for *_, flags in self.not_finite]).float()
+        flags = all_sum(flags).tolist()                # the one wait for the device
+        steps = {}                                     # step: (all its names, those not finite)
         for at, names, _ in self.not_finite:
-            bad, flags = [name for name, flag in zip(names, flags) if flag], flags[len(names):]
-            steps[at] = [a + b for a, b in zip(steps.get(at, ([], [])), (list(names), bad))]
-        for at, (names, bad) in steps.items():
-            kind = frozenset(names)                                                        # a GAN's two kinds of steps are counted apart
+            mine, flags = flags[:len(names)], flags[len(names):]
+            everything, bad = steps.setdefault(at, ([], []))
+            everything += names
+            bad += [name for name, flag in zip(names, mine) if flag]
+        self.not_finite = []
+        for at, (everything, bad) in steps.items():
+            kind = frozenset(everything)               # a GAN's two kinds of steps count apart
             self.in_a_row[kind] = self.in_a_row.get(kind, 0) + 1 if bad else 0
             if bad:
                 self.skipped += 1
                 self.line(at, not_finite=sorted(set(bad)), skipped=self.skipped)
             if self.in_a_row[kind] >= self.bad_limit:
-                raise ValueError(f"step {at}: {', '.join(sorted(set(bad)))} not finite, {self.bad_limit} steps in a row; nothing was learned from "
-                                 f"them, and {self.path.parent}/ckpt.pt is from before: --resume it with --dtype fp32, or look at the data "
-                                 "of these steps, or begin another --out with a lower --lr")
-        sums = {}
-        for names, total in self.totals.items():
-            for name, *pair in zip(names, *all_sum(total.clone()).tolist()):
-                sums[name] = [a + b for a, b in zip(sums.get(name, (0, 0)), pair)]
-        means = {name: total / count for name, (total, count) in sums.items() if count}
-        self.totals, self.not_finite = {}, []
-        for name, mean in means.items():
-            self.zeros[name] = self.zeros.get(name, 0) + 1 if mean == 0 else 0
-            if self.zeros[name] == 10 and self.rank == 0:
-                print(f"step {step}: {name} was exactly 0 in the last 10 lines of {self.path}; is its weight 0, its margin reached, its gradient cut?",
-                      file=sys.stderr, flush=True)
-        self.line(step, **means)
-        return means
+                raise ValueError(
+                    f"step {at}: {', '.join(sorted(set(bad)))} not finite, {self.bad_limit} steps "
+                    f"in a row; nothing was learned from them, and {self.path.parent}/ckpt.pt is "
+                    "from before: --resume it with --dtype fp32, or look at the data of these "
+                    "steps, or begin another --out with a lower --lr")
 
+
+# --------------------------------------------------------------------------------------------------
+# An optimiser's step
 
 def step_if(finite, optimizer):
     """
-    optimizer.step() and zero_grad, but where `finite`, a bool tensor, is false weights, moments and step count stay as they were.
-    Decided on the device, without waiting for it. optimizer: fused AdamW, whose kernels ask for the attribute found_inf
+    optimizer.step() and zero_grad, but where `finite`, a bool tensor, is false weights, moments and
+    step count stay as they were. Decided on the device, without waiting for it.
+    optimizer  fused AdamW, whose kernels ask for the attribute found_inf
     """
     optimizer.found_inf = 1.0 - finite.float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
+def update(optimizer, args, updates, log, step, name="grad_norm"):
+    """
+    Clip the gradients to the norm args.clip_grad, warm up linearly to args.lr over
+    args.warmup_steps updates, and step unless something that was logged for it is not finite.
+    updates  how many this optimiser has behind it; name: of the gradient norm in the log
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * min(1.0, (updates + 1) / max(1, args.warmup_steps))
+    log.add(step, {name: norm})
+    step_if(log.finite(step), optimizer)
+
+
 def recompute(network, kinds):
-    """Every block of these classes forgets what it computed, and computes it again in the backward pass (torch.utils.checkpoint)."""
+    """Blocks of these classes keep nothing and compute twice (torch.utils.checkpoint)."""
     for block in network.modules():
         if isinstance(block, kinds):
-            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward,
+                                              use_reentrant=False)
 
 
 class EMA:
     """
-    Exponential moving average of a model's parameters and buffers, float32. decay_t = min(decay, (1 + t) / (10 + t)) at the t-th
-    update, so that the average forgets the initialisation early.
+    Exponential moving average of a model's parameters and buffers, float32. decay_t =
+    min(decay, (1 + t) / (10 + t)) at update t, so that it forgets the initialisation early.
     """
 
     def __init__(self, model, decay=0.9999):
         self.decay = decay
-        current = model.state_dict()                                                       # the model's own memory, now and later
+        current = model.state_dict()                   # the model's own memory, now and later
         self.shadow = {k: v.detach().clone() for k, v in current.items()}
         floats = [k for k, v in current.items() if v.is_floating_point()]
         self.pairs = [self.shadow[k] for k in floats], [current[k] for k in floats]
@@ -440,12 +565,13 @@ class EMA:
         torch._foreach_lerp_(*self.pairs, 1 - decay)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command lines
 
 def parse_args(parser, presets, subparser=None):
     """
-    parser.parse_args() in two passes: --preset NAME replaces defaults by presets[NAME], explicit flags win over both.
+    parser.parse_args() in two passes: --preset NAME replaces defaults by presets[NAME], explicit
+    flags win over both.
     presets    {name: {flag: value}}; a flag unknown to the parser is a programming error
     subparser  the one whose defaults are meant, where the parser has commands
     """
@@ -457,26 +583,64 @@ def parse_args(parser, presets, subparser=None):
         unknown = presets[preset].keys() - {action.dest for action in target._actions}
         assert not unknown, f"preset {preset} sets {unknown}"
         target.set_defaults(**presets[preset])
-    for p in {parser, subparser} - {None}:                                                 # one line, as for every other mistake
-        p.error = lambda message, p=p: p.exit(2, f"{p.prog}: {message}; {p.prog} --help lists the flags\n")
+    for p in {parser, subparser} - {None}:             # one line, as for every other mistake
+        p.error = functools.partial(_usage_error, p)
     return parser.parse_args()
+
+
+def _usage_error(parser, message):
+    parser.exit(2, f"{parser.prog}: {message}; {parser.prog} --help lists the flags\n")
+
+
+def need(condition, message):
+    """ValueError(message) unless condition: how a script checks its flags."""
+    if not condition:
+        raise ValueError(message)
+
+
+def need_range(args, low, high, *names):
+    """ValueError naming the first of these flags that is not finite or outside [low, high]."""
+    for name in names:
+        value = getattr(args, name)
+        need(low <= value <= high and value < float("inf"),
+             f"--{name} {value}: must be finite and lie in {low}..{high}")
+
+
+def need_positive(args, *names):
+    """ValueError naming the first of these flags that is not finite or not above 0."""
+    for name in names:
+        value = getattr(args, name)
+        need(0 < value < float("inf"), f"--{name} {value}: must be above 0 and finite")
+
+
+def need_run_flags(args):
+    """What holds for the flags of every run."""
+    need(not (args.resume and args.overwrite), "--resume --overwrite: one continues the run in "
+         "--out, the other replaces it; choose one of them")
+    need(args.keep_every < 1 or args.keep_every % args.eval_every == 0,
+         f"--keep_every {args.keep_every}: must be a multiple of --eval_every {args.eval_every}, "
+         "when checkpoints are made")
 
 
 @contextlib.contextmanager
 def one_line_errors():
     """
-    Around a script's main: a ValueError raised by this project's own code, or an OSError about a file, is a message to the user, so
-    it ends the run with that one line and exit code 2. A ValueError from inside a library is a bug and keeps its traceback.
+    Around a script's main: a ValueError raised by this project's own code, or an OSError about a
+    file, is a message to the user, so it ends the run with that one line and exit code 2. A
+    ValueError from inside a library is a bug and keeps its traceback.
     """
     here = pathlib.Path(__file__).resolve().parent
     try:
         yield
-        stop_processes()                                                                   # not after an error: it would wait for the others
+        stop_processes()                               # not after an error: it would wait
     except (ValueError, OSError) as error:
-        ours = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent == here
+        raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        ours = raised_in.parent in (here, here / "experiments")
         if not ours and not getattr(error, "filename", None):
             raise
         if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(5)                                                                  # rank 0 most often says the same, and torchrun then ends us
-        print(f"{pathlib.Path(sys.argv[0]).name}: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
-        raise SystemExit(2)
+            time.sleep(5)                              # rank 0 most often says the same, and
+        script = pathlib.Path(sys.argv[0]).name        # torchrun then ends us
+        message = " ".join(str(error).splitlines())
+        print(f"{script}: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None

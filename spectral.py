@@ -1,29 +1,33 @@
 """
-Frequencies of images and latents. An autoencoder's latent is easy to diffuse when its power spectrum is a flattened copy of the
-image's (ESM) and when each of its frequencies decodes to the same frequency of the image (DSM); this file holds the transforms,
-spectra, masks and filters in which those two sentences are written. Numbering: arXiv:2603.14645 v1.
+Frequencies of images and latents. An autoencoder's latent is easy to diffuse when its power
+spectrum is a flattened copy of the image's (ESM) and when each of its frequencies decodes to the
+same frequency of the image (DSM); this file holds the transforms, spectra, masks and filters in
+which those two sentences are written. Numbering: arXiv:2603.14645 v1.
 
-    PSD of photographs     P(f) ~ f^-alpha, alpha about 2; flattened by gamma: f^gamma * P(f)                (Sec. 3.2, ESM)
-    Prop. 3.1              learnable power at frequency f: S * SNR / (1 + SNR), SNR = alpha_bar * S / (1 - alpha_bar)
-    Prop. 3.2              RMSC^2 = energy of the normalised tokens outside DC / T
-    Eq. 6                  DoG = G_sigma1 - G_sigma2, sigma1 < sigma2: a band-pass without DC
-    Fig. 10, A.4           triangular masks on 8x8 blocks; low-pass in the DCT = downsampling
+    Sec. 3.2, ESM   PSD of photographs P(f) ~ f^-alpha, alpha about 2; flattened: f^gamma * P(f)
+    Prop. 3.1       learnable power: S * SNR / (1 + SNR), SNR = alpha_bar * S / (1 - alpha_bar)
+    Prop. 3.2       RMSC^2 = energy of the normalised tokens outside DC / T
+    Eq. 6           DoG = G_sigma1 - G_sigma2, sigma1 < sigma2: a band-pass without DC
+    Fig. 10, A.4    triangular masks on 8x8 blocks; low-pass in the DCT = downsampling
 
-Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), not normalised; tokens (B, T, D). Orthonormal DCT-II, index (u, v) = (vertical,
-horizontal), DC at (0, 0). Everything here runs outside autocast in float32 (float64 stays float64), and accepts bf16 input. What is
-finite stays finite while the squares of one item sum to what float32 holds (3e38); a batch of 0 gives a result of 0 items.
-A DCT, a resize and a blur are each a small matrix from the left and from the right; the matrices are cached, there is no FFT.
+Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), not normalised; tokens (B, T, D). Orthonormal
+DCT-II, index (u, v) = (vertical, horizontal), DC at (0, 0). Everything here runs outside autocast
+in float32 (float64 stays float64), and accepts bf16 input. What is finite stays finite while the
+squares of one item sum to what float32 holds (3e38); a batch of 0 gives a result of 0 items.
+A DCT, a resize and a blur are each a small cached matrix from the left and the right; no FFT.
 """
+import argparse
 import functools
 import math
 import os
+import sys
 
 import torch
 import torch.nn.functional as F
 
 
 def full_precision(function):
-    """Decorator: the first argument becomes float32 (float64 stays), and autocast is off inside, so that no spectrum is made in bf16."""
+    """Decorator: the first argument becomes float32 (float64 stays), and autocast is off inside."""
     @functools.wraps(function)
     def wrapped(x, *args, **kwargs):
         with torch.autocast(x.device.type, enabled=False):
@@ -32,19 +36,20 @@ def full_precision(function):
 
 
 def constant(function):
-    """Decorator: a matrix is made once and kept; outside inference mode, or training could not use what an evaluation asked for first."""
+    """Decorator: a matrix is made once, outside inference mode: training may be the next to ask."""
     return functools.lru_cache(maxsize=None)(torch.inference_mode(False)(function))
 
 
 def need_shape(function, x, dims):
-    """x.shape; ValueError in the function's name unless x has these dimensions ("BCHW"; "*HW": any before H) and no empty side but the first."""
+    """x.shape; ValueError unless it is dims ("*HW": any before H); only the first may be empty."""
     fits = x.ndim >= len(dims) - 1 if dims[0] == "*" else x.ndim == len(dims)
     if not fits or 0 in x.shape[1 - len(dims):]:
-        raise ValueError(f"{function}: needs a tensor ({', '.join(dims)}) without empty sides, got {tuple(x.shape)}")
+        wanted = f"({', '.join(dims)}) without empty sides"
+        raise ValueError(f"{function}: needs a tensor {wanted}, got {tuple(x.shape)}")
     return x.shape
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The DCT
 
 @constant
@@ -52,58 +57,61 @@ def dct_matrix(n, device="cpu", dtype=torch.float32):
     """
     Orthonormal DCT-II: D[u, i] = sqrt((1 if u == 0 else 2) / n) cos(pi (2i + 1) u / 2n).
     n        signal length, at least 1 (else ValueError)
-    returns  (n, n), rows are frequencies, D @ D.T = I; cached per device and dtype, so do not write into it
+    returns  (n, n), rows are frequencies, D @ D.T = I; cached, so do not write into it
     """
     if n < 1 or n % 1:
         raise ValueError(f"dct_matrix: a signal has a whole length of at least 1, got n={n}")
     i = torch.arange(n, dtype=torch.float64)
-    D = math.sqrt(2 / n) * torch.cos(math.pi / (2 * n) * i[:, None] * (2 * i + 1))         # (n, n), row u, column i
+    D = math.sqrt(2 / n) * torch.cos(math.pi / (2 * n) * i[:, None] * (2 * i + 1))
     D[0] /= math.sqrt(2)
     return D.to(device, dtype)
 
 
 @full_precision
 def dct2(x):
-    """2-D DCT of the last two dimensions: (..., H, W) -> (..., H, W) coefficients, energy kept (Parseval)."""
+    """2-D DCT of the last two dimensions: (..., H, W) -> (..., H, W), energy kept (Parseval)."""
     H, W = need_shape("dct2", x, "*HW")[-2:]
     return dct_matrix(H, x.device, x.dtype) @ x @ dct_matrix(W, x.device, x.dtype).T
 
 
 @full_precision
-def idct2(coefficients):
-    """The inverse of dct2: (..., H, W) -> (..., H, W)."""
-    x = coefficients
+def idct2(x):
+    """The inverse of dct2: coefficients (..., H, W) -> (..., H, W)."""
     H, W = need_shape("idct2", x, "*HW")[-2:]
     return dct_matrix(H, x.device, x.dtype).T @ x @ dct_matrix(W, x.device, x.dtype)
 
 
-def _tiles(function, x, block):                                                            # (B, C, H, W) -> (B, C, H/b, W/b, b, b)
+def _tiles(function, x, block):  # (B, C, H, W) -> (B, C, H/b, W/b, b, b)
     B, C, H, W = need_shape(function, x, "BCHW")
     if block < 1 or H % block or W % block:
-        raise ValueError(f"{function}: {H}x{W} does not tile into {block}x{block} DCT blocks; crop it or change the block")
+        raise ValueError(f"{function}: {H}x{W} does not tile into {block}x{block} DCT blocks; "
+                         "crop it or change the block")
     return x.reshape(B, C, H // block, block, W // block, block).transpose(3, 4)
 
 
-def _untile(tiles):                                                                        # (B, C, H/b, W/b, b, b) -> (B, C, H, W)
+def _untile(tiles):              # (B, C, H/b, W/b, b, b) -> (B, C, H, W)
     B, C, rows, columns, block, _ = tiles.shape
     return tiles.transpose(3, 4).reshape(B, C, rows * block, columns * block)
 
 
 @full_precision
 def block_dct2(x, block=8):
-    """DCT of every block x block tile, as in JPEG: (B, C, H, W) -> (B, C, H/block, W/block, block, block). ValueError if it does not tile."""
+    """
+    DCT of every block x block tile, as in JPEG; ValueError if x does not tile.
+    (B, C, H, W) -> (B, C, H/block, W/block, block, block)
+    """
     return dct2(_tiles("block_dct2", x, block))
 
 
 @full_precision
 def block_idct2(coefficients):
-    """The inverse of block_dct2: (B, C, H/block, W/block, block, block) -> (B, C, H, W)."""
+    """Inverse of block_dct2: (B, C, H/block, W/block, block, block) -> (B, C, H, W)."""
     if len(set(need_shape("block_idct2", coefficients, "BChwbb")[-2:])) > 1:
         raise ValueError(f"block_idct2: needs square blocks, got {tuple(coefficients.shape)}")
     return _untile(idct2(coefficients))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Low-pass masks (DSM) and downsampling (Scale Equivariance): two ways to say the same thing
 
 def triangle_mask(n, block=8):
@@ -113,16 +121,17 @@ def triangle_mask(n, block=8):
     returns  (block, block) bool, True = kept, that is u + v < 2*block - 1 - n
     """
     if n not in range(2 * block):
-        raise ValueError(f"triangle_mask: n={n} is outside 0..{2 * block - 1}: a {block}x{block} block has {2 * block - 1} anti-diagonals")
+        raise ValueError(f"triangle_mask: n={n} is outside 0..{2 * block - 1}: "
+                         f"a {block}x{block} block has {2 * block - 1} anti-diagonals")
     u = torch.arange(block)
     return u[:, None] + u[None, :] < 2 * block - 1 - n
 
 
 @constant
 def _lowpass_matrix(n, block, device, dtype):
-    """DCT, mask and inverse DCT of a flattened tile are one symmetric projection, (b*b, b*b); so is applying it, one matmul a tile."""
+    """(b*b, b*b): DCT, mask and inverse DCT of a flattened tile are one symmetric projection."""
     D = dct_matrix(block, "cpu", torch.float64)
-    basis = torch.kron(D, D)[triangle_mask(n, block).flatten()]                            # (kept, b*b), orthonormal rows
+    basis = torch.kron(D, D)[triangle_mask(n, block).flatten()]  # (kept, b*b), orthonormal rows
     return (basis.T @ basis).to(device, dtype)
 
 
@@ -135,20 +144,21 @@ def lowpass(x, n, block=8):
     returns  (B, C, H, W) float32, a projection: a second pass changes nothing; may leave [-1, 1]
     raises   ValueError if a side is not a multiple of block
     """
-    tiles = _tiles("lowpass", x, block)                                                    # (B, C, H/b, W/b, b, b)
-    if n == 0:                                                                             # keeps everything: nothing to compute
+    tiles = _tiles("lowpass", x, block)  # (B, C, H/b, W/b, b, b)
+    if n == 0:                           # keeps everything: nothing to compute
         return x
-    if block > 16:                                                                         # a matrix of block^4 numbers would be slower
+    if block > 16:                       # a matrix of block^4 numbers would be slower
         return _untile(idct2(dct2(tiles) * triangle_mask(n, block).to(x.device)))
-    return _untile((tiles.flatten(-2) @ _lowpass_matrix(n, block, x.device, x.dtype)).view(tiles.shape))
+    projection = _lowpass_matrix(n, block, x.device, x.dtype)
+    return _untile((tiles.flatten(-2) @ projection).view(tiles.shape))
 
 
 @full_precision
 def downsample_dct(x, k):
     """
-    Ideal downsampling (A.4): keep the top-left 1/k of the DCT in each direction and invert it at the small size.
+    Ideal downsampling (A.4): the top-left 1/k of the DCT in each direction, inverted at its size.
     x        (B, C, H, W), H and W multiples of k >= 1 (else ValueError)
-    returns  (B, C, H/k, W/k); the division by k keeps the mean, since an orthonormal DC grows with the side
+    returns  (B, C, H/k, W/k); the division by k keeps the mean: an orthonormal DC grows with a side
     """
     H, W = need_shape("downsample_dct", x, "BCHW")[-2:]
     if k < 1 or H % k or W % k:
@@ -156,7 +166,7 @@ def downsample_dct(x, k):
     return idct2(dct2(x)[..., :H // k, :W // k]) / k
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Power spectra (ESM)
 
 def power_spectrum(x):
@@ -167,11 +177,11 @@ def power_spectrum(x):
 
 @constant
 def _radial_bins(H, W, n_bins, device, dtype):
-    """(H*W, n_bins) averaging matrix: its column b is 1/count on the coefficients of bin b, 0 elsewhere and in empty bins."""
+    """(H*W, n_bins): column b is 1/count on the coefficients of bin b, 0 elsewhere, 0 if empty."""
     u, v = torch.arange(H), torch.arange(W)
-    r2 = (u[:, None] ** 2 + v[None, :] ** 2).flatten()                                     # (H*W,), whole numbers: borders are exact
-    index = (r2 * n_bins ** 2 // r2.max().clamp_min(1)).double().sqrt().long().clamp_max(n_bins - 1)  # the last bin is closed
-    members = F.one_hot(index, n_bins).double()
+    r2 = (u[:, None] ** 2 + v[None, :] ** 2).flatten()  # (H*W,), whole numbers: borders are exact
+    index = (r2 * n_bins ** 2 // r2.max().clamp_min(1)).double().sqrt().long()
+    members = F.one_hot(index.clamp_max(n_bins - 1), n_bins).double()  # the last bin is closed
     return (members / members.sum(0).clamp_min(1)).to(device, dtype)
 
 
@@ -179,7 +189,7 @@ def _radial_bins(H, W, n_bins, device, dtype):
 def radial_profile(P, n_bins=16):
     """
     Mean power in rings of equal width around DC.
-    P        (B, H, W) power spectrum; ring of (u, v): floor(r / r_max * n_bins), r = sqrt(u^2 + v^2), last ring closed
+    P        (B, H, W) power; ring floor(r / r_max * n_bins), r = sqrt(u^2 + v^2), the last closed
     n_bins   at least 1 (else ValueError)
     returns  (B, n_bins); a ring without a coefficient (sides much below n_bins) is 0
     """
@@ -194,34 +204,36 @@ def spectrum_distribution(x, n_bins=16, gamma=0.0, remove_dc=True):
     """
     The descriptor that ESM compares: where in frequency the power of x lies.
     x        (B, C, H, W) image or latent
-    gamma    flattening: ring b (from 1) is multiplied by b^gamma, which lowers the power law's exponent by about gamma; in -10..10,
-             beyond which b^gamma leaves float32 (ValueError)
-    returns  (B, n_bins), sums to 1 (uniform for a constant x). Not invariant to the scale of x: log(1 + P) is close to P for small
-             latents (the largest ring decides) and to log P for large ones (all rings count alike)
+    gamma    flattening: ring b (from 1) is multiplied by b^gamma, which lowers the power law's
+             exponent by about gamma; in -10..10, beyond which b^gamma leaves float32 (ValueError)
+    returns  (B, n_bins), sums to 1 (uniform for a constant x). Not invariant to the scale of x:
+             log(1 + P) is close to P for small latents (the largest ring decides) and to log P for
+             large ones (all rings count alike)
     """
     need_shape("spectrum_distribution", x, "BCHW")
     if not abs(gamma) <= 10:
         raise ValueError(f"spectrum_distribution: gamma={gamma} is outside -10..10")
     if remove_dc:
-        x = x - x[..., :1, :1].detach()                                                    # or a large mean's rounding looks like power
-    P = power_spectrum(x)                                                                  # (B, H, W)
+        x = x - x[..., :1, :1].detach()     # or a large mean's rounding looks like power
+    P = power_spectrum(x)                   # (B, H, W)
     if remove_dc:
         P[:, 0, 0] = 0
-    profile = radial_profile(P, n_bins)                                                    # (B, n_bins)
-    S = torch.log1p(profile * torch.arange(1, n_bins + 1, device=x.device, dtype=x.dtype) ** gamma)
-    return (S + 1e-6) / (S + 1e-6).sum(dim=1, keepdim=True)                                # 1e-6: a constant x stays finite
+    profile = radial_profile(P, n_bins)     # (B, n_bins)
+    ring = torch.arange(1, n_bins + 1, device=x.device, dtype=x.dtype)
+    S = torch.log1p(profile * ring ** gamma) + 1e-6  # 1e-6: a constant x stays finite
+    return S / S.sum(dim=1, keepdim=True)
 
 
 def _blur_matrix(n, sigma, radius, reflect):
-    """(n, n) matrix of a normalised Gaussian of 2*radius+1 taps; at the border it reflects (abc|ba) or sees zeros."""
+    """(n, n), a normalised Gaussian of 2*radius+1 taps; the border reflects (abc|ba) or is zero."""
     offset = torch.arange(-radius, radius + 1)
     taps = torch.exp(-0.5 * (offset.double() / sigma) ** 2)
-    source = torch.arange(n)[:, None] + offset[None, :]                                    # (n, taps), may lie outside 0..n-1
+    source = torch.arange(n)[:, None] + offset[None, :]  # (n, taps), may lie outside 0..n-1
     weight = (taps / taps.sum()).expand(n, -1)
     if reflect:
         period = max(2 * (n - 1), 1)
         source = (source % period + period) % period
-        source = torch.where(source < n, source, period - source)                          # folds as often as it must
+        source = torch.where(source < n, source, period - source)  # folds as often as it must
     else:
         weight = weight * ((source >= 0) & (source < n))
     return torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, source.clamp(0, n - 1), weight)
@@ -229,9 +241,12 @@ def _blur_matrix(n, sigma, radius, reflect):
 
 @constant
 def _resize_matrix(n, m, blur, device, dtype):
-    """(m, n) matrix of the bicubic resize (align_corners=False, no antialiasing) of one axis, after the 7-tap Gaussian if blur."""
-    rows = F.interpolate(torch.eye(n, dtype=torch.float64)[None, None], size=(m, n), mode="bicubic", align_corners=False)[0, 0]
-    return (rows @ _blur_matrix(n, 1.2, 3, reflect=False) if blur else rows).to(device, dtype)
+    """(m, n) matrix of match_resolution's resize of one axis, after the 7-tap Gaussian if blur."""
+    pixels = torch.eye(n, dtype=torch.float64)[None, None]
+    rows = F.interpolate(pixels, size=(m, n), mode="bicubic", align_corners=False)[0, 0]
+    if blur:
+        rows = rows @ _blur_matrix(n, 1.2, 3, reflect=False)
+    return rows.to(device, dtype)
 
 
 @full_precision
@@ -240,61 +255,64 @@ def match_resolution(x, size):
     What an image goes through before its spectrum is compared with a latent's (the authors' code).
     x        (B, C, H, W)
     size     (h, w) of the latent, each at least 1 (else ValueError)
-    returns  (B, C, h, w): bicubic, align_corners=False, no antialiasing; when the reduction is 16 or more, a 7x7 Gaussian of sigma
-             1.2 with zero padding goes before it. Both are separable and linear, hence one matrix an axis
+    returns  (B, C, h, w): bicubic, align_corners=False, no antialiasing; when the reduction is 16
+             or more, a 7x7 Gaussian of sigma 1.2 with zero padding goes before it
     """
     H, W = need_shape("match_resolution", x, "BCHW")[-2:]
     if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"match_resolution: size={tuple(size)} is not (h, w) with sides of at least 1")
+        raise ValueError(f"match_resolution: size={tuple(size)} is not (h, w) with sides of at "
+                         "least 1")
     h, w = size
     blur = H >= 16 * h
-    return _resize_matrix(H, h, blur, x.device, x.dtype) @ x @ _resize_matrix(W, w, blur, x.device, x.dtype).T
+    columns = _resize_matrix(W, w, blur, x.device, x.dtype).T
+    return _resize_matrix(H, h, blur, x.device, x.dtype) @ x @ columns
 
 
 @full_precision
 def fit_power_law(profile):
     """
     The exponent alpha of P(f) ~ f^-alpha, by least squares on log-log rings.
-    profile  (..., n_bins) radial profile; f is a ring's middle; ring 0 holds DC and is left out, as are empty rings
-    returns  (...) alpha, no gradient; 0 for a white spectrum and where fewer than two rings have power, about 2 for photographs
+    profile  (..., n_bins) radial; f is a ring's middle; DC's ring 0 and empty rings are left out
+    returns  (...) alpha, no gradient; 0 for a white spectrum and for fewer than two rings of power
     """
     need_shape("fit_power_law", profile, "*R")
     profile = profile.detach()[..., 1:]
     f = torch.arange(1, profile.shape[-1] + 1, device=profile.device, dtype=profile.dtype) + 0.5
-    weight = (profile > 0) / f                                                             # linear rings crowd at high f: every octave
-    weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-30)                        # is to count alike
+    weight = (profile > 0) / f      # linear rings crowd at high f: every octave is to count alike
+    weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-30)
     log_P = torch.where(profile > 0, profile, 1).log()
     log_f = f.log() - (weight * f.log()).sum(-1, keepdim=True)
     return -(weight * log_f * log_P).sum(-1) / (weight * log_f ** 2).sum(-1).clamp_min(1e-30)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What diffusion can learn of a spectrum (Prop. 3.1)
 
 @full_precision
 def wiener_gain(S, alpha_bar):
     """
-    Gain of the best linear denoiser at a frequency of power S when z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps: SNR / (1 + SNR).
-    S        tensor of powers >= 0, any shape
+    SNR / (1 + SNR): gain of the best linear denoiser at a frequency of power S
+    when z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps.
+    S          tensor of powers >= 0, any shape
     alpha_bar  in (0, 1), number or tensor
-    returns  like S, in [0, 1]
-    raises   ValueError for a negative power or an alpha_bar outside (0, 1)
+    returns    like S, in [0, 1]
+    raises     ValueError for a negative power or an alpha_bar outside (0, 1)
     """
     if not torch.as_tensor((alpha_bar > 0) & (alpha_bar < 1)).all():
         raise ValueError(f"wiener_gain: alpha_bar={alpha_bar} must lie in (0, 1)")
     if (S < 0).any():
         raise ValueError(f"wiener_gain: a power of {S.min().item():g} is negative")
     signal = alpha_bar * S
-    return signal / (signal + (1 - alpha_bar))                                             # the SNR itself may leave float32
+    return signal / (signal + (1 - alpha_bar))  # the SNR itself may leave float32
 
 
 @full_precision
 def learnable_power(S, alpha_bar):
-    """Prop. 3.1: by how much the best linear denoiser lowers the error below predicting 0, S * SNR / (1 + SNR). Arguments as above."""
+    """Prop. 3.1: S * SNR / (1 + SNR), the error that wiener_gain saves over predicting 0."""
     return S * wiener_gain(S, alpha_bar)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokens and features (Prop. 3.2, Eq. 6)
 
 @full_precision
@@ -302,7 +320,7 @@ def rmsc(tokens):
     """
     Root mean square contrast of L2-normalised tokens: how much their directions differ over space.
     tokens   (B, T, D)
-    returns  (B,), sqrt(mean_t ||x_t - mean||^2), 0 when all tokens point the same way (there the gradient is 0 too), at most 1
+    returns  (B,) sqrt(mean_t ||x_t - mean||^2), at most 1; 0, with gradient 0, when all agree
     """
     T = need_shape("rmsc", tokens, "BTD")[1]
     x = F.normalize(tokens, dim=-1)
@@ -324,7 +342,8 @@ def directional_energy(tokens):
 
 @constant
 def _reflect_blur(n, sigma, device, dtype):
-    return _blur_matrix(n, sigma, max(1, math.ceil(4 * sigma)), reflect=True).to(device, dtype)
+    radius = max(1, math.ceil(4 * sigma))
+    return _blur_matrix(n, sigma, radius, reflect=True).to(device, dtype)
 
 
 @full_precision
@@ -339,12 +358,13 @@ def gaussian_blur(x, sigma):
         raise ValueError(f"gaussian_blur: sigma={sigma} is outside 0..1000")
     if sigma == 0:
         return x
-    return _reflect_blur(H, sigma, x.device, x.dtype) @ x @ _reflect_blur(W, sigma, x.device, x.dtype).T
+    columns = _reflect_blur(W, sigma, x.device, x.dtype).T
+    return _reflect_blur(H, sigma, x.device, x.dtype) @ x @ columns
 
 
 def dog(x, sigma1, sigma2):
     """
-    Difference of Gaussians (Eq. 6): G_sigma1 * x - G_sigma2 * x, a band-pass that removes constants.
+    Difference of Gaussians (Eq. 6): G_sigma1 * x - G_sigma2 * x, a band-pass without constants.
     x        (B, C, H, W); sigmas in pixels (tokens), 0 <= sigma1 < sigma2, else ValueError
     """
     if not 0 <= sigma1 < sigma2:
@@ -355,96 +375,101 @@ def dog(x, sigma1, sigma2):
 @full_precision
 def spatial_norm(tokens, alpha=0.6):
     """
-    iREPA's target filter: (x - alpha * mean) / (std + 1e-6), mean and std over the T tokens of each channel.
-    tokens   (B, T, D) -> (B, T, D); alpha=0 keeps the common offset, 1 removes it. The std is the population's, so that T = 1 is finite
+    iREPA's target filter: (x - alpha * mean) / (std + 1e-6), over the T tokens of each channel.
+    tokens   (B, T, D) -> (B, T, D); the std is the population's, so that T = 1 is finite
+    alpha    0 keeps the common offset, 1 removes it
     """
     need_shape("spatial_norm", tokens, "BTD")
-    return (tokens - alpha * tokens.mean(dim=1, keepdim=True)) / (tokens.std(dim=1, keepdim=True, correction=0) + 1e-6)
+    std = tokens.std(dim=1, keepdim=True, correction=0)
+    return (tokens - alpha * tokens.mean(dim=1, keepdim=True)) / (std + 1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # python spectral.py --plot out.png
 
-def plot(image, path, title):
-    """Panels that teach the ideas above. image (1, 3, H, W) in [-1, 1], H and W multiples of 8; writes a PNG to path."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    H, W = image.shape[-2:]
-    n_bins = 32
-    frequency = (torch.arange(n_bins) + 0.5) / n_bins                                      # 1 = the highest frequency of the DCT grid
-    profile = radial_profile(power_spectrum(image), n_bins)[0]
-    alpha = fit_power_law(profile).item()
-    figure = plt.figure(figsize=(18, 9), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1))
-    axes = top.subplots(1, 5)
-
-    ax = axes[0]
-    ax.imshow((image[0].permute(1, 2, 0) * 0.5 + 0.5).clamp(0, 1))
+def _show(ax, pixels, title=""):  # (3, H, W) in [-1, 1]
+    ax.imshow((pixels.permute(1, 2, 0) * 0.5 + 0.5).clamp(0, 1))
     ax.set(title=title, xticks=[], yticks=[])
 
-    ax = axes[1]
-    directions = F.normalize(image[0], dim=0).permute(1, 2, 0) * 0.5 + 0.5                 # every pixel, as a vector, of length 1
-    ax.imshow(directions)
-    ax.set(title="Fig. 2: without magnitudes\nthe layout is still there", xticks=[], yticks=[])
 
-    ax = axes[2]
+def _plot_spectra(axes, image):
+    """Three panels: the image's power law, ESM's flattened targets, the power one can learn."""
+    law, targets, learnable = axes
+    n_bins = 32
+    frequency = (torch.arange(n_bins) + 0.5) / n_bins  # 1 = the highest frequency of the DCT grid
+    profile = radial_profile(power_spectrum(image), n_bins)[0]
+    alpha = fit_power_law(profile).item()
+
     fit = frequency ** -alpha
     fit = fit * torch.exp((profile[1:].log() - fit[1:].log()).mean())
-    ax.loglog(frequency, profile, "o-", ms=3, label="radial PSD of the image")
-    ax.loglog(frequency[1:], fit[1:], "k--", label=f"fit: $f^{{-{alpha:.2f}}}$")
-    ax.set(title="Images follow a power law", xlabel="frequency (1 = corner of the DCT grid)", ylabel="power")
-    ax.legend()
+    law.loglog(frequency, profile, "o-", ms=3, label="radial PSD of the image")
+    law.loglog(frequency[1:], fit[1:], "k--", label=f"fit: $f^{{-{alpha:.2f}}}$")
+    law.set(title="Images follow a power law", xlabel="frequency (1 = corner of the DCT grid)",
+            ylabel="power")
+    law.legend()
 
-    ax = axes[3]
-    small = match_resolution(image, (H // 8, W // 8))
+    small = match_resolution(image, [side // 8 for side in image.shape[-2:]])
     for gamma in (0.0, 0.6, 1.0, 1.4):
         target = spectrum_distribution(small, 16, gamma)[0]
-        ax.plot(range(1, 17), target, "o-", ms=3, label=f"$\\gamma$ = {gamma}")
-    ax.axhline(1 / 16, color="gray", ls=":", label="white")
-    ax.set(title="ESM: the target, flattened by $\\gamma$", xlabel="ring (1 = low frequency)", ylabel="share of log(1 + power)", ylim=(0, None))
-    ax.legend()
+        targets.plot(range(1, 17), target, "o-", ms=3, label=f"$\\gamma$ = {gamma}")
+    targets.axhline(1 / 16, color="gray", ls=":", label="white")
+    targets.set(title="ESM: the target, flattened by $\\gamma$", xlabel="ring (1 = low frequency)",
+                ylabel="share of log(1 + power)", ylim=(0, None))
+    targets.legend()
 
-    ax = axes[4]
-    S = profile / profile[1:].mean()                                                       # power 1 on average, as a normalised latent
+    S = profile / profile[1:].mean()  # power 1 on average, as a normalised latent
     for alpha_bar in (0.999, 0.9, 0.5, 0.1, 0.01):
-        ax.loglog(frequency[1:], learnable_power(S, alpha_bar)[1:], label=f"$\\bar\\alpha_t$ = {alpha_bar}")
-    ax.loglog(frequency[1:], S[1:], "k--", label="all the power there is")
-    ax.set(title="Prop. 3.1: power a denoiser can learn", xlabel="frequency", ylabel="learnable power")
-    ax.legend(fontsize=8)
+        learnable.loglog(frequency[1:], learnable_power(S, alpha_bar)[1:],
+                         label=f"$\\bar\\alpha_t$ = {alpha_bar}")
+    learnable.loglog(frequency[1:], S[1:], "k--", label="all the power there is")
+    learnable.set(title="Prop. 3.1: power a denoiser can learn", xlabel="frequency",
+                  ylabel="learnable power")
+    learnable.legend(fontsize=8)
+
+
+def plot(image, path, title):
+    """Draw the ideas above to path. image (1, 3, H, W) in [-1, 1], H and W multiples of 8."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(18, 9), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1))
+    axes = top.subplots(1, 5)
+    _show(axes[0], image[0], title)
+    _show(axes[1], F.normalize(image[0], dim=0),  # every pixel, as a vector, of length 1
+          "Fig. 2: without magnitudes\nthe layout is still there")
+    _plot_spectra(axes[2:], image)
 
     left, right = bottom.subfigures(1, 2, width_ratios=(3, 1))
     axes = left.subplots(2, 4, height_ratios=(1, 2.2))
-    left.suptitle("DSM: cut the n last anti-diagonals of every 8x8 DCT block, in the image and in the latent (dark = kept)")
+    left.suptitle("DSM: cut the n last anti-diagonals of every 8x8 DCT block, "
+                  "in the image and in the latent (dark = kept)")
+    H, W = image.shape[-2:]
     for column, n in enumerate((0, 8, 10, 12)):
-        axes[0, column].imshow(triangle_mask(n), cmap="Blues", vmin=0, vmax=1.4)
-        axes[0, column].set(title=f"n = {n}: {int(triangle_mask(n).sum())} of 64 kept", xticks=[], yticks=[])
-        detail = lowpass(image, n)[0, :, H // 8:H * 5 // 8, W // 4:W * 3 // 4]
-        axes[1, column].imshow((detail.permute(1, 2, 0) * 0.5 + 0.5).clamp(0, 1))
-        axes[1, column].set(xticks=[], yticks=[])
+        mask = triangle_mask(n)
+        axes[0, column].imshow(mask, cmap="Blues", vmin=0, vmax=1.4)
+        axes[0, column].set(title=f"n = {n}: {mask.sum()} of 64 kept", xticks=[], yticks=[])
+        _show(axes[1, column], lowpass(image, n)[0, :, H // 8:H * 5 // 8, W // 4:W * 3 // 4])
 
     ax = right.subplots()
-    grid = 16                                                                              # DINOv2 tokens of a 256 px image
-    omega = torch.arange(grid) / (2 * grid)                                                # cycles per token of DCT row u
+    grid = 16                                # DINOv2 tokens of a 256 px image
+    omega = torch.arange(grid) / (2 * grid)  # cycles per token of DCT row u
     response = lambda sigma: torch.exp(-2 * (math.pi * sigma * omega) ** 2)
     for sigma1, sigma2 in ((0.5, 2.0), (1.0, 2.0), (1.0, 4.0), (1.0, 2.5)):
-        ours = (sigma1, sigma2) == (1.0, 2.5)                                              # repa.DOG_SIGMAS
-        ax.plot(range(grid), response(sigma1) - response(sigma2), marker="o", ms=3, lw=3 if ours else 1,
-                label=f"$\\sigma$ = {sigma1}, {sigma2}" + " (ours)" * ours)
-    ax.set(title="Eq. 6: DoG on a 16x16 token grid", xlabel="DCT frequency u (0 = DC)", ylabel="gain")
+        ours = (sigma1, sigma2) == (1.0, 2.5)  # repa.DOG_SIGMAS
+        ax.plot(range(grid), response(sigma1) - response(sigma2), marker="o", ms=3,
+                lw=3 if ours else 1, label=f"$\\sigma$ = {sigma1}, {sigma2}" + " (ours)" * ours)
+    ax.set(title="Eq. 6: DoG on a 16x16 token grid", xlabel="DCT frequency u (0 = DC)",
+           ylabel="gain")
     ax.legend()
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def main():
-    import argparse
-    import sys
-
     parser = argparse.ArgumentParser(description="Draw the ideas of spectral.py for one image.")
-    parser.add_argument("--image", default=None, help="an image file; without it a photograph that comes with matplotlib")
-    parser.add_argument("--size", type=int, default=256, help="pixels a side after a centre crop, a multiple of 8")
+    parser.add_argument("--image", default=None,
+                        help="an image file; without it a photograph that comes with matplotlib")
+    parser.add_argument("--size", type=int, default=256,
+                        help="pixels a side after a centre crop, a multiple of 8")
     parser.add_argument("--plot", required=True, metavar="OUT.png", help="where the figure goes")
     args = parser.parse_args()
 
@@ -458,15 +483,18 @@ def main():
             raise ValueError(f"--plot {args.plot}: must end in .png, .pdf or .svg")
         if not 64 <= args.size <= 4096 or args.size % 8:
             raise ValueError(f"--size {args.size}: must be a multiple of 8 in 64..4096")
-        image = Image.open(args.image or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")
-    except (OSError, ValueError) as error:                                                 # no such file, or not an image
-        message = f"--image {args.image}: not an image that PIL can read" if isinstance(error, UnidentifiedImageError) else error
-        print(f"spectral.py: {message}", file=sys.stderr)
-        raise SystemExit(2)
+        path = args.image or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+        image = Image.open(path).convert("RGB")
+    except (OSError, ValueError) as error:  # no such file, or not an image
+        if isinstance(error, UnidentifiedImageError):
+            error = f"--image {args.image}: not an image that PIL can read"
+        print(f"spectral.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     image = ImageOps.fit(image, (args.size, args.size), Image.Resampling.BICUBIC)
-    image = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1   # (1, 3, size, size) in [-1, 1]
+    image = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1  # (1, 3, H, W)
     plot(image, args.plot, f"{args.size} x {args.size} pixels")
-    print(f"fitted exponent {fit_power_law(radial_profile(power_spectrum(image), 32)).item():.2f}; wrote {args.plot}")
+    alpha = fit_power_law(radial_profile(power_spectrum(image), 32)).item()
+    print(f"fitted exponent {alpha:.2f}; wrote {args.plot}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """
 Stage 2: train a diffusion transformer on an autoencoder's latents.
 
-    python train_diffusion.py --preset quick                                     a laptop, after train_ae.py --preset quick
-    torchrun --nproc_per_node=8 train_diffusion.py --preset imagenet-f16d16 --ae out/ae/imagenet-f16d16-dsm/ckpt.pt --data DIR
+    python train_diffusion.py --preset quick            a laptop, after train_ae.py --preset quick
+    torchrun --nproc_per_node=8 train_diffusion.py --preset imagenet-f16d16 --data DIR \\
+        --ae out/ae/imagenet-f16d16-dsm/ckpt.pt
 
-With --repa the tokens after one block are also aligned with filtered DINOv2 features of the same image, same crop, same mirror
-(repa.py). Every image is encoded once, as it is and mirrored, into a cache on disk (latents.py); the loop reads moments from there, samples the
-posterior and normalises by the latents' mean and std. SiT learns the interpolant's velocity, U-ViT the DDPM's noise (dit.py).
-The argparse defaults train U-ViT on CelebA 256. A run lives in --out: ckpt.pt, log.jsonl, samples.png.
+Every image is encoded once, as it is and mirrored, into a cache on disk (latents.py); the loop
+reads moments from there, samples the posterior and normalises by the latents' mean and std. SiT
+learns the interpolant's velocity, U-ViT the DDPM's noise (dit.py). With --repa the tokens after one
+block are also aligned with filtered DINOv2 features of the same image, same crop, same mirror.
+The argparse defaults train U-ViT on CelebA 256. A run lives in --out: ckpt.pt, log.jsonl,
+samples.png.
 """
 import argparse
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -26,273 +30,408 @@ from latents import LatentCache, autoencoder_hash, build_cache, images_hash
 from repa import DOG_SIGMAS, REPA_KINDS, Projector, alignment_loss, filter_target, load_encoder
 from weights import load_autoencoder
 
-SIT = dict(lr=1e-4, beta2=0.999, weight_decay=0.0, warmup_steps=0)                         # Table 6; the defaults are U-ViT's
+SIT = dict(lr=1e-4, beta2=0.999, weight_decay=0.0, warmup_steps=0)     # Table 6
 PRESETS = {
-    "celeba-f16d16": {},                                                                   # the argparse defaults
+    "celeba-f16d16": {},                                   # the argparse defaults: U-ViT
     "celeba-f8d4": dict(model="UViT-S/2"),
     "imagenet-f16d16": dict(model="SiT-B/1", steps=400_000, cfg=1.8, **SIT),
-    "imagenet-repa": dict(model="SiT-B/2", steps=400_000, cfg=1.8, repa="dog", **SIT),         # Table 6
-    "quick": dict(model="SiT-tiny/2", steps=1500, batch_size=32, log_every=10, eval_every=500, sample_steps=50, ema=0.99, workers=0, repa_depth=1,
+    "imagenet-repa": dict(model="SiT-B/2", steps=400_000, cfg=1.8, repa="dog", **SIT),
+    "quick": dict(model="SiT-tiny/2", steps=1500, batch_size=32, log_every=10, eval_every=500,
+                  sample_steps=50, ema=0.99, workers=0, repa_depth=1,
                   **SIT | dict(lr=1e-3, warmup_steps=50)),
 }
 
 
 def get_args():
-    """The flags; presets fill in what is not given. Without --ae, the newest autoencoder of the preset is taken."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    """The flags; presets fill in what is not given. --ae: the newest autoencoder of the preset."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    add = parser.add_argument
     # what is run
-    parser.add_argument("--preset", choices=PRESETS, default="celeba-f16d16", help="a named group of defaults; explicit flags win")
-    parser.add_argument("--out", default=None, help="folder of the run (default: out/diffusion/<name of the autoencoder's run>[-<repa>])")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data order and every draw, >= 0")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: cuda when there is a GPU")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default=None, help="of the transformer (default: bf16 on cuda, fp32 on cpu)")
-    parser.add_argument("--compile", choices=("on", "off"), default=None, help="torch.compile the transformer (default: on on cuda, off on cpu)")
-    parser.add_argument("--grad_checkpoint", action="store_true", help="compute every block twice to keep less in memory")
+    add("--preset", choices=PRESETS, default="celeba-f16d16",
+        help="a named group of defaults; explicit flags win")
+    add("--out", default=None, help="folder of the run (default: out/diffusion/<name of the "
+        "autoencoder's run>[-<repa>])")
+    add("--resume", action="store_true", help="continue the run in --out, or start it")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--seed", type=int, default=0, help="of weights, data order and every draw, >= 0")
+    add("--device", choices=("cpu", "cuda"), default=None, help="default: cuda if there is a GPU")
+    add("--dtype", choices=("fp32", "bf16"), default=None,
+        help="of the transformer (default: bf16 on cuda, fp32 on cpu)")
+    add("--compile", choices=("on", "off"), default=None,
+        help="torch.compile the transformer (default: on on cuda, off on cpu)")
+    add("--grad_checkpoint", action="store_true",
+        help="compute every block twice to keep less in memory")
     # data and latents
-    parser.add_argument("--ae", default=None, help="ckpt.pt of train_ae.py, or released weights that vae.py reads (default: the newest "
-                        "out/ae/<preset>-*/ckpt.pt)")
-    parser.add_argument("--data", default=None, help="folder, .zip, or cifar10 (default: what the autoencoder was trained on)")
-    parser.add_argument("--image_size", type=int, default=None, help="pixels a side (default: what the autoencoder was trained on, or 256)")
-    parser.add_argument("--cache", default=None, help="folder of the latent cache (default: out/latents/<autoencoder>-<images>-<size>)")
-    parser.add_argument("--encode_batch", type=int, default=64, help="images per encoder call over all processes")
-    parser.add_argument("--workers", type=int, default=8, help="loader processes per training process, for encoding and for --repa")
+    add("--ae", default=None, help="ckpt.pt of train_ae.py, or released weights that weights.py "
+        "reads (default: the newest out/ae/<preset>-*/ckpt.pt)")
+    add("--data", default=None,
+        help="folder, .zip, or cifar10 (default: what the autoencoder was trained on)")
+    add("--image_size", type=int, default=None,
+        help="pixels a side (default: what the autoencoder was trained on, or 256)")
+    add("--cache", default=None, help="folder of the latent cache (default: "
+        "out/latents/<autoencoder>-<images>-<size>)")
+    add("--encode_batch", type=int, default=64, help="images per encoder call over all processes")
+    add("--workers", type=int, default=8,
+        help="loader processes per training process, for encoding and for --repa")
     # model
-    parser.add_argument("--model", choices=MODELS, default="UViT-S/1", help="SiT-* learns velocities, UViT-* the noise of DDPM")
-    parser.add_argument("--num_classes", type=int, default=-1, help="-1: as many as the data has class folders; 0: unconditional")
-    parser.add_argument("--label_dropout", type=float, default=0.1, help="share of labels replaced by the null label, for guidance")
+    add("--model", choices=MODELS, default="UViT-S/1",
+        help="SiT-* learns velocities, UViT-* the noise of DDPM")
+    add("--num_classes", type=int, default=-1,
+        help="-1: as many as the data has class folders; 0: unconditional")
+    add("--label_dropout", type=float, default=0.1,
+        help="share of labels replaced by the null label, for guidance")
     # representation alignment
-    parser.add_argument("--repa", choices=("none", *REPA_KINDS), default="none", help="REPA, iREPA, or the paper's DoG band-pass target")
-    parser.add_argument("--encoder", default="dinov2_vitb14", help="whose features are the target")
-    parser.add_argument("--encoder_source", default=None, help="a local clone of facebookresearch/dinov2, or random (for tests)")
-    parser.add_argument("--repa_weight", type=float, default=0.5, help="of the alignment loss, beside the diffusion loss")
-    parser.add_argument("--repa_depth", type=int, default=4, help="the block, from 1, whose output is aligned")
-    parser.add_argument("--dog_sigma1", type=float, default=DOG_SIGMAS[0], help="dog: the narrow Gaussian, in tokens")
-    parser.add_argument("--dog_sigma2", type=float, default=DOG_SIGMAS[1], help="dog: the wide Gaussian, in tokens")
-    parser.add_argument("--norm_std", type=float, default=1.0, help="dog: the target's standard deviation over space")
+    add("--repa", choices=("none", *REPA_KINDS), default="none",
+        help="REPA, iREPA, or the paper's DoG band-pass target")
+    add("--encoder", default="dinov2_vitb14", help="whose features are the target")
+    add("--encoder_source", default=None,
+        help="a local clone of facebookresearch/dinov2, or random (for tests)")
+    add("--repa_weight", type=float, default=0.5,
+        help="of the alignment loss, beside the diffusion loss")
+    add("--repa_depth", type=int, default=4, help="the block, from 1, whose output is aligned")
+    add("--dog_sigma1", type=float, default=DOG_SIGMAS[0],
+        help="dog: the narrow Gaussian, in tokens")
+    add("--dog_sigma2", type=float, default=DOG_SIGMAS[1], help="dog: the wide Gaussian, in tokens")
+    add("--norm_std", type=float, default=1.0,
+        help="dog: the target's standard deviation over space")
     # optimisation
-    parser.add_argument("--steps", type=int, default=500_000)
-    parser.add_argument("--batch_size", type=int, default=256, help="latents per step over all processes")
-    parser.add_argument("--grad_accum", type=int, default=1, help="parts in which a process works through its share of the batch, to save memory")
-    parser.add_argument("--lr", type=float, default=2e-4, help="constant after the warm-up, never rescaled")
-    parser.add_argument("--beta2", type=float, default=0.99, help="AdamW's second beta; the first is 0.99 for UViT, 0.9 for SiT")
-    parser.add_argument("--weight_decay", type=float, default=0.03)
-    parser.add_argument("--warmup_steps", type=int, default=5000)
-    parser.add_argument("--clip_grad", type=float, default=1.0, help="largest gradient norm")
-    parser.add_argument("--ema", type=float, default=0.9999, help="decay of the weights' moving average, which is what is sampled")
+    add("--steps", type=int, default=500_000)
+    add("--batch_size", type=int, default=256, help="latents per step over all processes")
+    add("--grad_accum", type=int, default=1,
+        help="parts in which a process works through its share of the batch, to save memory")
+    add("--lr", type=float, default=2e-4, help="constant after the warm-up, never rescaled")
+    add("--beta2", type=float, default=0.99,
+        help="AdamW's second beta; the first is 0.99 for UViT, 0.9 for SiT")
+    add("--weight_decay", type=float, default=0.03)
+    add("--warmup_steps", type=int, default=5000)
+    add("--clip_grad", type=float, default=1.0, help="largest gradient norm")
+    add("--ema", type=float, default=0.9999,
+        help="decay of the weights' moving average, which is what is sampled")
     # reporting
-    parser.add_argument("--log_every", type=int, default=100, help="steps between lines of log.jsonl")
-    parser.add_argument("--eval_every", type=int, default=10_000, help="steps between sample grids, each with a checkpoint")
-    parser.add_argument("--keep_every", type=int, default=-1, help="also keep ckpt_<step>.pt at these steps; -1 = off")
-    parser.add_argument("--sample_steps", type=int, default=100, help="network calls per sample of the grid")
-    parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale of the grid; 1 = off")
+    add("--log_every", type=int, default=100, help="steps between lines of log.jsonl")
+    add("--eval_every", type=int, default=10_000,
+        help="steps between sample grids, each with a checkpoint")
+    add("--keep_every", type=int, default=-1,
+        help="also keep ckpt_<step>.pt at these steps; -1 = off")
+    add("--sample_steps", type=int, default=100, help="network calls per sample of the grid")
+    add("--cfg", type=float, default=1.0, help="guidance scale of the grid; 1 = off")
     args = runtime.parse_args(parser, PRESETS)
-    args.ae = args.ae or runtime.newest(f"out/ae/{args.preset}-*/ckpt.pt", "--ae: train one with train_ae.py, or give a file")
-    args.out = args.out or f"out/diffusion/{runtime.run_name(args.ae)}" + (f"-{args.repa}" if args.repa != "none" else "")
+    args.ae = args.ae or runtime.newest(f"out/ae/{args.preset}-*/ckpt.pt",
+                                        "--ae: train one with train_ae.py, or give a file")
+    repa = "" if args.repa == "none" else f"-{args.repa}"
+    args.out = args.out or f"out/diffusion/{runtime.run_name(args.ae)}{repa}"
     return args
 
 
 def check(args, world):
     """ValueError on the first flag that cannot work, before anything is loaded or written."""
-    def need(condition, message):
-        if not condition:
-            raise ValueError(message)
-
-    for name, parts in (("batch_size", args.grad_accum), ("encode_batch", 1)):
-        value = getattr(args, name)
-        need(parts > 0, f"--grad_accum {parts}: must be at least 1")
-        need(value > 0 and value % (world * parts) == 0, f"--{name} {value}: must be above 0 and divide by {world} processes"
-             + f" times --grad_accum {parts}" * (parts > 1))
-    for name, low, high in (("label_dropout", 0, 1), ("beta2", 0, 1), ("ema", 0, 1), ("weight_decay", 0, math.inf), ("seed", 0, 2 ** 63),
-                            ("workers", 0, 1024), ("warmup_steps", 0, math.inf), ("steps", 0, math.inf), ("cfg", 0, math.inf),
-                            ("sample_steps", 2, 1000), ("repa_weight", 0, math.inf), ("repa_depth", 1, 999)):
-        value = getattr(args, name)
-        need(low <= value <= high and value < math.inf, f"--{name} {value}: must be finite and lie in {low}..{high}")
+    need, parts = runtime.need, args.grad_accum
+    need(parts > 0, f"--grad_accum {parts}: must be at least 1")
+    times = f" times --grad_accum {parts}" if parts > 1 else ""
+    need(args.batch_size > 0 and args.batch_size % (world * parts) == 0,
+         f"--batch_size {args.batch_size}: must be above 0 and divide by {world} processes{times}")
+    need(args.encode_batch > 0 and args.encode_batch % world == 0,
+         f"--encode_batch {args.encode_batch}: must be above 0 and divide by {world} processes")
+    runtime.need_range(args, 0, 1, "label_dropout", "beta2", "ema")
+    runtime.need_range(args, 0, float("inf"), "weight_decay", "warmup_steps", "steps", "cfg",
+                       "repa_weight")
+    runtime.need_range(args, 0, 2 ** 63, "seed")
+    runtime.need_range(args, 0, 1024, "workers")
+    runtime.need_range(args, 2, 1000, "sample_steps")
+    runtime.need_range(args, 1, 999, "repa_depth")
+    runtime.need_positive(args, "lr", "clip_grad", "log_every", "eval_every", "norm_std",
+                          "dog_sigma2")
+    runtime.need_run_flags(args)
     need(args.beta2 < 1, f"--beta2 {args.beta2}: must be below 1")
-    for name in ("lr", "clip_grad", "log_every", "eval_every", "norm_std", "dog_sigma2"):
-        value = getattr(args, name)
-        need(0 < value < math.inf, f"--{name} {value}: must be above 0 and finite")
-    need(args.keep_every < 1 or args.keep_every % args.eval_every == 0,
-         f"--keep_every {args.keep_every}: must be a multiple of --eval_every {args.eval_every}, when checkpoints are made")
-    need(0 <= args.dog_sigma1 < args.dog_sigma2, f"--dog_sigma1 {args.dog_sigma1}: must be at least 0 and below --dog_sigma2 {args.dog_sigma2}")
-    need(-1 <= args.num_classes <= 1_000_000, f"--num_classes {args.num_classes}: must be -1, 0 or the number of classes, at most a million")
-    need(args.cfg == 1 or args.num_classes != 0, f"--cfg {args.cfg}: --num_classes 0 leaves no null class to guide away from; leave --cfg at 1")
-    need(args.image_size is None or args.image_size > 0, f"--image_size {args.image_size}: must be above 0")
-    need(not (args.resume and args.overwrite), "--resume --overwrite: one continues the run in --out, the other replaces it; choose one of them")
+    need(0 <= args.dog_sigma1 < args.dog_sigma2, f"--dog_sigma1 {args.dog_sigma1}: must be at "
+         f"least 0 and below --dog_sigma2 {args.dog_sigma2}")
+    need(-1 <= args.num_classes <= 1_000_000, f"--num_classes {args.num_classes}: must be -1, 0 "
+         "or the number of classes, at most a million")
+    need(args.cfg == 1 or args.num_classes != 0, f"--cfg {args.cfg}: --num_classes 0 leaves no "
+         "null class to guide away from; leave --cfg at 1")
+    need(args.image_size is None or args.image_size > 0,
+         f"--image_size {args.image_size}: must be above 0")
 
 
-def open_latents(args, ae, train_set, rank, world, device):
-    """The latent cache of this autoencoder and these images, encoded now if it is not there yet; sets the autoencoder's statistics."""
-    identity = dict(autoencoder=autoencoder_hash(ae), images=images_hash(train_set), size=train_set.size)
+# --------------------------------------------------------------------------------------------------
+# The latents and the networks of a run
+
+def open_images(args, ae):
+    """
+    The training images: of --data at --image_size, or what the autoencoder was trained on.
+    returns  the set of data.py, {what of it a checkpoint records}
+    """
+    trained = runtime.checkpoint_args(args.ae)             # the autoencoder's flags, if it is ours
+    size, f = args.image_size or trained.get("image_size", 256), ae.config.reduction
+    data, seed = args.data or trained.get("data"), trained.get("seed", 0)
+    runtime.need(size > 0 and size % f == 0, f"--image_size {size}: must be a multiple of {f}, the "
+                 f"reduction of {args.ae}")
+    train_set, _ = open_data(data, size, seed=seed)
+    return train_set, dict(data=data, image_size=size, data_seed=seed)
+
+
+def open_latents(args, ae, train_set, compute):
+    """The latent cache of this autoencoder and these images, encoded now if it is not there yet."""
+    identity = dict(autoencoder=autoencoder_hash(ae), images=images_hash(train_set),
+                    size=train_set.size)
     folder = Path(args.cache or "out/latents/" + "-".join(map(str, identity.values())))
-    there = torch.tensor(float(folder.exists()))                                           # rank 0's answer counts: it will create it
+    there = torch.tensor(float(folder.exists()))           # rank 0's answer: it will create it
     if dist.is_initialized():
-        there = there.to(device)
+        there = there.to(compute.device)
         dist.broadcast(there, src=0)
     if not there:
-        with tqdm(total=len(train_set), unit="img", desc="encoding", disable=rank > 0 or not sys.stderr.isatty()) as progress:
-            build_cache(folder, identity, ae, train_set, args.encode_batch, rank, world, args.workers, device,
-                        progress=lambda n: progress.update(n * world))
+        quiet = compute.rank > 0 or not sys.stderr.isatty()
+        with tqdm(total=len(train_set), unit="img", desc="encoding", disable=quiet) as progress:
+            build_cache(folder, identity, ae, train_set, args.encode_batch, compute.rank,
+                        compute.world, args.workers, compute.device,
+                        progress=lambda n: progress.update(n * compute.world))
     cache = LatentCache(folder, identity)
     ae.set_latent_stats(cache.mean, cache.std)
     rows = cache.rows[:: max(1, len(cache) // 1024)]
-    std = ae.normalize(cache.posterior(rows, rows < 0, device).sample()).std().item()
+    latents = cache.posterior(rows, rows < 0, compute.device).sample()
+    std = ae.normalize(latents).std().item()
     if not 0.8 < std < 1.25:
-        raise ValueError(f"--cache {folder}: normalised latents have std {std:.3f}, not 1; the cache is damaged, remove it")
-    if rank == 0:
-        print(f"{'read' if there else 'wrote'} {folder}: {len(cache):,} latents and mirrors of {list(cache.moments.shape[2:])} moments; "
-              f"std {cache.std.square().mean().sqrt():.3f}, normalised per channel to std {std:.3f}")
+        raise ValueError(f"--cache {folder}: normalised latents have std {std:.3f}, not 1; the "
+                         "cache is damaged, remove it")
+    verb, before = "read" if there else "wrote", cache.std.square().mean().sqrt()
+    compute.say(f"{verb} {folder}: {len(cache):,} latents and mirrors of "
+                f"{list(cache.moments.shape[2:])} moments; std {before:.3f}, normalised per "
+                f"channel to std {std:.3f}")
     return cache
 
 
+def build(args, ae, train_set, compute):
+    """
+    On the device: model and the process it learns, averaged (the EMA's weights, for sampling),
+    optimizer, ema; with --repa the target's encoder and the projector, else None.
+    """
+    side, classes = train_set.size // ae.config.reduction, args.num_classes
+    classes = len(train_set.classes) if classes == -1 else classes
+    runtime.need(args.cfg == 1 or classes, f"--cfg {args.cfg}: an unconditional model has no null "
+                 "class to guide away from; leave --cfg at 1")
+    model_args = dict(input_size=side, in_channels=ae.config.latent_channels, num_classes=classes)
+    torch.manual_seed(args.seed)                           # the initial weights; nothing else
+    uvit = args.model.startswith("UViT")
+    nets = SimpleNamespace(model=MODELS[args.model](**model_args).to(compute.device),
+                           model_args=model_args, process=DDPM() if uvit else Interpolant(),
+                           encoder=None, projector=None)
+    trained = list(nets.model.parameters())
+    if args.repa != "none":
+        add_alignment(args, nets, train_set.size, compute)
+        trained += nets.projector.parameters()
+    nets.optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay,
+                                       betas=(0.99 if uvit else 0.9, args.beta2), fused=True)
+    nets.ema = runtime.EMA(nets.model, args.ema)
+    nets.averaged = MODELS[args.model](**model_args).to(compute.device).eval()
+    nets.averaged.requires_grad_(False)
+    return nets
+
+
+def add_alignment(args, nets, size, compute):
+    """The target's encoder and the projector (repa.py) into nets; size: pixels of an image."""
+    model, grid = nets.model, nets.model.grid
+    runtime.need(args.repa_depth <= model.depth,
+                 f"--repa_depth {args.repa_depth}: {args.model} has {model.depth} blocks")
+    with runtime.rank_zero_first():
+        nets.encoder = load_encoder(args.encoder, args.encoder_source).to(compute.device)
+    kind = REPA_KINDS[args.repa][1]
+    nets.projector = Projector(kind, model.pos_embed.shape[-1], nets.encoder.width)
+    nets.projector.to(compute.device)
+    # what does not fit says so now, not in hours
+    nets.encoder(torch.zeros(1, 3, size, size, device=compute.device), grid)
+    if grid != (16, 16):
+        compute.say(f"--repa: a grid of {grid[0]}x{grid[1]} tokens, so the encoder sees "
+                    f"{14 * grid[0]} x {14 * grid[1]} pixels; the DoG's sigmas are in tokens, and "
+                    "their defaults are meant for 16x16")
+
+
+def saved_parts(nets):
+    """{name in the checkpoint: network, optimiser or average} of what a run carries on."""
+    parts = dict(model=nets.model, optimizer=nets.optimizer, ema=nets.ema)
+    return parts | (dict(projector=nets.projector) if nets.projector else {})
+
+
+def resume(args, nets, cache, checkpoint):
+    """Put a checkpoint's state into the networks; returns (start step, state of the log)."""
+    if not checkpoint:
+        return 0, {}
+    for name in ("autoencoder", "images"):
+        runtime.need(checkpoint.get(name) == cache.meta[name], f"--resume: the {name} changed "
+                     f"since {args.out}/ckpt.pt was written; restore it, or name another --out")
+    runtime.restore(args.out, checkpoint, saved_parts(nets))
+    return checkpoint["step"], checkpoint.get("means", {})
+
+
+def place(args, nets, compute):
+    """Compilation and DistributedDataParallel: the networks as a training step calls them."""
+    if args.grad_checkpoint:
+        runtime.recompute(nets.model, (SiTBlock, UViTBlock))
+    compute.compile(nets.model)
+    static = args.grad_accum == 1                          # no_sync and a static graph exclude
+    nets.model_step = runtime.data_parallel(nets.model, static)             # each other
+    nets.projector_step = runtime.data_parallel(nets.projector, static)
+    nets.parallel = nets.model_step, nets.projector_step
+
+
+# --------------------------------------------------------------------------------------------------
+# One step
+
+def training_stream(args, nets, cache, train_set, start_step, compute):
+    """
+    Endless batches of this process: posterior over (b, C, h, w); labels (b,), None without
+    classes; with --repa the images (b, 3, H, W) of the same pictures and mirrors, else None.
+    """
+    where = (args.batch_size, start_step, args.seed, compute.rank, compute.world)
+    pictures = None
+    if nets.encoder:                                       # the same stream of positions
+        pictures = train_batches(take(train_set, cache.rows), *where, args.workers, compute.device)
+    for posterior, labels, indices, _ in cache.batches(*where, compute.device):
+        images = None
+        if pictures:
+            images, _, positions = next(pictures)
+            moved = cache.rows[positions] != indices       # another one came in its place
+            if moved.any():
+                raise ValueError(f"--data {train_set.spec}: {train_set.name(indices[moved][0])} is "
+                                 "in the latent cache, but can no longer be read; restore it and "
+                                 "--resume")
+        yield posterior, labels if nets.model.num_classes else None, images
+
+
+def loss_terms(args, nets, compute, latents, labels, images, generator, share):
+    """
+    The diffusion loss, and beside it the alignment of one block's tokens (Sec. 3.5).
+    latents  (b, C, h, w) normalised; labels (b,) or None; images (b, 3, H, W) with --repa
+    share    (part, parts) of the global batch that this is: see dit.draw
+    returns  {name: (weight, value)}; the loss is the sum of the products
+    """
+    depth = args.repa_depth if nets.encoder else None
+    with compute.autocast():
+        loss = nets.process.loss(nets.model_step, latents, labels, generator, args.label_dropout,
+                                 depth, share)
+    if not nets.encoder:
+        return {"loss": (1.0, loss)}
+    (loss, tokens), grid = loss, nets.model.grid           # scalar, (b, T, D) after block depth
+    target = filter_target(nets.encoder(images, grid), REPA_KINDS[args.repa][0], grid,
+                           args.dog_sigma1, args.dog_sigma2, args.norm_std)
+    with compute.autocast():
+        projected = nets.projector_step(tokens, grid)
+    return {"loss": (1.0, loss), "align": (args.repa_weight, alignment_loss(projected, target))}
+
+
+# --------------------------------------------------------------------------------------------------
+# What is evaluated and saved
+
 @torch.no_grad()
-def sample_grid(model, process, ae, args, device, shape, autocast, count=16):
-    """The first samples of --seed, decoded: (count, 3, H, W) in [0, 1]; conditional models show the classes in turn."""
-    y = torch.arange(count, device=device) % model.num_classes if model.num_classes else None
-    with autocast():
-        z = process.sample(model, (count, *shape), steps=args.sample_steps, y=y, cfg=args.cfg, noise=NoiseStream(args.seed, range(count)))
+def sample_grid(args, nets, ae, compute, count=16):
+    """The first samples of --seed, decoded: (count, 3, H, W) in [0, 1]; classes in turn."""
+    model = nets.averaged
+    model.load_state_dict(nets.ema.shadow)
+    y = None
+    if model.num_classes:
+        y = torch.arange(count, device=compute.device) % model.num_classes
+    shape = (count, model.in_channels, *model.input_size)
+    with compute.autocast():
+        z = nets.process.sample(model, shape, steps=args.sample_steps, y=y, cfg=args.cfg,
+                                noise=NoiseStream(args.seed, range(count)))
     return ae.decode(ae.denormalize(z)) * 0.5 + 0.5
+
+
+def save(args, nets, compute, cache, origin, log, step):
+    """All of the run at this step into ckpt.pt; called on all processes."""
+    state = dict(origin, stage="diffusion", step=step, args=vars(args), model_name=args.model,
+                 model_args=nets.model_args, projector=None, means=log.state(), ae=str(args.ae),
+                 autoencoder=cache.meta["autoencoder"], images=cache.meta["images"],
+                 latent_mean=cache.mean, latent_std=cache.std)
+    for name, part in saved_parts(nets).items():
+        state[name] = part.shadow if part is nets.ema else part.state_dict()
+    if compute.rank == 0:
+        runtime.save_run(args.out, state, args.keep_every)
+
+
+def announce(args, nets, compute, origin):
+    """What is about to be trained, in two lines."""
+    parameters = sum(p.numel() for p in nets.model.parameters())
+    C, side = nets.model_args["in_channels"], nets.model_args["input_size"]
+    compute.say(f"{args.model}: {parameters:,} parameters on latents of {C} x {side} x {side}, "
+                f"{nets.model.num_classes or 'no'} classes; images: {origin['data'] or 'built-in'} "
+                f"at {origin['image_size']} px")
+    compute.say(f"global batch {args.batch_size} = {compute.world} x "
+                f"{args.batch_size // compute.world} on {compute.device.type} in {args.dtype}; "
+                f"learning rate {args.lr:g}, not rescaled; {args.steps:,} steps -> {args.out}")
 
 
 def main():
     args = get_args()
-    rank, world, device = runtime.start_processes(args.device)
-    check(args, world)
-    say = print if rank == 0 else lambda *args, **kwargs: None
-    args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
+    processes = runtime.start_processes(args.device)
+    check(args, processes[1])
+    compute = runtime.Compute(*processes, args.dtype, args.compile)
+    rank, world, device = processes
+    args.dtype = compute.dtype
     ae = load_autoencoder(args.ae).to(device).requires_grad_(False)
-    trained = runtime.checkpoint_args(args.ae)                                             # the autoencoder's own flags, if it is ours
-    image_size, data = args.image_size or trained.get("image_size", 256), args.data or trained.get("data")
-    if image_size <= 0 or image_size % ae.config.reduction:
-        raise ValueError(f"--image_size {image_size}: must be a multiple of {ae.config.reduction}, the reduction of {args.ae}")
-    checkpoint = runtime.open_run(args.out, "diffusion", vars(args), args.resume, args.overwrite, free=(
-        "out", "resume", "overwrite", "preset", "device", "dtype", "compile", "grad_checkpoint", "grad_accum", "workers", "steps", "log_every",
-        "eval_every", "keep_every", "encoder_source", "cache", "encode_batch", "sample_steps", "cfg"))
-    train_set, _ = open_data(data, image_size, seed=trained.get("seed", 0))
-    num_classes = len(train_set.classes) if args.num_classes == -1 else args.num_classes
-    if args.cfg != 1 and not num_classes:
-        raise ValueError(f"--cfg {args.cfg}: an unconditional model has no null class to guide away from; leave --cfg at 1")
-
-    side = image_size // ae.config.reduction
-    shape = (ae.config.latent_channels, side, side)
-    model_args = dict(input_size=side, in_channels=shape[0], num_classes=num_classes)
-    torch.manual_seed(args.seed)                                                           # the initial weights; nothing else uses it
-    model = MODELS[args.model](**model_args).to(device)
-    aligned, trained_parameters = args.repa != "none", list(model.parameters())
-    if aligned:
-        target_kind, projector_kind = REPA_KINDS[args.repa]
-        if args.repa_depth > model.depth:
-            raise ValueError(f"--repa_depth {args.repa_depth}: {args.model} has {model.depth} blocks")
-        with runtime.rank_zero_first():
-            encoder = load_encoder(args.encoder, args.encoder_source).to(device)
-        projector = Projector(projector_kind, model.pos_embed.shape[-1], encoder.width).to(device)
-        encoder(torch.zeros(1, 3, image_size, image_size, device=device), model.grid)      # what does not fit says so now, not in hours
-        trained_parameters += projector.parameters()
-        if model.grid != (16, 16):
-            say(f"--repa: a grid of {model.grid[0]}x{model.grid[1]} tokens, so the encoder sees {14 * model.grid[0]} x {14 * model.grid[1]} pixels; "
-                "the DoG's sigmas are in tokens, and their defaults are meant for 16x16")
-    torch.backends.cudnn.allow_tf32 = args.dtype == "bf16"                                 # the cache keeps float16: no more bits than TF32
-    cache = open_latents(args, ae, train_set, rank, world, device)
-    if num_classes and cache.labels.max() >= num_classes:
-        raise ValueError(f"--num_classes {num_classes}: the data has labels up to {cache.labels.max()}")
-    uvit = args.model.startswith("UViT")
-    process = DDPM() if uvit else Interpolant()
-    optimizer = torch.optim.AdamW(trained_parameters, lr=args.lr, betas=(0.99 if uvit else 0.9, args.beta2), weight_decay=args.weight_decay,
-                                  fused=True)
-    ema, start_step, means = runtime.EMA(model, args.ema), 0, {}
+    train_set, origin = open_images(args, ae)
+    checkpoint = runtime.open_run(
+        args.out, "diffusion", vars(args), args.resume, args.overwrite,
+        (*runtime.FREE, "cache", "encode_batch", "sample_steps", "cfg"))
+    nets = build(args, ae, train_set, compute)
+    cache = open_latents(args, ae, train_set, compute)
+    num_classes = nets.model.num_classes
+    runtime.need(not num_classes or cache.labels.max() < num_classes, f"--num_classes "
+                 f"{num_classes}: the data has labels up to {cache.labels.max()}")
+    start_step, means = resume(args, nets, cache, checkpoint)
     if checkpoint:
-        start_step, means = checkpoint["step"], checkpoint.get("means", {})
-        for name in ("autoencoder", "images"):
-            if checkpoint.get(name) != cache.meta[name]:
-                raise ValueError(f"--resume: the {name} changed since {args.out}/ckpt.pt was written; restore it, or name another --out")
-        runtime.restore(args.out, checkpoint, dict(model=model, optimizer=optimizer, ema=ema) | (dict(projector=projector) if aligned else {}))
-        say(f"resuming {args.out} at step {start_step}")
-    for network in (model, projector) if aligned else (model,):
-        runtime.broadcast_parameters(network)
-    del checkpoint                                                                         # gigabytes at paper scale
-    averaged = MODELS[args.model](**model_args).to(device).eval().requires_grad_(False)    # carries the EMA weights for sampling
-    if args.grad_checkpoint:
-        runtime.recompute(model, (SiTBlock, UViTBlock))
-    if (args.compile or ("on" if device.type == "cuda" else "off")) == "on":
-        model.compile()
-
-    say(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on latents of {shape[0]} x {side} x {side}, "
-        f"{num_classes or 'no'} classes; images: {data or 'built-in'} at {image_size} px")
-    say(f"global batch {args.batch_size} = {world} x {args.batch_size // world} on {device.type} in {args.dtype}; learning rate {args.lr:g}, "
-        f"not rescaled; {args.steps:,} steps -> {args.out}")
+        compute.say(f"resuming {args.out} at step {start_step}")
+    del checkpoint                                         # gigabytes at paper scale
+    place(args, nets, compute)
+    announce(args, nets, compute, origin)
     log = runtime.RunLog(f"{args.out}/log.jsonl", rank, start_step, means)
-    batches = cache.batches(args.batch_size, start_step, args.seed, rank, world, device)
-    if aligned:                                                                            # the same stream, so the same images and mirrors
-        image_batches = train_batches(take(train_set, cache.rows), args.batch_size, start_step, args.seed, rank, world, args.workers, device)
-    progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size, disable=rank > 0 or not sys.stderr.isatty())
-
-    def save(step):
-        """All of the run at this step into ckpt.pt; called on all processes."""
-        state = dict(stage="diffusion", step=step, args=vars(args), model_name=args.model, model_args=model_args, model=model.state_dict(),
-                     projector=projector.state_dict() if aligned else None, ema=ema.shadow, optimizer=optimizer.state_dict(),
-                     means=log.state(), ae=str(args.ae), data=data, image_size=image_size, data_seed=trained.get("seed", 0),
-                     autoencoder=cache.meta["autoencoder"], images=cache.meta["images"], latent_mean=cache.mean, latent_std=cache.std)
-        if rank == 0:
-            runtime.save_run(args.out, state, args.keep_every)
+    stream = training_stream(args, nets, cache, train_set, start_step, compute)
+    progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size,
+                    disable=rank > 0 or not sys.stderr.isatty())
 
     with runtime.StopSignal() as stop:
         for step in range(start_step, args.steps + 1):
             last_step = step == args.steps
             stopping = stop.asked()
-            if stopping or last_step or step % args.eval_every == 0:
-                save(step)
+            evaluating = last_step or step % args.eval_every == 0
+            if stopping or evaluating:
+                save(args, nets, compute, cache, origin, log, step)
             if stopping:
-                say(stop.farewell(step, args))
+                compute.say(stop.farewell(step, args))
                 break
-            if rank == 0 and (last_step or step % args.eval_every == 0):
-                averaged.load_state_dict(ema.shadow)
-                picture_grid(sample_grid(averaged, process, ae, args, device, shape, autocast), f"{args.out}/samples.png")
+            if evaluating and rank == 0:
+                picture_grid(sample_grid(args, nets, ae, compute), f"{args.out}/samples.png")
             if last_step:
-                say(f"wrote {args.out}/ckpt.pt, log.jsonl, samples.png")
+                compute.say(f"wrote {args.out}/ckpt.pt, log.jsonl, samples.png")
                 break
 
             # Everything random below is a function of (seed, step): see runtime.py
-            generator = torch.Generator(device).manual_seed(runtime.step_seed(args.seed, step))
-            posterior, labels, indices, _ = next(batches)
+            seed = runtime.step_seed(args.seed, step)
+            generator = torch.Generator(device).manual_seed(seed)
+            posterior, labels, images = next(stream)
             noise = runtime.sharded_randn(posterior.mean.shape, generator, rank, world)
-            latents, state = ae.normalize(posterior.sample(noise)), generator.get_state()      # (share, C, h, w), std 1
-            if aligned:
-                images, _, positions = next(image_batches)
-                if (cache.rows[positions] != indices).any():                               # another one came in its place
-                    lost = train_set.name(indices[cache.rows[positions] != indices][0])
-                    raise ValueError(f"--data {data}: {lost} is in the latent cache, but can no longer be read; restore it and --resume")
-            for part in range(args.grad_accum):                                            # (b, ...) each: what fits the memory
-                mine = slice(part * len(latents) // args.grad_accum, (part + 1) * len(latents) // args.grad_accum)
-                generator.set_state(state)                                                 # each part draws for the global batch, takes its own
-                with autocast():
-                    loss = process.loss(model, latents[mine], labels[mine] if num_classes else None, generator, args.label_dropout,
-                                        args.repa_depth if aligned else None, (rank * args.grad_accum + part, world * args.grad_accum))
-                losses = dict(loss=loss)
-                if aligned:
-                    losses["loss"], tokens = loss                                          # scalar, (b, T, D) after block repa_depth
-                    target = filter_target(encoder(images[mine], model.grid), target_kind, model.grid, args.dog_sigma1, args.dog_sigma2, args.norm_std)
-                    with autocast():
-                        projected = projector(tokens, model.grid)
-                    losses["align"] = alignment_loss(projected, target)
-                total = losses["loss"] + args.repa_weight * losses["align"] if aligned else losses["loss"]
-                (total / args.grad_accum).backward()
-                log.add(step, losses)
-            runtime.average_gradients(trained_parameters)
-            grad_norm = torch.nn.utils.clip_grad_norm_(trained_parameters, args.clip_grad)
-            log.add(step, dict(grad_norm=grad_norm))
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
-            runtime.step_if(log.finite(step), optimizer)
-            ema.update(step)
+            latents = ae.normalize(posterior.sample(noise))    # (share, C, h, w), std 1
+            state, parts = generator.get_state(), args.grad_accum
+            for part in range(parts):                      # (b, ...) each: what fits the memory
+                batch = [x if x is None else x.chunk(parts)[part]
+                         for x in (latents, labels, images)]
+                generator.set_state(state)                 # each part draws for the global batch
+                share = rank * parts + part, world * parts
+                with runtime.averaging(part == parts - 1, *nets.parallel):
+                    terms = loss_terms(args, nets, compute, *batch, generator, share)
+                    (sum(w * value for w, value in terms.values()) / parts).backward()
+                log.add(step, {name: value for name, (_, value) in terms.items()})
+            runtime.update(nets.optimizer, args, step, log, step)
+            nets.ema.update(step)
 
             progress.update(1)
             if step % args.log_every == 0:
                 means = log.write(step)
                 progress.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
                 if rank == 0 and step % (10 * args.log_every) == 0:
-                    progress.write(f"step {step}: loss {means.get('loss', math.nan):.4f}", file=sys.stdout)
+                    progress.write(f"step {step}: loss {means.get('loss', math.nan):.4f}",
+                                   file=sys.stdout)
     progress.close()
     runtime.barrier()
 

@@ -1,27 +1,25 @@
 """
-The autoencoder of latent diffusion: SD-VAE's convolutional U-Net, its configurations, and reading other people's weights.
+The autoencoder of latent diffusion (Fig. 1): SD-VAE's U-Net, its posterior, its configurations.
 
-    encode   q(z|x) = N(mean, diag exp(logvar)),  [mean, logvar] = quant_conv(encoder(x)),  logvar clamped to [-30, 20]
-    sample   z = mean + exp(logvar / 2) * noise,  noise ~ N(0, I)
+    encode   q(z|x) = N(mean, diag exp(logvar)),  [mean, logvar] = quant_conv(encoder(x))
+    sample   z = mean + exp(logvar / 2) * noise,  noise ~ N(0, I),  logvar clamped to [-30, 20]
     decode   x^ = decoder(post_quant_conv(z))
-Encoder: conv_in; per level num_res_blocks residual blocks and, but after the last, a halving; block, attention, block; conv_out.
-The decoder mirrors it with one block more per level, deepest level first. Reduction f = 2^(levels - 1).
+Encoder: conv_in; per level num_res_blocks residual blocks and, but after the last, a halving;
+block, attention, block; conv_out. The decoder mirrors it with one block more per level, deepest
+level first. Reduction f = 2^(levels - 1).
 
     name        widths                  f   d   parameters
-    f8d4        128 x (1, 2, 4, 4)      8   4   83,653,863   Stable Diffusion's; 83.7M in arXiv:2603.14645
-    f16d16      128 x (1, 1, 2, 2, 4)  16  16   64,352,723   64.4M in the paper
-    f16d32      128 x (1, 1, 2, 2, 4)  16  32   69,836,067   VA-VAE's, attention at the last level too
+    f8d4        128 x (1, 2, 4, 4)      8   4   83,653,863   Stable Diffusion's; 83.7M in Table 5
+    f16d16      128 x (1, 1, 2, 2, 4)  16  16   64,352,723   64.4M in Table 5
+    f16d32      128 x (1, 1, 2, 2, 4)  16  32   69,836,067   VA-VAE's, attends at the last level
     f4d4-tiny    16 x (1, 2, 2)         4   4      242,327   for 64x64 images on a laptop CPU
     f2d4-tiny    16 x (1, 2)            2   4      167,959   for 32x32 images on a laptop CPU
 
-Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), h = H/f, w = W/f, not normalised: normalize() alone shifts and scales them.
-Module names are those of CompVis' latent-diffusion, so that released .ckpt files load as they are.
+Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), h = H/f, w = W/f, not normalised:
+normalize() alone shifts and scales them. Module names are those of CompVis' latent-diffusion, so
+that released .ckpt files load as they are (weights.py). Numbering: arXiv:2603.14645 v1.
 """
-import json
-import re
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,29 +29,31 @@ from torch import nn
 @dataclass
 class AEConfig:
     """What rebuilds an autoencoder; checkpoints carry it as dataclasses.asdict(config)."""
-    ch_mult: tuple                # width of each level in units of ch; levels are numbered from the image inwards
-    latent_channels: int          # d
+    ch_mult: tuple            # width of each level in units of ch, from the image inwards
+    latent_channels: int      # d
     in_channels: int = 3
     ch: int = 128
-    num_res_blocks: int = 2       # per level of the encoder; the decoder has one more
-    attn_levels: tuple = ()       # levels whose every block is followed by attention, besides the middle
-    norm_groups: int = 32         # of every GroupNorm; the one field that leaves no trace in the weights
+    num_res_blocks: int = 2   # per level of the encoder; the decoder has one more
+    attn_levels: tuple = ()   # levels whose blocks are followed by attention, besides the middle
+    norm_groups: int = 32     # of every GroupNorm; the field that leaves no trace in the weights
 
     def __post_init__(self):
-        self.ch_mult, self.attn_levels = tuple(self.ch_mult), tuple(self.attn_levels)   # JSON turns tuples into lists
+        self.ch_mult = tuple(self.ch_mult)  # JSON turns tuples into lists
+        self.attn_levels = tuple(self.attn_levels)
 
     @property
     def reduction(self):
         return 2 ** (len(self.ch_mult) - 1)
 
 
+# The tiny ones: a group of one channel would lose that channel's mean and contrast in every norm;
+# 4 groups of 16 channels hold four each, as 32 do of 128.
 CONFIGS = {
     "f8d4": AEConfig(ch_mult=(1, 2, 4, 4), latent_channels=4),
     "f16d16": AEConfig(ch_mult=(1, 1, 2, 2, 4), latent_channels=16),
     "f16d32": AEConfig(ch_mult=(1, 1, 2, 2, 4), latent_channels=32, attn_levels=(4,)),
-    # A group of one channel would lose that channel's mean and contrast in every norm; 4 groups hold four each, as 32 do of 128.
-    "f4d4-tiny": AEConfig(ch=16, ch_mult=(1, 2, 2), latent_channels=4, num_res_blocks=1, norm_groups=4),
-    "f2d4-tiny": AEConfig(ch=16, ch_mult=(1, 2), latent_channels=4, num_res_blocks=1, norm_groups=4),
+    "f4d4-tiny": AEConfig((1, 2, 2), 4, ch=16, num_res_blocks=1, norm_groups=4),
+    "f2d4-tiny": AEConfig((1, 2), 4, ch=16, num_res_blocks=1, norm_groups=4),
 }
 
 
@@ -63,12 +63,14 @@ def group_norm(c, groups):
 
 
 class ResnetBlock(nn.Module):
-    """(norm, SiLU, 3x3 convolution) twice, plus the input, by a 1x1 convolution where the width changes."""
+    """(norm, SiLU, 3x3 convolution) twice, plus the input; a 1x1 convolution if widths differ."""
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in, groups), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(c_out, groups), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1 = group_norm(c_in, groups)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = group_norm(c_out, groups)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
@@ -88,9 +90,10 @@ class AttnBlock(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         h = self.norm(x)
-        q, k, v = (conv(h).reshape(B, 1, C, H * W).transpose(2, 3).contiguous()       # (B, 1, HW, C): the fused kernels
-                   for conv in (self.q, self.k, self.v))                              # want the last stride to be 1
-        h = F.scaled_dot_product_attention(q, k, v)                                   # (B, 1, HW, C)
+        # (B, 1, HW, C) each; contiguous, for the fused kernels want the last stride to be 1
+        q, k, v = (conv(h).reshape(B, 1, C, H * W).transpose(2, 3).contiguous()
+                   for conv in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)                # (B, 1, HW, C)
         return x + self.proj_out(h.transpose(2, 3).reshape(B, C, H, W))
 
 
@@ -101,8 +104,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
-    def forward(self, x):                                                             # (B, C, H, W) -> (B, C, H/2, W/2)
-        return self.conv(F.pad(x, (0, 1, 0, 1)))                                      # zeros on the right and below only
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))                   # zeros right and below only
 
 
 class Upsample(nn.Module):
@@ -112,17 +115,20 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
-    def forward(self, x):                                                             # (B, C, H, W) -> (B, C, 2H, 2W)
+    def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
-    """The blocks of one resolution; encoder and decoder add their `downsample` or `upsample`, called after them."""
+    """The blocks of one resolution; the networks add their `downsample` or `upsample`."""
 
     def __init__(self, c_in, c_out, blocks, groups, attention):
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(c_in if j == 0 else c_out, c_out, groups) for j in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(c_out, groups) if attention else nn.Identity() for _ in range(blocks))
+        self.block, self.attn = nn.ModuleList(), nn.ModuleList()
+        for _ in range(blocks):
+            self.block.append(ResnetBlock(c_in, c_out, groups))
+            self.attn.append(AttnBlock(c_out, groups) if attention else nn.Identity())
+            c_in = c_out
 
     def forward(self, h):
         for block, attn in zip(self.block, self.attn):
@@ -135,7 +141,9 @@ class Middle(nn.Module):
 
     def __init__(self, c, groups):
         super().__init__()
-        self.block_1, self.attn_1, self.block_2 = ResnetBlock(c, c, groups), AttnBlock(c, groups), ResnetBlock(c, c, groups)
+        self.block_1 = ResnetBlock(c, c, groups)
+        self.attn_1 = AttnBlock(c, groups)
+        self.block_2 = ResnetBlock(c, c, groups)
 
     def forward(self, h):
         return self.block_2(self.attn_1(self.block_1(h)))
@@ -150,7 +158,8 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(cfg.in_channels, c, 3, padding=1)
         self.down = nn.ModuleList()
         for i, mult in enumerate(cfg.ch_mult):
-            level = Level(c, cfg.ch * mult, cfg.num_res_blocks, cfg.norm_groups, i in cfg.attn_levels)
+            attention = i in cfg.attn_levels
+            level = Level(c, cfg.ch * mult, cfg.num_res_blocks, cfg.norm_groups, attention)
             c = cfg.ch * mult
             level.downsample = Downsample(c) if i < len(cfg.ch_mult) - 1 else nn.Identity()
             self.down.append(level)
@@ -158,52 +167,56 @@ class Encoder(nn.Module):
         self.norm_out = group_norm(c, cfg.norm_groups)
         self.conv_out = nn.Conv2d(c, 2 * cfg.latent_channels, 3, padding=1)
 
-    def forward(self, x):                                                             # (B, 3, H, W)
+    def forward(self, x):
         h = self.conv_in(x)
         for level in self.down:
             h = level.downsample(level(h))
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))                      # (B, 2C, h, w)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))   # (B, 2C, h, w)
 
 
 class Decoder(nn.Module):
-    """(B, C, h, w), after post_quant_conv -> images (B, 3, H, W)."""
+    """(B, C, h, w), after post_quant_conv -> images (B, 3, H, W), not clamped."""
 
     def __init__(self, cfg):
         super().__init__()
         widths = [cfg.ch * mult for mult in cfg.ch_mult]
-        deeper = widths[1:] + widths[-1:]                                             # width that enters level i from below
+        deeper = widths[1:] + widths[-1:]                          # what enters level i from below
         self.conv_in = nn.Conv2d(cfg.latent_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], cfg.norm_groups)
-        self.up = nn.ModuleList()                                                     # up[i] has the resolution of down[i]
+        self.up = nn.ModuleList()                                  # up[i]: resolution of down[i]
         for i, c in enumerate(widths):
-            level = Level(deeper[i], c, cfg.num_res_blocks + 1, cfg.norm_groups, i in cfg.attn_levels)
+            attention = i in cfg.attn_levels
+            level = Level(deeper[i], c, cfg.num_res_blocks + 1, cfg.norm_groups, attention)
             level.upsample = Upsample(c) if i > 0 else nn.Identity()
             self.up.append(level)
         self.norm_out = group_norm(widths[0], cfg.norm_groups)
         self.conv_out = nn.Conv2d(widths[0], cfg.in_channels, 3, padding=1)
 
-    def forward(self, z):                                                             # (B, C, h, w)
+    def forward(self, z):
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level.upsample(level(h))
-        return self.conv_out(F.silu(self.norm_out(h)))                                # (B, 3, H, W), not clamped
+        return self.conv_out(F.silu(self.norm_out(h)))             # (B, 3, H, W)
 
 
 class Posterior:
-    """q(z|x), a diagonal Gaussian; mean and logvar (B, C, h, w), float32 whatever comes in, logvar clamped to [-30, 20]."""
+    """q(z|x), a diagonal Gaussian; mean, logvar (B, C, h, w) float32, logvar in [-30, 20]."""
 
     def __init__(self, mean, logvar):
-        self.mean, self.logvar = mean.float(), logvar.float().clamp(-30.0, 20.0)
+        self.mean = mean.float()
+        self.logvar = logvar.float().clamp(-30.0, 20.0)
 
     def sample(self, noise=None):
         """
-        A latent (B, C, h, w), float32. noise: standard normal of mean's shape, for a loop whose every draw follows from its seed,
-        or None for a fresh draw. Raises ValueError if the shapes differ.
+        A latent (B, C, h, w), float32.
+        noise    standard normal of mean's shape, for a loop whose every draw follows from its
+                 seed, or None for a fresh draw; ValueError for another shape
         """
         if noise is None:
             noise = torch.randn_like(self.mean)
         elif noise.shape != self.mean.shape:
-            raise ValueError(f"Posterior.sample: noise {tuple(noise.shape)} does not fit the mean {tuple(self.mean.shape)}")
+            raise ValueError(f"Posterior.sample: noise {tuple(noise.shape)} does not fit the mean "
+                             f"{tuple(self.mean.shape)}")
         return self.mean + torch.exp(0.5 * self.logvar) * noise.float()
 
     def mode(self):
@@ -212,53 +225,84 @@ class Posterior:
 
 def init_weights(module):
     """
-    Where training starts: every convolution keeps the variance of its input, every residual branch adds nothing yet. PyTorch's own
-    initialisation shrinks the signal by sqrt(3) a layer and learns slower (see the README); the paper names none.
+    Where training starts: every convolution keeps the variance of its input, every residual branch
+    adds nothing yet. PyTorch's own initialisation shrinks the signal by sqrt(3) a layer and learns
+    slower (tests/benchmark.py, section alternatives); the paper names none.
     """
     if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, nonlinearity="linear")                 # std = 1 / sqrt(fan_in)
+        nn.init.kaiming_normal_(module.weight, nonlinearity="linear")   # std = 1 / sqrt(fan_in)
         nn.init.zeros_(module.bias)
-    if isinstance(module, (ResnetBlock, AttnBlock)):                                  # apply() comes to a block after its layers
-        nn.init.zeros_((module.conv2 if isinstance(module, ResnetBlock) else module.proj_out).weight)
+    elif isinstance(module, ResnetBlock):                          # apply() comes to it after its
+        nn.init.zeros_(module.conv2.weight)                        # layers
+    elif isinstance(module, AttnBlock):
+        nn.init.zeros_(module.proj_out.weight)
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder, posterior, decoder and the latents' statistics; built from an AEConfig, weights as init_weights leaves them."""
+    """Encoder, posterior, decoder and the latents' statistics; built from an AEConfig."""
 
     def __init__(self, config):
         super().__init__()
         d = config.latent_channels
         self.config = config
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * d, 2 * d, 1), nn.Conv2d(d, d, 1)
-        self.register_buffer("latent_mean", torch.zeros(d))                           # per channel, of sampled latents
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * d, 2 * d, 1)
+        self.post_quant_conv = nn.Conv2d(d, d, 1)
+        self.register_buffer("latent_mean", torch.zeros(d))        # per channel, sampled latents
         self.register_buffer("latent_std", torch.ones(d))
         self.apply(init_weights)
         with torch.no_grad():
-            self.quant_conv.bias[d:] = -6.0                                           # the posterior starts narrow, std e^-3 = 0.05
+            self.quant_conv.bias[d:] = -6.0                        # a narrow start: std e^-3 = 0.05
+
+    def forward(self, images, noise, pair):
+        """
+        Fig. 1 in one call: encode, sample, let the method change both sides, decode.
+        images   (B, 3, H, W) in [-1, 1]
+        noise    (B, C, h, w) standard normal, of the posterior sample
+        pair     (images, latents) -> (target, z): what the decoder shall answer, what it is shown
+                 (Alg. 2: both low-passed by one mask); the identity for losses on latents alone
+        returns  recon = decode(z), target, latents (B, C, h, w) as sampled, the Posterior
+        """
+        posterior = self.encode(images)
+        latents = posterior.sample(noise)                          # (B, C, h, w)
+        target, z = pair(images, latents)
+        return self.decode(z), target, latents, posterior
+
+    def latent_shape(self, images):
+        """(B, C, h, w) of the latents of images (B, 3, H, W)."""
+        B, _, H, W = images.shape
+        f = self.config.reduction
+        return B, self.config.latent_channels, H // f, W // f
 
     def encode(self, x):
-        """Images (B, 3, H, W) in [-1, 1] -> Posterior over (B, C, H/f, W/f), not normalised; ValueError unless f divides H, W."""
+        """
+        Images (B, 3, H, W) in [-1, 1] -> Posterior over (B, C, H/f, W/f), not normalised.
+        raises   ValueError unless f divides H and W
+        """
         (H, W), f = x.shape[-2:], self.config.reduction
         if H % f or W % f:
-            raise ValueError(f"encode: {H}x{W} does not divide by this autoencoder's reduction {f}; crop or resize the images")
+            raise ValueError(f"encode: {H}x{W} does not divide by this autoencoder's reduction "
+                             f"{f}; crop or resize the images")
         return Posterior(*self.quant_conv(self.encoder(x)).chunk(2, dim=1))
 
     def decode(self, z):
-        """z (B, C, h, w), not normalised -> images (B, 3, f*h, f*w), about [-1, 1] but not clamped."""
+        """z (B, C, h, w), not normalised -> images (B, 3, f*h, f*w), not clamped to [-1, 1]."""
         return self.decoder(self.post_quant_conv(z))
 
     def set_latent_stats(self, mean, std):
-        """mean and std of latents: numbers or (C,). Raises ValueError on another shape or a std that is not positive."""
+        """mean, std of latents: numbers or (C,). ValueError for another shape or a std <= 0."""
         mean, std = (torch.as_tensor(s, dtype=torch.float32) for s in (mean, std))
         C = len(self.latent_mean)
-        if not all(s.shape in ((), (C,)) and s.isfinite().all() for s in (mean, std)) or (std <= 0).any():
-            raise ValueError(f"latent statistics: 1 or {C} finite numbers, std above 0; got {mean.tolist()}, {std.tolist()}")
+        fits = all(s.shape in ((), (C,)) and s.isfinite().all() for s in (mean, std))
+        if not fits or (std <= 0).any():
+            raise ValueError(f"latent statistics: 1 or {C} finite numbers, std above 0; "
+                             f"got {mean.tolist()}, {std.tolist()}")
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
     def normalize(self, z):
-        """Latents (B, C, h, w) as encoded -> zero mean, unit variance per channel: what a diffusion model sees."""
+        """Latents (B, C, h, w) as encoded -> mean 0, variance 1 per channel, for diffusion."""
         return (z - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
 
     def denormalize(self, z):

@@ -1,4 +1,7 @@
-"""The tests import the flat modules from the folder above. Fixtures: a fixed seed, small material, planted Inception weights."""
+"""
+The tests import the flat modules from the folder above. Fixtures: a fixed seed, small material,
+planted Inception weights.
+"""
 import contextlib
 import multiprocessing
 import os
@@ -8,7 +11,7 @@ import socket
 import sys
 import time
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")                                              # small work: threads would wait for one another
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small work: threads would wait for one another
 
 import numpy as np
 import pytest
@@ -20,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="the whole stress tests: every method, more kills, thousands of steps")
+    parser.addoption("--long", action="store_true",
+        help="the whole stress tests: every method, more kills, thousands of steps")
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +38,8 @@ def run(module, *flags, monkeypatch):
     module.main()
 
 
-# A script in a process of its own, forked from a server that has imported everything: it starts in a second and can be killed.
+# A script in a process of its own, forked from a server that has imported everything: it starts in
+# a second and can be killed.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["conftest", "train_ae", "train_diffusion", "evaluate"])
 
@@ -42,11 +47,13 @@ SERVER.set_forkserver_preload(["conftest", "train_ae", "train_diffusion", "evalu
 def _child(module, argv, cwd, output, environment, largest_file, patch):
     os.environ.update(environment)
     os.chdir(cwd)
-    sys.stdout = sys.stderr = open(output, "a", buffering=1)                               # open to the end: a traceback belongs there, too
-    os.dup2(sys.stdout.fileno(), 1), os.dup2(sys.stdout.fileno(), 2)
+    # open to the end: a traceback belongs there, too
+    sys.stdout = sys.stderr = open(output, "a", buffering=1)
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stdout.fileno(), 2)
     torch.set_num_threads(1)
-    if largest_file:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))           # writing more fails as on a full disk
+    if largest_file:                                        # writing more fails as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     import runtime
     script = __import__(module)
     if patch:
@@ -57,25 +64,41 @@ def _child(module, argv, cwd, output, environment, largest_file, patch):
 
 
 def start(module, *flags, cwd, output, rank=0, world=1, port=None, largest_file=None, patch=None):
-    """Start module.main() with these flags, as one of `world` gloo processes if port is given; returns the process."""
-    group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) if port else {}
-    process = SERVER.Process(target=_child, args=(module, [str(flag) for flag in flags], str(cwd), str(output), group, largest_file, patch))
+    """
+    Start module.main() with these flags, as one of `world` gloo processes if port is given; returns
+    the process.
+    """
+    group = {}
+    if port:
+        group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    flags = [str(flag) for flag in flags]
+    process = SERVER.Process(target=_child,
+        args=(module, flags, str(cwd), str(output), group, largest_file, patch))
     process.start()
     return process
 
 
 def run_ranks(world, module, *flags, cwd, output, patch=None, timeout=120):
-    """The same on `world` processes to the end; AssertionError with their output unless all exit with 0."""
+    """
+    The same on `world` processes to the end; AssertionError with their output unless all exit with
+    0.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1] if world > 1 else None
-    ranks = [start(module, *flags, cwd=cwd, output=f"{output}.{rank}", rank=rank, world=world, port=port, patch=patch) for rank in range(world)]
+    ranks = [start(module, *flags, cwd=cwd, output=f"{output}.{rank}", rank=rank, world=world,
+        port=port, patch=patch) for rank in range(world)]
     stop = time.monotonic() + timeout
     for process in ranks:
         process.join(max(0, stop - time.monotonic()))
     with contextlib.suppress(AttributeError):
-        [process.kill() for process in ranks if process.is_alive()]
-    assert [process.exitcode for process in ranks] == [0] * world, "".join(pathlib.Path(f"{output}.{rank}").read_text() for rank in range(world))
+        for process in ranks:
+            if process.is_alive():
+                process.kill()
+    outputs = [pathlib.Path(f"{output}.{rank}") for rank in range(world)]
+    exits = [process.exitcode for process in ranks]
+    assert exits == [0] * world, "".join(path.read_text() for path in outputs)
 
 
 def same(a, b):
@@ -93,26 +116,31 @@ def same(a, b):
 def material(tmp_path_factory):
     """A folder of 12 pictures in two classes, and an autoencoder that saw it for two steps."""
     import train_ae
-    folder, patch = tmp_path_factory.mktemp("material"), pytest.MonkeyPatch()
+    folder = tmp_path_factory.mktemp("material")
     rng = np.random.default_rng(0)
     for i in range(12):
-        (folder / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (20, 26, 3), dtype=np.uint8)).save(folder / "images" / "ab"[i % 2] / f"{i}.png")
-    run(train_ae, "--preset", "quick", "--data", folder / "images", "--image_size", 16, "--batch_size", 4, "--steps", 2, "--reg", "kl",
-        "--device", "cpu", "--out", folder / "ae", monkeypatch=patch)
-    patch.undo()
+        path = folder / "images" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 26, 3), dtype=np.uint8)).save(path)
+    with pytest.MonkeyPatch.context() as patch:
+        run(train_ae, "--preset", "quick", "--data", folder / "images", "--image_size", 16,
+            "--batch_size", 4, "--steps", 2, "--reg", "kl", "--device", "cpu",
+            "--out", folder / "ae", monkeypatch=patch)
     return folder
 
 
 @pytest.fixture(scope="session")
 def inception_home(tmp_path_factory):
     """A TORCH_HOME with random Inception weights under the name that torch-fidelity looks for."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+    from torch_fidelity.feature_extractor_inceptionv3 import (
+        URL_INCEPTION_V3,
+        FeatureExtractorInceptionV3,
+    )
     home = tmp_path_factory.mktemp("torch_home")
     weights = home / "hub" / "checkpoints" / os.path.basename(URL_INCEPTION_V3)
     weights.parent.mkdir(parents=True)
     torch.save({}, weights)
-    with pytest.MonkeyPatch.context() as patch:                                            # an instance, to learn the names and shapes
+    with pytest.MonkeyPatch.context() as patch:       # an instance, to learn the names and shapes
         patch.setenv("TORCH_HOME", str(home))
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         state = FeatureExtractorInceptionV3("x", ["2048"]).state_dict()

@@ -1,4 +1,4 @@
-"""data.py: the stream is a formula, the crop is ADM's, bad files are named and counted, packing changes no pixel."""
+"""data.py: the stream is a formula, the crop ADM's; bad files are counted, packing is lossless."""
 import io
 import zipfile
 from itertools import islice
@@ -47,25 +47,29 @@ def flat(tmp_path_factory):
 
 @pytest.fixture
 def corrupted(tmp_path):
-    """Function: a folder of 200 images, k of the training set cut off, the first of them its number 10; (folder, their names)."""
+    """
+    Function: a folder of 200 images, k of the training set cut off, the first of them its number
+    10; (folder, their names).
+    """
     def make(k):
         make_folder(tmp_path, [f"{i:03d}.png" for i in range(200)])
         names = np.roll(names_of(open_data(tmp_path, 8)[0]), -10)
-        bad = names[::7 if k < 20 else 1][:k].tolist()                 # apart from each other, or all 180
+        bad = names[::7 if k < 20 else 1][:k].tolist()  # apart from each other, or all 180
         for name in bad:
             (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:60])
         return tmp_path, bad
     return make
 
-# ---- built-in pictures ------------------------------------------------------------------------------------------------------
+# ---- built-in pictures ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size", [64, 97])
 def test_dead_leaves_have_the_power_law_of_photographs(size):
-    """The radial mean of the squared DCT falls like f^-alpha with alpha near 2, from 3 cycles to half of Nyquist."""
-    images = np.stack([DeadLeaves(size, 24)[i][0].numpy() for i in range(24)]) / 127.5 - 1  # (24, 3, S, S)
-    power = (dctn(images, axes=(2, 3), norm="ortho") ** 2).mean((0, 1))                     # (S, S)
+    """The radial mean of DCT^2 falls like f^-alpha, alpha near 2, from 3 cycles to Nyquist/2."""
+    leaves = DeadLeaves(size, 24)
+    images = np.stack([leaves[i][0].numpy() for i in range(24)]) / 127.5 - 1  # (24, 3, S, S)
+    power = (dctn(images, axes=(2, 3), norm="ortho") ** 2).mean((0, 1))  # (S, S)
     u, v = np.mgrid[:size, :size]
-    ring = (np.hypot(u, v) / 2).astype(int)                            # index 2 of a DCT is one cycle
+    ring = (np.hypot(u, v) / 2).astype(int)  # index 2 of a DCT is one cycle
     profile = np.bincount(ring.ravel(), power.ravel()) / np.bincount(ring.ravel())
     cycles = np.arange(3, size // 4)
     alpha = -np.polyfit(np.log(cycles + 0.5), np.log(profile[cycles]), 1)[0]
@@ -73,11 +77,13 @@ def test_dead_leaves_have_the_power_law_of_photographs(size):
 
 
 def test_a_built_in_picture_depends_on_seed_and_index_only():
-    """Picture i is the same in a longer set and on a second call; other indices and seeds give other pictures."""
+    """Picture i is the same in a longer set and a second call; other indices and seeds differ."""
     a, label, index, bad = DeadLeaves(33, 5, seed=1)[3]
-    assert a.shape == (3, 33, 33) and a.dtype == torch.uint8 and (label, index, bad) == (0, 3, False)
+    assert a.shape == (3, 33, 33) and a.dtype == torch.uint8
+    assert (label, index, bad) == (0, 3, False)
     assert torch.equal(a, DeadLeaves(33, 500, seed=1)[3][0])
-    assert not any(torch.equal(a, DeadLeaves(33, 5, seed=seed)[i][0]) for seed, i in ((1, 4), (2, 3), (2, 2), (0, 4)))
+    for seed, i in ((1, 4), (2, 3), (2, 2), (0, 4)):
+        assert not torch.equal(a, DeadLeaves(33, 5, seed=seed)[i][0])
 
 
 def test_built_in_held_out_pictures_are_no_training_pictures():
@@ -94,45 +100,51 @@ def test_every_pixel_of_a_built_in_picture_is_painted_at_every_size(size):
     image = DeadLeaves(size, 1)[0][0].float()
     assert image.amax(0).min() > 0 and image.std() > 10
 
-# ---- one picture ------------------------------------------------------------------------------------------------------------
+# ---- one picture ---------------------------------------------------------------------------------
 
 def test_center_crop_is_adms():
-    """42x20 to 10: halved once with a box (means of 2x2), then columns 5..14 of 21; transposing commutes with it."""
+    """42x20 to 10: halved once with a box, then columns 5..14 of 21; commutes with transposing."""
     blocks = np.random.default_rng(0).integers(1, 60, (10, 21)) * 4
-    pixels = np.kron(blocks, np.ones((2, 2), int)) + np.tile([[-1, 1], [1, -1]], (10, 21))  # (20, 42), means = blocks
+    checker = np.tile([[-1, 1], [1, -1]], (10, 21))
+    pixels = np.kron(blocks, np.ones((2, 2), int)) + checker  # (20, 42), means of 2x2 = blocks
     image = Image.fromarray(pixels.astype(np.uint8))
-    np.testing.assert_array_equal(np.asarray(center_crop(image, 10)), blocks[:, 5:15])
-    np.testing.assert_array_equal(np.asarray(center_crop(image.transpose(Image.TRANSPOSE), 10)), blocks[:, 5:15].T)
+    expected = blocks[:, 5:15]
+    np.testing.assert_array_equal(np.asarray(center_crop(image, 10)), expected)
+    image = image.transpose(Image.TRANSPOSE)
+    np.testing.assert_array_equal(np.asarray(center_crop(image, 10)), expected.T)
 
 
-@pytest.mark.parametrize("width, height, size", [(19, 50, 20), (5, 3, 16), (31, 17, 9), (16, 16, 16)])
+@pytest.mark.parametrize("width, height, size",
+                         [(19, 50, 20), (5, 3, 16), (31, 17, 9), (16, 16, 16)])
 def test_center_crop_keeps_a_constant_and_the_centre(width, height, size):
-    """Any shape becomes size x size; a picture that is its own half-turn stays so, a constant one stays constant."""
+    """Any shape becomes size x size; a half-turn symmetric picture stays so, a constant one too."""
     half = np.random.default_rng(0).integers(60, 200, (height, width)).astype(float)
     pixels = ((half + half[::-1, ::-1]) / 2).astype(np.uint8)
     out = np.asarray(center_crop(Image.fromarray(pixels), size)).astype(int)
     assert out.shape == (size, size)
-    if (width - height) % 2 == 0 and width % 2 == 0:                   # else the centre lies between pixels
+    if (width - height) % 2 == 0 and width % 2 == 0:  # else the centre lies between pixels
         assert abs(out - out[::-1, ::-1]).max() <= 1
     assert (np.asarray(center_crop(Image.new("L", (width, height), 77), size)) == 77).all()
 
 
 def test_every_mode_becomes_rgb():
-    """Grey, palette, CMYK, 16-bit and bilevel pixels keep their value; transparency is laid over white."""
+    """Grey, palette, CMYK, 16-bit, bilevel pixels keep their value; transparency becomes white."""
     ramp = np.arange(0, 256, 5, dtype=np.uint8).reshape(4, 13)
-    rgb = np.stack([ramp, 255 - ramp, ramp // 2], 2)                   # (4, 13, 3)
+    rgb = np.stack([ramp, 255 - ramp, ramp // 2], 2)  # (4, 13, 3)
     grey = np.stack([ramp] * 3, 2)
+    cmyk = [Image.fromarray(p) for p in (255 - ramp, ramp, 255 - ramp // 2, 0 * ramp)]
+    grey_alpha = np.dstack([ramp, np.full_like(ramp, 51)])
     for image, expected in [
         (Image.fromarray(rgb), rgb),
         (Image.fromarray(ramp), grey),
         (Image.fromarray(rgb).quantize(64), rgb),
-        (Image.merge("CMYK", [Image.fromarray(p) for p in (255 - ramp, ramp, 255 - ramp // 2, 0 * ramp)]), rgb),
+        (Image.merge("CMYK", cmyk), rgb),
         (Image.fromarray(ramp.astype(np.uint16) * 257), grey),
         (Image.fromarray(ramp.astype(np.int32) * 257), grey),
-        (Image.fromarray((ramp > 99)), 255 * (grey > 99)),
+        (Image.fromarray(ramp > 99), 255 * (grey > 99)),
         (Image.fromarray(np.dstack([rgb, np.full_like(ramp, 255)])), rgb),
         (Image.fromarray(np.dstack([rgb, np.zeros_like(ramp)])), np.full_like(rgb, 255)),
-        (Image.fromarray(np.dstack([ramp, np.full_like(ramp, 51)])), 255 - (255 - grey.astype(int)) / 5),
+        (Image.fromarray(grey_alpha), 255 - (255 - grey.astype(int)) / 5),
     ]:
         out = to_rgb(image)
         assert out.mode == "RGB" and out.size == (13, 4), image.mode
@@ -150,17 +162,20 @@ def test_16_bit_grey_survives_the_png_round_trip(tmp_path):
 
 
 def test_exif_orientation_is_applied():
-    """Orientation 6 (camera turned): the stored 4x13 picture is shown turned clockwise by 90 degrees."""
+    """Orientation 6 (camera turned): the stored 4x13 picture is shown clockwise by 90 degrees."""
     file, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(picture(0, 4, 13)).save(file, "PNG", exif=exif)
     out = np.asarray(to_rgb(Image.open(file)))
     np.testing.assert_array_equal(out, np.rot90(picture(0, 4, 13), -1))
 
-# ---- what --data names ------------------------------------------------------------------------------------------------------
+# ---- what --data names ---------------------------------------------------------------------------
 
 def test_held_out_pictures_are_never_trained_on(flat):
-    """Train and held-out names are disjoint; fewer val_images is a prefix of more and moves nothing into the training set."""
+    """
+    Train and held-out names are disjoint; fewer val_images is a prefix of more and moves nothing
+    into the training set.
+    """
     train, held_out = open_data(flat, 8)
     assert (len(train), len(held_out)) == (34, 3)
     assert sorted(names_of(train) + names_of(held_out)) == sorted(p.name for p in flat.iterdir())
@@ -170,10 +185,15 @@ def test_held_out_pictures_are_never_trained_on(flat):
 
 
 def test_classes_are_the_sorted_folders(tmp_path):
-    """label = index of the sorted first folder; deeper ones count with it; a zip of it, even with a wrapper, reads the same."""
-    names = [f"{c}/{sub}{i}.png" for c in ("dog", "ant", "cat") for sub in ("", "deep/er/") for i in range(4)]
+    """
+    label = index of the sorted first folder; deeper ones count with it; a zip of it, even with a
+    wrapper, reads the same.
+    """
+    names = [f"{c}/{sub}{i}.png"
+             for c in ("dog", "ant", "cat") for sub in ("", "deep/er/") for i in range(4)]
     folder = make_folder(tmp_path / "set", names)
-    archive = make_zip(tmp_path / "set.zip", ["wrapper/" + n for n in names] + ["__MACOSX/wrapper/x.png", "wrapper/.hid.png"])
+    hidden = ["__MACOSX/wrapper/x.png", "wrapper/.hid.png"]
+    archive = make_zip(tmp_path / "set.zip", ["wrapper/" + n for n in names] + hidden)
     for spec in (folder, archive):
         for image_set in open_data(spec, 8):
             assert image_set.classes == ["ant", "cat", "dog"]
@@ -185,28 +205,33 @@ def test_classes_are_the_sorted_folders(tmp_path):
                 np.testing.assert_array_equal(image.permute(1, 2, 0), expected)
 
 
-@pytest.mark.parametrize("tops, held_out_top", [(["train", "test"], "test"), (["train", "val"], "val"),
-                                                (["train", "val", "test"], "val")])
+@pytest.mark.parametrize("tops, held_out_top", [
+    (["train", "test"], "test"), (["train", "val"], "val"), (["train", "val", "test"], "val"),
+])
 @pytest.mark.parametrize("inside", ["", "a/", "b/c/"])
 def test_train_and_val_folders_are_the_splits(tmp_path, tops, held_out_top, inside):
-    """train plus test or val at the top are splits, not classes; with all three, test is not read."""
-    archive = make_zip(tmp_path / "x.zip", [f"{top}/{inside}{i}.png" for top in tops for i in range(5)] +
-                       [f"{top}/z/{i}.png" for top in tops for i in range(2) if inside])
+    """train plus test or val at the top are splits, not classes; of all three, test is not read."""
+    names = [f"{top}/{inside}{i}.png" for top in tops for i in range(5)]
+    if inside:
+        names += [f"{top}/z/{i}.png" for top in tops for i in range(2)]
+    archive = make_zip(tmp_path / "x.zip", names)
     train, held_out = open_data(archive, 8, val_images=4)
-    assert {n.split("/")[0] for n in names_of(train)} == {"train"} and len(train) == (7 if inside else 5)
+    assert {n.split("/")[0] for n in names_of(train)} == {"train"}
+    assert len(train) == (7 if inside else 5)
     assert {n.split("/")[0] for n in names_of(held_out)} == {held_out_top} and len(held_out) == 4
     assert train.classes == held_out.classes == ([inside.split("/")[0], "z"] if inside else [])
 
 
 @pytest.mark.parametrize("spec, size, words", [
-    ("missing", 8, "no such folder"), ("empty", 8, "no images"), ("only_text", 8, "no images"), ("one", 8, "single image"),
-    ("mixed", 8, "images beside class"), ("flat", 7, "size >= 8"), ("x.tar", 8, "neither a folder nor a .zip"),
-    ("fake.zip", 8, "not a readable zip"), ("text.zip", 8, "no images"), ("up.zip", 8, "unsafe name '../a.png'"),
+    ("missing", 8, "no such folder"), ("empty", 8, "no images"), ("only_text", 8, "no images"),
+    ("one", 8, "single image"), ("mixed", 8, "images beside class"), ("flat", 7, "size >= 8"),
+    ("x.tar", 8, "neither a folder nor a .zip"), ("fake.zip", 8, "not a readable zip"),
+    ("text.zip", 8, "no images"), ("up.zip", 8, "unsafe name '../a.png'"),
     ("absolute.zip", 8, "unsafe name '/a.png'"), ("bzip.zip", 8, "neither stored nor deflated"),
     ("cifar10", 8, "no route; unpack http://host/cifar.tar.gz into data/"),
 ])
 def test_bad_input_gets_one_line(tmp_path, monkeypatch, spec, size, words):
-    """Every user error is one line that starts with the flag and its value and says what is wrong."""
+    """Every user error is one line with the flag and its value first, and says what is wrong."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "only_text").mkdir()
@@ -235,7 +260,10 @@ def test_bad_input_gets_one_line(tmp_path, monkeypatch, spec, size, words):
 
 
 def test_cifar10_keeps_torchvisions_split_and_labels(monkeypatch):
-    """train=True is the training set, train=False the held-out one; only the first construction may download."""
+    """
+    train=True is the training set, train=False the held-out one; only the first construction may
+    download.
+    """
     asked = []
 
     class Fake:
@@ -243,20 +271,22 @@ def test_cifar10_keeps_torchvisions_split_and_labels(monkeypatch):
 
         def __init__(self, root, train=True, download=False):
             asked.append((root, download))
-            self.data = np.full((6, 32, 32, 3), 100 * train, np.uint8) + np.arange(6, dtype=np.uint8)[:, None, None, None]
+            shades = np.arange(6, dtype=np.uint8)[:, None, None, None]
+            self.data = np.full((6, 32, 32, 3), 100 * train, np.uint8) + shades
             self.targets = [0, 1, 0, 1, 1, 1]
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
     train, held_out = open_data("cifar10", 16)
-    assert asked == [("data", True), ("data", False), ("data", False)] and train.classes == ["airplane", "cat"]
+    assert asked == [("data", True), ("data", False), ("data", False)]
+    assert train.classes == ["airplane", "cat"]
     for image_set, offset in ((train, 100), (held_out, 0)):
         items = {int(image_set[i][0][0, 5, 7]) - offset: image_set[i][1] for i in range(6)}
-        assert items == {0: 1, 1: 0, 2: 1, 3: 0, 4: 0, 5: 0}            # sorted names: airplane 0, cat 1
+        assert items == {0: 1, 1: 0, 2: 1, 3: 0, 4: 0, 5: 0}  # sorted names: airplane 0, cat 1
 
-# ---- the stream -------------------------------------------------------------------------------------------------------------
+# ---- the stream ----------------------------------------------------------------------------------
 
 def test_every_epoch_holds_every_index_once():
-    """Positions [e*n, (e+1)*n) are a permutation, another one in each epoch, however the stream is cut."""
+    """Positions [e*n, (e+1)*n) are a permutation, new in each epoch, however the stream is cut."""
     n = 23
     indices, mirrored = stream_entries(n, 0, 5 * n, seed=3)
     epochs = indices.reshape(5, n)
@@ -268,7 +298,10 @@ def test_every_epoch_holds_every_index_once():
 
 
 def test_half_of_the_entries_are_mirrored():
-    """The coin is fair, and thrown anew in each epoch: over 40 epochs an index is mirrored as often as 40 coins fall."""
+    """
+    The coin is fair, and thrown anew in each epoch: over 40 epochs an index is mirrored as often as
+    40 coins fall.
+    """
     n, epochs = 500, 40
     indices, mirrored = stream_entries(n, 0, n * epochs)
     assert abs(mirrored.mean() - 0.5) < 4 * 0.5 / np.sqrt(n * epochs)
@@ -279,12 +312,16 @@ def test_half_of_the_entries_are_mirrored():
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("batch_size", [12, 60])
 def test_ranks_and_workers_share_one_stream(flat, batch_size, workers):
-    """The ranks' slices put together are the single process's batch, in order; also where the batch is larger than the set."""
+    """
+    The ranks' slices put together are the single process's batch, in order; also where the batch is
+    larger than the set.
+    """
     train, _ = open_data(flat, 8)
     steps = 4
     whole = list(islice(train_batches(train, batch_size, seed=1), steps))
     for world in (2, 3):
-        streams = [train_batches(train, batch_size, seed=1, rank=r, world=world, workers=workers) for r in range(world)]
+        streams = [train_batches(train, batch_size, seed=1, rank=r, world=world, workers=workers)
+                   for r in range(world)]
         shares = [list(islice(stream, steps)) for stream in streams]
         for step in range(steps):
             for k in range(3):                                         # images, labels, indices
@@ -301,11 +338,13 @@ def test_resuming_equals_never_stopping(flat, workers):
 
 
 def test_batches_are_the_pictures_mirrored_as_stream_entries_says(flat):
-    """uint8 0..255 becomes -1..1; the picture of an entry is reversed left to right exactly where `mirrored` says so."""
+    """0..255 becomes -1..1; pictures are flipped left to right exactly where `mirrored` says so."""
     train, _ = open_data(flat, 8)
-    for step, (images, labels, indices) in enumerate(islice(train_batches(train, 8, seed=2, rank=1, world=2), 12)):
+    batches = train_batches(train, 8, seed=2, rank=1, world=2)
+    for step, (images, labels, indices) in enumerate(islice(batches, 12)):
         expected, mirrored = stream_entries(len(train), step * 8 + 4, step * 8 + 8, seed=2)
-        assert indices.tolist() == expected.tolist() and labels.dtype == indices.dtype == torch.int64
+        assert indices.tolist() == expected.tolist()
+        assert labels.dtype == indices.dtype == torch.int64
         assert images.shape == (4, 3, 8, 8) and images.dtype == torch.float32
         for k in range(4):
             picture = train[int(indices[k])][0].float() / 127.5 - 1
@@ -313,20 +352,25 @@ def test_batches_are_the_pictures_mirrored_as_stream_entries_says(flat):
 
 
 def test_loading_leaves_the_global_generator_alone(flat):
-    """torch's generator, which draws the training noise, is the same after making and using both iterators."""
+    """torch's generator, which draws the training noise, is the same after using both iterators."""
     before = torch.get_rng_state()
     train, held_out = open_data(flat, 8)
-    next(train_batches(train, 4)), list(val_batches(held_out, 2))
+    next(train_batches(train, 4))
+    list(val_batches(held_out, 2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("world, workers", [(1, 2), (2, 0), (4, 0)])
 def test_validation_shows_every_picture_once(flat, world, workers):
-    """Over all ranks each index comes once and unmirrored, also where the last batch is short or a rank has none left."""
-    train, _ = open_data(flat, 8)                                      # 34 pictures
+    """
+    Over all ranks each index comes once and unmirrored, also where the last batch is short or a
+    rank has none left.
+    """
+    train, _ = open_data(flat, 8)  # 34 pictures
     seen = []
     for rank in range(world):
-        for images, labels, indices in val_batches(train, 16, rank=rank, world=world, workers=workers):
+        batches = val_batches(train, 16, rank=rank, world=world, workers=workers)
+        for images, labels, indices in batches:
             assert len(images) == len(labels) == len(indices) <= 16 // world
             for image, i in zip(images, indices.tolist()):
                 torch.testing.assert_close(image, train[i][0].float() / 127.5 - 1)
@@ -340,13 +384,16 @@ def test_a_batch_that_does_not_divide_is_refused_at_once(batches):
     with pytest.raises(ValueError, match="--batch_size 10: .* 4 processes"):
         batches(DeadLeaves(8, 20), 10, world=4)
 
-# ---- unreadable files -------------------------------------------------------------------------------------------------------
+# ---- unreadable files ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_one_bad_file_of_200_is_named_once_and_replaced(corrupted, capfd, workers):
-    """Its place goes to the next readable image, with that one's index; named at first, counted at the end of each epoch."""
+    """
+    Its place goes to the next readable image, with that one's index; named at first, counted at the
+    end of each epoch.
+    """
     folder, (name,) = corrupted(1)
-    train, _ = open_data(folder, 8)                                    # 180 pictures, number 10 is bad
+    train, _ = open_data(folder, 8)  # 180 pictures, number 10 is bad
     batches = train_batches(train, 20, workers=workers)
     for step, (images, _, indices) in enumerate(islice(batches, 18)):  # two epochs
         asked, _ = stream_entries(180, step * 20, step * 20 + 20)
@@ -362,10 +409,11 @@ def test_one_bad_file_of_200_is_named_once_and_replaced(corrupted, capfd, worker
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("bad", [5, 180])
 def test_more_than_one_percent_of_bad_files_stops(corrupted, workers, bad):
-    """5 of 200 end the run with a ValueError that names files, and so does a set that is all bad."""
+    """5 of 200 end the run with a ValueError that names files; so does a set that is all bad."""
     folder, names = corrupted(bad)
     train, _ = open_data(folder, 8)
-    for batches in (train_batches(train, 20, workers=workers), val_batches(train, 20, workers=workers)):
+    for make_batches in (train_batches, val_batches):
+        batches = make_batches(train, 20, workers=workers)
         with pytest.raises(ValueError, match="of 200 images so far cannot be read") as error:
             for _ in range(9):
                 next(batches)
@@ -409,21 +457,27 @@ def test_a_strip_is_a_bad_file():
     with pytest.raises(ValueError, match="elongated"):
         center_crop(Image.new("L", (5000, 1)), 256)
 
-# ---- packing ----------------------------------------------------------------------------------------------------------------
+# ---- packing -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_packing_changes_no_pixel_name_or_original(tmp_path, workers):
-    """The packed set has the same splits, classes, labels and pixels; the folder is untouched and nothing else is left."""
-    names = [f"{split}/{c}/{i}.png" for split in ("train", "test") for c in ("b", "a") for i in range(3)]
+    """
+    The packed set has the same splits, classes, labels and pixels; the folder is untouched and
+    nothing else is left.
+    """
+    names = [f"{split}/{c}/{i}.png"
+             for split in ("train", "test") for c in ("b", "a") for i in range(3)]
     folder = make_folder(tmp_path / "set", names)
     before = {p: p.read_bytes() for p in folder.rglob("*.png")}
     assert pack(folder, 8, tmp_path / "out" / "x.zip", workers=workers) == (12, 0)
     assert {p: p.read_bytes() for p in folder.rglob("*.png")} == before
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["x.zip"]
     with zipfile.ZipFile(tmp_path / "out" / "x.zip") as archive:
-        assert archive.testzip() is None and {e.compress_type for e in archive.infolist()} == {zipfile.ZIP_STORED}
+        assert archive.testzip() is None
+        assert {e.compress_type for e in archive.infolist()} == {zipfile.ZIP_STORED}
     for a, b in zip(open_data(folder, 8), open_data(tmp_path / "out" / "x.zip", 8)):
-        assert [n.replace(".png", ".bmp") for n in names_of(a)] == names_of(b) and a.classes == b.classes == ["a", "b"]
+        assert [n.replace(".png", ".bmp") for n in names_of(a)] == names_of(b)
+        assert a.classes == b.classes == ["a", "b"]
         for i in range(len(a)):
             assert torch.equal(a[i][0], b[i][0]) and a[i][1:] == b[i][1:]
 
@@ -439,10 +493,14 @@ def test_packed_built_in_pictures_are_the_built_in_pictures(tmp_path):
 
 
 def test_pack_leaves_bad_files_out_and_stops_past_one_percent(corrupted, tmp_path_factory, capfd):
-    """1 of 200 is skipped and named; when two more go bad nothing is left behind, and an older zip stays as it was."""
+    """
+    1 of 200 is skipped and named; when two more go bad nothing is left behind, and an older zip
+    stays as it was.
+    """
     (folder, bad), out = corrupted(1), tmp_path_factory.mktemp("out")
     assert pack(folder, 8, out / "x.zip") == (199, 1)
-    assert bad[0] in capfd.readouterr().err and bad[0] not in zipfile.ZipFile(out / "x.zip").namelist()
+    assert bad[0] in capfd.readouterr().err
+    assert bad[0] not in zipfile.ZipFile(out / "x.zip").namelist()
     packed = (out / "x.zip").read_bytes()
     for name in ("000.png", "199.png"):
         (folder / name).write_bytes(b"")
@@ -453,11 +511,13 @@ def test_pack_leaves_bad_files_out_and_stops_past_one_percent(corrupted, tmp_pat
 
 @pytest.mark.parametrize("arguments, words", [
     (["--out", "x.tar"], "must end in .zip"), (["--out", "old.zip"], "--overwrite"),
-    (["--out", "y.zip", "--size", "4"], "--size 4"), (["--out", "y.zip", "--data", "nowhere"], "no such"),
+    (["--out", "y.zip", "--size", "4"], "--size 4"),
+    (["--out", "y.zip", "--data", "nowhere"], "no such"),
     (["--out", "old.zip", "--data", "old.zip", "--overwrite"], "is the set itself"),
     (["--out", "y.zip", "--data", "twins"], "2 images would become a.bmp"),
 ])
-def test_pack_refuses_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, words):
+def test_pack_refuses_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments,
+                                                    words):
     """`data.py: ...` on stderr, code 2, and no file changes."""
     monkeypatch.chdir(tmp_path)
     make_zip(tmp_path / "old.zip", ["a.png", "b.png"])
@@ -467,5 +527,6 @@ def test_pack_refuses_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as stop:
         data.main()
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("data.py: ") and words in error and error.count("\n") == 1
+    assert stop.value.code == 2 and error.startswith("data.py: ")
+    assert words in error and error.count("\n") == 1
     assert {p: p.read_bytes() for p in tmp_path.rglob("*.*")} == before

@@ -1,4 +1,7 @@
-"""The latent cache: what goes in comes out, mirrored and normalised; what does not match is refused; what is interrupted leaves nothing."""
+"""
+The latent cache: what goes in comes out, mirrored and normalised; what does not match is refused;
+what is interrupted leaves nothing.
+"""
 import json
 import os
 
@@ -27,10 +30,12 @@ def test_cache_holds_the_moments_of_both_mirrors(tmp_path):
     """Row i is the posterior of image i and of its mirror, to float16."""
     ae, images, identity = build(tmp_path)
     cache = LatentCache(tmp_path / "cache", identity)
-    assert len(cache) == 7 and cache.moments.shape == (7, 2, 6, 8, 8) and cache.moments.dtype == np.float16
+    assert len(cache) == 7
+    assert cache.moments.shape == (7, 2, 6, 8, 8) and cache.moments.dtype == np.float16
     x = torch.stack([images[i][0] for i in (5, 2)]).float() / 127.5 - 1
     for mirrored, batch in ((False, x), (True, x.flip(-1))):
-        expected, found = ae.encode(batch), cache.posterior(np.array([5, 2]), np.array([mirrored] * 2))
+        expected = ae.encode(batch)
+        found = cache.posterior(np.array([5, 2]), np.array([mirrored] * 2))
         torch.testing.assert_close(found.mean, expected.mean, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(found.logvar, expected.logvar, rtol=1e-3, atol=1e-3)
     assert not np.array_equal(cache.moments[0, 0], cache.moments[0, 1])
@@ -41,13 +46,17 @@ def test_statistics_are_those_of_sampled_latents(tmp_path):
     ae, _, identity = build(tmp_path, count=40)
     cache = LatentCache(tmp_path / "cache", identity)
     ae.set_latent_stats(cache.mean, cache.std)
-    rows = np.arange(40).repeat(2)
-    z = torch.cat([ae.normalize(cache.posterior(rows, np.arange(80) % 2 == 1).sample()) for _ in range(5)])
+    rows, mirrored = np.arange(40).repeat(2), np.arange(80) % 2 == 1
+    q = cache.posterior(rows, mirrored)
+    z = torch.cat([ae.normalize(q.sample()) for _ in range(5)])
     assert z.mean((0, 2, 3)).abs().max() < 0.05 and (z.std((0, 2, 3)) - 1).abs().max() < 0.05
 
 
 def test_batches_follow_the_stream_of_data_py(tmp_path):
-    """Index and mirror of step s are stream_entries'; two ranks share the batch; starting at step 3 equals skipping three."""
+    """
+    Index and mirror of step s are stream_entries'; two ranks share the batch; starting at step 3
+    equals skipping three.
+    """
     _, _, identity = build(tmp_path)
     cache = LatentCache(tmp_path / "cache", identity)
     whole = cache.batches(4, seed=1)
@@ -82,7 +91,8 @@ def test_hashes_see_weights_and_images_but_not_statistics():
     with torch.no_grad():
         ae.quant_conv.bias[0] += 1e-3
     assert autoencoder_hash(ae) != before
-    assert len({images_hash(DeadLeaves(16, n, seed=s, first=f)) for n, s, f in ((4, 0, 0), (5, 0, 0), (4, 1, 0), (4, 0, 9))}) == 4
+    sets = ((4, 0, 0), (5, 0, 0), (4, 1, 0), (4, 0, 9))
+    assert len({images_hash(DeadLeaves(16, n, seed=s, first=f)) for n, s, f in sets}) == 4
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -102,7 +112,8 @@ def test_interrupted_encoding_leaves_nothing_behind(tmp_path, monkeypatch, error
 def test_no_room_is_an_error_before_encoding(tmp_path, monkeypatch):
     """On a full disk: one line with what is needed, nothing left, no image encoded."""
     monkeypatch.setattr(latents.shutil, "disk_usage", lambda path: type("", (), dict(free=100)))
-    with pytest.raises(OSError, match=r"--cache .* needs 1.08e-05 GB, 1e-07 GB are free \(No space left"):
+    words = r"--cache .* needs 1.08e-05 GB, 1e-07 GB are free \(No space left"
+    with pytest.raises(OSError, match=words):
         build(tmp_path, progress=lambda n: pytest.fail("encoded"))
     assert os.listdir(tmp_path) == []
 

@@ -4,28 +4,47 @@ import os
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-from losses import (PatchDiscriminator, PerceptualLoss, adaptive_weight, dsm_pair, eq_pair, esm_loss, hinge_d_loss, hinge_g_loss, kl_loss,
-                    low_freq_align_loss, scale_images, scale_pair, vf_loss)
-from spectral import lowpass, spectrum_distribution
+from losses import (
+    PatchDiscriminator,
+    PerceptualLoss,
+    adaptive_weight,
+    dsm_pair,
+    eq_pair,
+    esm_loss,
+    hinge_d_loss,
+    hinge_g_loss,
+    kl_loss,
+    low_freq_align_loss,
+    scale_images,
+    scale_pair,
+    vf_loss,
+)
+from spectral import dct2, idct2, lowpass, spectrum_distribution
 
 close = torch.testing.assert_close
+
+
+def smooth(*shape):
+    """Images with power at low frequencies."""
+    return torch.randn(shape).cumsum(2).cumsum(3) / 50
 
 
 def test_kl_loss_equals_torch_distributions():
     """Summed over dimensions, averaged over the batch; 0 for the standard normal."""
     mean, logvar = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
     q = torch.distributions.Normal(mean, (0.5 * logvar).exp())
-    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(0, 1)).sum((1, 2, 3)).mean()
-    close(kl_loss(mean, logvar), expected, rtol=1e-4, atol=1e-4)
+    kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0, 1))
+    close(kl_loss(mean, logvar), kl.sum((1, 2, 3)).mean(), rtol=1e-4, atol=1e-4)
     assert kl_loss(torch.zeros(2, 3), torch.zeros(2, 3)) == 0
 
 
 # ---- ESM
 
 def test_esm_is_zero_on_its_own_target_and_positive_elsewhere():
-    """A latent that equals the image has the image's spectrum: 0 at gamma 0, more at any other gamma, more for white noise."""
-    images = torch.randn(3, 3, 16, 24).cumsum(2).cumsum(3) / 50                            # smooth, H != W
+    """0 at gamma 0 for a latent equal to the image; more at another gamma and for white noise."""
+    images = smooth(3, 3, 16, 24)
     assert esm_loss(images, images, gamma=0.0).abs() < 1e-6
     assert esm_loss(images, images, gamma=1.0) > 1e-2
     assert esm_loss(images, torch.randn(3, 4, 16, 24), gamma=0.0) > 1e-2
@@ -34,15 +53,16 @@ def test_esm_is_zero_on_its_own_target_and_positive_elsewhere():
 def test_esm_value_by_its_definition():
     """KL(target || latent) summed over rings, averaged over samples."""
     images, latents = torch.randn(2, 3, 32, 48), torch.randn(2, 4, 16, 24)
-    small = torch.nn.functional.interpolate(images, (16, 24), mode="bicubic", align_corners=False)
-    p, q = spectrum_distribution(small, 16, 0.6), spectrum_distribution(latents, 16)
-    close(esm_loss(images, latents, gamma=0.6), torch.distributions.kl_divergence(
-        torch.distributions.Categorical(p), torch.distributions.Categorical(q)).mean(), rtol=1e-4, atol=1e-6)
+    small = F.interpolate(images, (16, 24), mode="bicubic", align_corners=False)
+    p = torch.distributions.Categorical(spectrum_distribution(small, 16, 0.6))
+    q = torch.distributions.Categorical(spectrum_distribution(latents, 16))
+    expected = torch.distributions.kl_divergence(p, q).mean()
+    close(esm_loss(images, latents, gamma=0.6), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_esm_gradient_reaches_the_latents_only_and_points_downhill():
     """Descending the loss on free latents lowers it; the images get no gradient."""
-    images = (torch.randn(2, 3, 64, 64).cumsum(2).cumsum(3) / 50).requires_grad_()
+    images = smooth(2, 3, 64, 64).requires_grad_()
     latents = torch.randn(2, 4, 16, 16, requires_grad=True)
     before = esm_loss(images, latents)
     before.backward()
@@ -51,16 +71,18 @@ def test_esm_gradient_reaches_the_latents_only_and_points_downhill():
 
 
 def test_esm_sees_the_latents_scale():
-    """Because of log(1 + P) the loss moves when z is rescaled; this is the authors' definition, pinned here on purpose."""
-    images, latents = torch.randn(2, 3, 64, 64).cumsum(2).cumsum(3) / 50, torch.randn(2, 4, 16, 16).cumsum(3)
+    """Because of log(1 + P) the loss moves with the scale of z; the authors' definition, pinned."""
+    images, latents = smooth(2, 3, 64, 64), torch.randn(2, 4, 16, 16).cumsum(3)
     values = [esm_loss(images, latents * scale).item() for scale in (0.1, 1.0, 10.0)]
     assert max(values) > 1.2 * min(values)
 
 
 def test_esm_is_finite_in_bf16_and_on_constant_images():
-    """Constant images and constant latents have no power at all; bf16 latents keep a finite gradient."""
+    """Constant images and latents have no power at all; bf16 latents keep a finite gradient."""
     flat, noise = torch.full((2, 3, 64, 64), 0.3), torch.randn(2, 4, 8, 8)
-    for images, latents in ((flat, noise), (flat, torch.zeros_like(noise)), (torch.randn(2, 3, 64, 64), torch.ones_like(noise))):
+    no_power = (flat, torch.zeros_like(noise))
+    flat_latents = (torch.randn(2, 3, 64, 64), torch.ones_like(noise))
+    for images, latents in ((flat, noise), no_power, flat_latents):
         latents = latents.bfloat16().requires_grad_()
         loss = esm_loss(images.bfloat16(), latents)
         loss.backward()
@@ -70,30 +92,34 @@ def test_esm_is_finite_in_bf16_and_on_constant_images():
 # ---- VA-VAE and UAE
 
 def test_vf_loss_by_its_definition():
-    """Both hinges written out with loops; 0 for features that agree within the margins; gradient to the projection only."""
+    """Both hinges written out with loops; 0 within the margins; gradient to the projection only."""
     p, f = torch.randn(2, 5, 7, requires_grad=True), torch.randn(2, 5, 7, requires_grad=True)
-    cos = torch.nn.functional.cosine_similarity
-    point = torch.stack([(1 - 0.5 - cos(p[b, t], f[b, t], dim=0)).clamp_min(0) for b in range(2) for t in range(5)]).mean()
-    pair = torch.stack([((cos(p[b, s], p[b, t], dim=0) - cos(f[b, s], f[b, t], dim=0)).abs() - 0.25).clamp_min(0)
-                        for b in range(2) for s in range(5) for t in range(5)]).mean()
+    cos = lambda a, b: F.cosine_similarity(a, b, dim=0)
+    points, pairs = [], []
+    for b in range(2):
+        for t in range(5):
+            points.append((1 - 0.5 - cos(p[b, t], f[b, t])).clamp_min(0))
+            for s in range(5):
+                gap = cos(p[b, s], p[b, t]) - cos(f[b, s], f[b, t])
+                pairs.append((gap.abs() - 0.25).clamp_min(0))
     loss = vf_loss(p, f)
-    close(loss, point + pair)
+    close(loss, torch.stack(points).mean() + torch.stack(pairs).mean())
     loss.backward()
     assert p.grad.abs().sum() > 0 and f.grad is None
     assert vf_loss(3 * f, f) == 0
 
 
 def test_low_freq_align_loss_sees_low_frequencies_only():
-    """0 against itself; a change in the high frequencies alone does not move it, one in the low ones does; on 6 x 10."""
-    from spectral import dct2, idct2
+    """0 against itself; on 6 x 10, changed low frequencies move it, high ones alone do not."""
     f = torch.randn(2, 60, 7)
 
-    def change(u, v):                                                                      # one DCT coefficient of every channel
+    def change(u, v):  # one DCT coefficient of every channel
         X = dct2(f.transpose(1, 2).unflatten(2, (6, 10)))
         X[:, :, u, v] += 5 * torch.randn(2, 7)
         return idct2(X).flatten(2).transpose(1, 2)
     loss = lambda tokens: low_freq_align_loss(tokens, f, (6, 10), cutoff=0.5)
-    assert loss(f).abs() < 1e-6 and loss(change(3, 0)).abs() < 1e-5 and loss(change(0, 5)).abs() < 1e-5
+    assert loss(f).abs() < 1e-6
+    assert loss(change(3, 0)).abs() < 1e-5 and loss(change(0, 5)).abs() < 1e-5
     assert loss(change(2, 4)) > 1e-2
     assert low_freq_align_loss(change(5, 9), f, (6, 10), cutoff=1.0) > 1e-3
 
@@ -111,27 +137,28 @@ def test_dsm_pair_masks_both_sides():
 
 
 def test_scale_pair_halves_both_sides():
-    """k = 2 without antialiasing is the mean of 2 x 2 cells; k = 1 changes nothing; a latent that does not divide is refused."""
+    """k = 2 is the mean of 2 x 2 cells; k = 1 changes nothing; a k that does not divide raises."""
     images, latents = torch.randn(2, 3, 32, 48), torch.randn(2, 4, 8, 12)
     target, z = scale_pair(images, latents, 2)
-    close(z, torch.nn.functional.avg_pool2d(latents, 2))
-    close(target, torch.nn.functional.avg_pool2d(images, 2))
+    close(z, F.avg_pool2d(latents, 2))
+    close(target, F.avg_pool2d(images, 2))
     assert torch.equal(scale_pair(images, latents, 1)[1], latents)
     with pytest.raises(ValueError, match="8x10"):
         scale_pair(torch.randn(1, 3, 32, 40), torch.randn(1, 4, 8, 10), 4)
 
 
 def test_eq_pair_scales_and_turns_both_sides():
-    """Sizes stay f : 1 when the latent's side is rounded; a quarter turn swaps the sides and moves the same corner on both."""
+    """Sizes stay f : 1 when the latent's side is rounded; turns move the same corner on both."""
     images, latents = torch.zeros(1, 3, 64, 96), torch.zeros(1, 4, 8, 12)
-    images[..., :32, :32], latents[..., :4, :4] = 1, 1                                     # the top-left corner, f = 8
+    images[..., :32, :32] = 1  # the top-left corner, f = 8
+    latents[..., :4, :4] = 1
     target, z = eq_pair(images, latents, 1.0, rot=1)
     assert target.shape[-2:] == (96, 64) and z.shape[-2:] == (12, 8)
-    assert target[0, 0, -32:, :32].min() == 1 and z[0, 0, -4:, :4].min() == 1              # now at the bottom left
+    assert target[0, 0, -32:, :32].min() == 1 and z[0, 0, -4:, :4].min() == 1  # bottom left
     assert target.sum() == images.sum() and z.sum() == latents.sum()
     target, z = eq_pair(images, latents, 11 / 32, rot=2)
     assert z.shape[-2:] == (3, 4) and target.shape[-2:] == (24, 32)
-    assert target[0, 0, -1, -1] == 1 and z[0, 0, -1, -1] == 1                              # now at the bottom right
+    assert target[0, 0, -1, -1] == 1 and z[0, 0, -1, -1] == 1  # bottom right
     assert target[0, 0, 0, 0] == 0 and z[0, 0, 0, 0] == 0
 
 
@@ -206,18 +233,20 @@ def test_lpips_without_network_says_where_the_file_belongs(tmp_path, monkeypatch
 
 
 def test_lpips_real_path_with_a_planted_file(tmp_path, monkeypatch):
-    """A random VGG-16 in TORCH_HOME goes through torchvision and lpips: 0 for equal images, a gradient to the image and to nothing else."""
+    """A random VGG-16 in TORCH_HOME: 0 for equal images, a gradient to the image alone."""
     from torchvision.models import vgg16
     checkpoints = tmp_path / "hub" / "checkpoints"
     checkpoints.mkdir(parents=True)
     torch.save(vgg16().state_dict(), checkpoints / "vgg16-397923af.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     perceptual = PerceptualLoss().train()
-    a, b = torch.randn(1, 3, 32, 48).clamp(-1, 1), torch.randn(1, 3, 32, 48).clamp(-1, 1).requires_grad_()
+    a = torch.randn(1, 3, 32, 48).clamp(-1, 1)
+    b = torch.randn(1, 3, 32, 48).clamp(-1, 1).requires_grad_()
     assert perceptual(a, a) == 0
     with torch.autocast("cpu", torch.bfloat16):
         loss = perceptual(b, a)
     loss.backward()
     assert loss > 0 and loss.dtype == torch.float32 and b.grad.abs().sum() > 0
-    assert not any(p.requires_grad for p in perceptual.parameters()) and not perceptual.lpips.training
-    close(perceptual(b, a), loss.detach(), rtol=0, atol=0)                                 # no dropout: the same answer twice
+    assert not any(p.requires_grad for p in perceptual.parameters())
+    assert not perceptual.lpips.training
+    close(perceptual(b, a), loss.detach(), rtol=0, atol=0)  # no dropout: the same answer twice
