@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from leaves import DeadLeaves
-from runtime import one_line_errors, parse_args, rank_zero_first, write_atomic
+from runtime import first_of_node, one_line_errors, parse_args, write_atomic
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 # whatever the name says; PIL would hand an EPS to Ghostscript
@@ -190,7 +190,7 @@ class Cifar10:
         from torchvision.datasets import CIFAR10
 
         try:
-            with rank_zero_first():
+            with first_of_node():
                 CIFAR10("data", download=True)  # fetches nothing that is there already
             parts = {"train": CIFAR10("data", train=True), "test": CIFAR10("data", train=False)}
         except (OSError, RuntimeError) as error:
@@ -403,7 +403,10 @@ def _load(dataset, entries, workers, device):
     for (asked, mirrored), (images, labels, indices, bad) in zip(entries(), loader):
         for k in torch.nonzero(bad).flatten().tolist():
             _note(dataset, int(asked[k]), int(indices[k]))
-        mirrored = torch.from_numpy(mirrored).to(device)[:, None, None, None]
+        mirrored = torch.from_numpy(mirrored)
+        if device.type == "cuda":          # from pageable memory the host would wait for the device
+            mirrored = mirrored.pin_memory()
+        mirrored = mirrored.to(device, non_blocking=True)[:, None, None, None]
         images = images.to(device, non_blocking=True)  # (b, 3, H, W) uint8
         images = torch.where(mirrored, images.flip(-1), images).float().div_(127.5).sub_(1)
         yield images, labels.to(device, non_blocking=True), indices, bad

@@ -162,7 +162,9 @@ def eq_pair(images, latents, scale, rot):
                          f"got scale={scale}, rot={rot}")
     size = (max(1, round(h * scale)), max(1, round(w * scale)))
     images, latents = _resize_pair("eq_pair", images, latents, size)
-    return torch.rot90(images, rot, (2, 3)), torch.rot90(latents, rot, (2, 3))
+    # contiguous: strides of their own would be one more compilation for every odd turn
+    images, latents = (torch.rot90(x, rot, (2, 3)).contiguous() for x in (images, latents))
+    return images, latents
 
 
 def scale_images(images, scale, f):
@@ -266,9 +268,13 @@ class PatchDiscriminator(nn.Module):
         return self.main(images)
 
 
-def hinge_d_loss(real, fake):
-    """Discriminator: mean relu(1 - real) + mean relu(1 + fake), any shape; 2 when it is fresh."""
-    return _mean(F.relu(1 - real.float())) + _mean(F.relu(1 + fake.float()))
+def hinge_d_loss(real=None, fake=None):
+    """
+    Discriminator: mean relu(1 - real) + mean relu(1 + fake), logits of any shape; 2 when fresh.
+    Either may be left out, so that one can be walked back before the other is computed.
+    """
+    loss = 0 if real is None else _mean(F.relu(1 - real.float()))
+    return loss if fake is None else loss + _mean(F.relu(1 + fake.float()))
 
 
 def hinge_g_loss(fake):

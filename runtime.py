@@ -72,9 +72,9 @@ def barrier():
 
 
 @contextlib.contextmanager
-def rank_zero_first():
-    """Rank 0 runs the block before the others do: one download, then everybody reads the file."""
-    first = not dist.is_initialized() or dist.get_rank() == 0
+def first_of_node():
+    """A node's first process runs the block before its neighbours: one download, many readers."""
+    first = not dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first:
         barrier()
     try:
@@ -82,6 +82,27 @@ def rank_zero_first():
     finally:
         if first:                                      # also when it failed: the others wait
             barrier()
+
+
+def nodes():
+    """How many machines take part, by torchrun's word."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    return world // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+
+
+def need_one_node(what):
+    """ValueError if several nodes would write `what` into one memory map: NFS may lose bytes."""
+    need(nodes() == 1, f"{what}: is written by all processes into one file, which only one node "
+         "can do safely; make it with torchrun --nnodes=1 first, then start this again")
+
+
+def need_same_step(out, step):
+    """ValueError unless all processes resume at the same step (each reads its own disk)."""
+    if dist.is_initialized():
+        steps = [None] * dist.get_world_size()
+        dist.all_gather_object(steps, step)
+        need(len(set(steps)) == 1, f"--resume: processes find {out} at steps {steps}, rank by "
+             "rank; give every node the same checkpoint, or --out on a disk that all can read")
 
 
 def all_sum(tensor):
@@ -137,7 +158,7 @@ class StopSignal:
     """
 
     def __enter__(self):
-        self.name, self.previous = None, {}
+        self.name, self.calls, self.previous = None, 0, {}
         for number in (signal.SIGTERM, signal.SIGINT):
             self.previous[number] = signal.signal(number, self._note)
         return self
@@ -152,7 +173,13 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
     def asked(self):
-        """True on all processes once one of them got a signal; travels by CPU, no GPU waits."""
+        """
+        True on all processes once one of them got a signal. Several ask one another at every tenth
+        call, for the answer costs them a round trip; it travels by CPU, no GPU waits.
+        """
+        self.calls += 1
+        if dist.is_initialized() and self.calls % 10 != 1:
+            return False
         flag = torch.tensor(float(self.name is not None))
         return bool(all_sum(flag) > 0)
 
@@ -174,14 +201,17 @@ class Compute:
     dtype    of the networks: "fp32", "bf16", or None: bf16 on CUDA, fp32 on a CPU
     compile  "on", "off", or None: on on CUDA, off on a CPU
     tf32     with bf16, what stays out of autocast (LPIPS, encoding) may use TF32 convolutions
+    fixed_size  the networks see one image size: cuDNN may try its algorithms for each layer
     """
 
-    def __init__(self, rank, world, device, dtype=None, compile=None, tf32=True):
+    def __init__(self, rank, world, device, dtype=None, compile=None, tf32=True,
+                 fixed_size=False):
         self.rank, self.world, self.device = rank, world, device
         self.cuda = device.type == "cuda"
         self.dtype = dtype or ("bf16" if self.cuda else "fp32")
-        self.compiled = (compile or ("on" if self.cuda else "off")) == "on"
+        self.compiling = (compile or ("on" if self.cuda else "off")) == "on"
         torch.backends.cudnn.allow_tf32 = tf32 and self.dtype == "bf16"
+        torch.backends.cudnn.benchmark = self.cuda and fixed_size
 
     def say(self, text):
         """Print on rank 0."""
@@ -193,20 +223,33 @@ class Compute:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16")
 
     def channels_last(self, *networks):
-        """Convolutional networks in the layout that is fast here; NHWC is slower on a CPU."""
+        """
+        Convolutional networks in the layout that is fast here. On a CPU NHWC is slower, and eager
+        CUDA pays for copies: its GroupNorm answers in NCHW.
+        """
         for network in networks:
-            if network is not None and self.cuda:
+            if network is not None and self.cuda and self.compiling:
                 network.to(memory_format=torch.channels_last)
 
     def compile(self, *networks):
         """torch.compile in place, if it is on: names of weights stay; None is passed over."""
         for network in networks:
-            if network is not None and self.compiled:
+            if network is not None and self.compiling:
                 network.compile()
+
+    def compiled(self, function):
+        """The function compiled, if compilation is on."""
+        return torch.compile(function) if self.compiling else function
+
+    def warn_of_compilation(self):
+        """Why nothing seems to happen before the first step."""
+        if self.compiling:
+            self.say("compiling the networks at the first step, which takes minutes on few cores "
+                     "(--compile off does without)")
 
     def eager(self):
         """Around what runs rarely in shapes of its own: not worth a compilation each."""
-        if not self.compiled:
+        if not self.compiling:
             return contextlib.nullcontext()
         return torch.compiler.set_stance("force_eager")
 
@@ -352,7 +395,8 @@ def open_run(out, stage, args, resume, overwrite, free=()):
 
 def restore(out, checkpoint, parts):
     """
-    Put checkpoint[name] back into each of parts, {name: module, optimiser or EMA}.
+    Put checkpoint[name] back into each of parts, {name: module, optimiser or EMA}, whose memory
+    layout is final already.
     raises   ValueError in one line if one is missing, of another shape, or holds weights that are
              not finite
     """
@@ -360,6 +404,8 @@ def restore(out, checkpoint, parts):
         finite = True
         try:
             part.load_state_dict(checkpoint[name])
+            if isinstance(part, torch.optim.Optimizer):
+                _match_layout(part)
             if isinstance(part, torch.nn.Module):
                 finite = all(tensor.isfinite().all() for tensor in part.state_dict().values())
         except Exception as error:                     # a foreign file breaks this in any way
@@ -369,6 +415,17 @@ def restore(out, checkpoint, parts):
         if not finite:
             raise ValueError(f"--resume: {out}/ckpt.pt: its {name} is not finite, so the training "
                              "diverged; take an older checkpoint")
+
+
+def _match_layout(optimizer):
+    """
+    Moments in the memory layout of their parameters. A file keeps its strides, and a run may go on
+    where channels_last is another choice: fused kernels would pair the wrong numbers, unseen.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
 
 
 def newest(pattern, hint):

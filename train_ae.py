@@ -159,11 +159,12 @@ def check(args, config, world):
 # --------------------------------------------------------------------------------------------------
 # The networks of a run
 
-def build(args, config, device):
+def build(args, config, compute):
     """
     Networks and optimisers, on the device; what a run does without is None.
     ae, disc, perceptual (LPIPS), encoder (DINOv2), projection (latent cells -> its feature width)
     """
+    device = compute.device
     torch.manual_seed(args.seed)                           # the initial weights; nothing else
     nets = SimpleNamespace(ae=AutoencoderKL(config).to(device), disc=None, disc_optimizer=None,
                            perceptual=None, encoder=None, projection=None)
@@ -172,15 +173,17 @@ def build(args, config, device):
         return torch.optim.AdamW(network.parameters(), lr=args.lr, betas=(0.9, 0.999),
                                  weight_decay=args.weight_decay, fused=True)
 
+    compute.channels_last(nets.ae)                         # before the optimiser's state comes in
     nets.optimizer = adamw(nets.ae)
     if args.gan_weight > 0 and args.gan_start < args.steps:
         nets.disc = PatchDiscriminator().to(device)
         nets.disc_optimizer = adamw(nets.disc)
     if args.lpips_weight > 0:
-        with runtime.rank_zero_first():
+        with runtime.first_of_node():
             nets.perceptual = PerceptualLoss().to(device)
+        compute.channels_last(nets.perceptual)
     if {"vf", "uae"} & set(args.reg):
-        with runtime.rank_zero_first():
+        with runtime.first_of_node():
             nets.encoder = load_encoder(args.encoder, args.encoder_source).to(device)
         # without a bias, which could match the features' common part alone
         width = nets.encoder.width
@@ -198,6 +201,7 @@ def saved_parts(nets):
 
 def resume(args, nets, checkpoint):
     """Put a checkpoint's state into the networks; returns (start step, state of the log)."""
+    runtime.need_same_step(args.out, checkpoint["step"] if checkpoint else 0)
     if not checkpoint:
         return 0, {}
     # the discriminator's part is missing if --steps was below --gan_start
@@ -208,11 +212,12 @@ def resume(args, nets, checkpoint):
 
 
 def place(args, nets, compute):
-    """Layout, compilation, DistributedDataParallel: the networks as a training step calls them."""
+    """Compilation and DistributedDataParallel: the networks as a training step calls them."""
     if args.grad_checkpoint:
         runtime.recompute(nets.ae, (ResnetBlock, AttnBlock))
-    compute.channels_last(nets.ae, nets.perceptual)
-    compute.compile(nets.ae.encoder, nets.ae.decoder, nets.disc, nets.perceptual)
+    compute.compile(nets.disc, nets.perceptual)
+    for network in (nets.ae.encoder, nets.ae.decoder):     # the last convolution stays eager, where
+        network.features = compute.compiled(network.features)   # the adaptive ratios are measured
     nets.ae_step = runtime.data_parallel(nets.ae)
     nets.disc_step = runtime.data_parallel(nets.disc)
     nets.projection_step = runtime.data_parallel(nets.projection)
@@ -251,43 +256,6 @@ def whose_turn(args, nets, step):
     return SimpleNamespace(ae=step % 2 == 0, disc=step % 2 == 1, gan=gan)
 
 
-def loss_terms(args, nets, compute, images, out, gan):
-    """
-    The autoencoder's loss (Eqs. 2 to 4, and the methods of Table 1), term by term.
-    images   (b, 3, H, W) as encoded; out: what AutoencoderKL.forward returned for them
-    gan      whether the discriminator has begun
-    returns  {name: (weight, adaptive ratio or None, value)}; the loss is the sum of the products
-    """
-    recon, target, latents, posterior = out
-    terms = {"l1": (1.0, None, F.l1_loss(recon.float(), target))}
-    if nets.perceptual:
-        terms["lpips"] = args.lpips_weight, None, nets.perceptual(recon, target)
-    rec_loss = total(terms)
-    if "esm" in args.reg:                                  # Alg. 1
-        terms["esm"] = args.esm_weight, None, losses.esm_loss(images, latents, args.gamma)
-    if {"kl", "eq", "vf"} & set(args.reg):
-        terms["kl"] = args.kl_weight, None, losses.kl_loss(posterior.mean, posterior.logvar)
-    if nets.encoder:
-        grid = latents.shape[-2:]
-        features = nets.encoder(images, grid)              # (b, h*w, D)
-        cells = nets.projection_step(latents.flatten(2).transpose(1, 2))
-        align = (losses.vf_loss(cells, features) if "vf" in args.reg else
-                 losses.low_freq_align_loss(cells, features, grid, args.uae_cutoff))
-        ratio = losses.adaptive_weight(rec_loss, align, nets.ae.encoder_last_layer,
-                                runtime.mean_over_processes)
-        terms["align"] = args.align_weight, ratio, align
-    if gan:
-        nets.disc.requires_grad_(False)
-        with compute.autocast():
-            fake = nets.disc(recon)
-        nets.disc.requires_grad_(True)
-        value = losses.hinge_g_loss(fake)
-        ratio = losses.adaptive_weight(rec_loss, value, nets.ae.last_layer,
-                                       runtime.mean_over_processes)
-        terms["gan"] = args.gan_weight, ratio, value
-    return terms
-
-
 def total(terms):
     """The sum of weight * adaptive ratio * value over the terms of a step."""
     loss = 0
@@ -296,30 +264,98 @@ def total(terms):
     return loss
 
 
+def directed(output, slope):
+    """A scalar whose gradient at output is slope: backward goes on from where it was cut."""
+    return (output.float() * slope).sum()
+
+
+def image_terms(args, nets, compute, recon, target, gan):
+    """
+    The terms on the decoded image (b, 3, H, W): L1, LPIPS, and once it has begun the GAN.
+    returns  {name: (weight, adaptive ratio or None, value)},
+             and the slope of their sum at the image, (b, 3, H, W) float32
+    """
+    image = recon.detach().float().requires_grad_()        # cut: the decoder is walked once, later
+    terms = {"l1": (1.0, None, F.l1_loss(image, target))}
+    if nets.perceptual:
+        terms["lpips"] = args.lpips_weight, None, nets.perceptual(image, target)
+    slope, = torch.autograd.grad(total(terms), image)
+    if gan:
+        nets.disc.requires_grad_(False)
+        with compute.autocast():
+            value = losses.hinge_g_loss(nets.disc(image))
+        nets.disc.requires_grad_(True)
+        gan_slope, = torch.autograd.grad(value, image)
+        ratio = losses.adaptive_weight(directed(recon, slope), directed(recon, gan_slope),
+                                       nets.ae.last_layer, runtime.mean_over_processes)
+        terms["gan"] = args.gan_weight, ratio, value
+        slope = slope + args.gan_weight * ratio * gan_slope
+    return terms, slope
+
+
+def latent_terms(args, nets, images, latents, posterior, decoder_slope):
+    """
+    The terms on the latents (b, C, h, w): ESM (Alg. 1), KL, alignment with features of images.
+    decoder_slope  what the image's terms ask of the latents, (b, C, h, w): vf and uae pull alike
+    returns  {name: (weight, adaptive ratio or None, value)}
+    """
+    terms = {}
+    if "esm" in args.reg:
+        terms["esm"] = args.esm_weight, None, losses.esm_loss(images, latents, args.gamma)
+    if {"kl", "eq", "vf"} & set(args.reg):
+        terms["kl"] = args.kl_weight, None, losses.kl_loss(posterior.mean, posterior.logvar)
+    if nets.encoder:
+        grid = latents.shape[-2:]
+        features = nets.encoder(images, grid)              # (b, h*w, D)
+        cells = nets.projection_step(latents.flatten(2).transpose(1, 2))
+        if "vf" in args.reg:
+            align = losses.vf_loss(cells, features)
+        else:
+            align = losses.low_freq_align_loss(cells, features, grid, args.uae_cutoff)
+        ratio = losses.adaptive_weight(directed(latents, decoder_slope), align,
+                                       nets.ae.encoder_last_layer, runtime.mean_over_processes)
+        terms["align"] = args.align_weight, ratio, align
+    return terms
+
+
 def forward_backward(args, nets, compute, images, noise, pair, turn):
     """
-    One part of a step: Fig. 1 forward, the loss of whose turn it is, and its gradients.
+    One part of a step: Fig. 1 forward, then the gradients of whose turn it is. The graph is cut at
+    the image and at the latents, so that the adaptive ratios can be known before decoder and
+    encoder are walked back, once each, by compiled code that may be walked only once.
     images, noise, pair  as AutoencoderKL.forward takes them
     returns  {name: scalar} for the log: every term, its adaptive ratio, the sum
     """
+    parts, shown = args.grad_accum, []
+
+    def cut_pair(images, latents):                         # what the decoder sees starts a graph
+        shown.append(latents.detach().requires_grad_(turn.ae))
+        return pair(images, shown[0])
+
     with torch.set_grad_enabled(turn.ae), compute.autocast():   # no graph if the turn is disc's
-        out = nets.ae_step(images, noise, pair)
-    values = {}
+        recon, target, latents, posterior = nets.ae_step(images, noise, cut_pair)
+    target, values = target.detach(), {}
     if turn.ae:
-        terms = loss_terms(args, nets, compute, images, out, turn.gan)
-        loss = total(terms)
-        (loss / args.grad_accum).backward()
+        terms, slope = image_terms(args, nets, compute, recon, target, turn.gan)
+        directed(recon, slope / parts).backward()          # through the decoder
+        slope = shown[0].grad                              # (b, C, h, w), of this part
+        of_latents = latent_terms(args, nets, images, latents, posterior, slope * parts)
+        (directed(latents, slope) + total(of_latents) / parts).backward()   # through the encoder
+        terms |= of_latents
         for name, (_, ratio, value) in terms.items():
             values[name] = value
             if ratio is not None:
                 values[f"{name}_weight"] = ratio
-        values["loss"] = loss
-    if turn.disc:
-        recon, target = out[0].detach(), out[1]
+        values["loss"] = total(terms)
+    if turn.disc:                                          # real is walked back before fake is made
+        with runtime.averaging(False, nets.disc_step):
+            with compute.autocast():
+                real = losses.hinge_d_loss(real=nets.disc_step(target))
+            (real / parts).backward()
         with compute.autocast():
-            loss = losses.hinge_d_loss(nets.disc_step(target), nets.disc_step(recon))
-        (loss / args.grad_accum).backward()
-        values["disc"] = loss
+            fake = losses.hinge_d_loss(fake=nets.disc_step(recon.detach()))
+        (fake / parts).backward()
+        values["disc"] = real + fake
     return values
 
 
@@ -446,20 +482,26 @@ def farewell(args, compute, report):
 def main():
     args = get_args()
     processes = runtime.start_processes(args.device)
-    compute = runtime.Compute(*processes, args.dtype, args.compile)
     rank, world, device = processes
+    many = "eq" in args.reg and args.compile is None
+    compute = runtime.Compute(*processes, args.dtype, "off" if many else args.compile,
+                              fixed_size=not {"eq", "se"} & set(args.reg))
+    if many and compute.cuda:
+        compute.say("--reg eq: not compiled, for it shows the networks 24 image sizes, and each "
+                    "would be a compilation of its own (--compile on does so all the same)")
     check(args, CONFIGS[args.model], world)
     args.dtype = compute.dtype
     checkpoint = runtime.open_run(args.out, "ae", vars(args), args.resume, args.overwrite,
                                   runtime.FREE)
     train_set, val_set = open_data(args.data, args.image_size, args.val_images, args.seed)
-    nets = build(args, CONFIGS[args.model], device)
+    nets = build(args, CONFIGS[args.model], compute)
     start_step, means = resume(args, nets, checkpoint)
     if checkpoint:
         compute.say(f"resuming {args.out} at step {start_step}")
     del checkpoint                                         # gigabytes at paper scale
     place(args, nets, compute)
     announce(args, nets, compute, train_set, val_set)
+    compute.warn_of_compilation()
     log = runtime.RunLog(f"{args.out}/log.jsonl", rank, start_step, means)
     batches = train_batches(train_set, args.batch_size, start_step, args.seed, rank, world,
                             args.workers, device)

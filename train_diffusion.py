@@ -182,6 +182,7 @@ def open_latents(args, ae, train_set, compute):
         there = there.to(compute.device)
         dist.broadcast(there, src=0)
     if not there:
+        runtime.need_one_node(f"--cache {folder}")
         quiet = compute.rank > 0 or not sys.stderr.isatty()
         with tqdm(total=len(train_set), unit="img", desc="encoding", disable=quiet) as progress:
             build_cache(folder, identity, ae, train_set, args.encode_batch, compute.rank,
@@ -234,7 +235,7 @@ def add_alignment(args, nets, size, compute):
     model, grid = nets.model, nets.model.grid
     runtime.need(args.repa_depth <= model.depth,
                  f"--repa_depth {args.repa_depth}: {args.model} has {model.depth} blocks")
-    with runtime.rank_zero_first():
+    with runtime.first_of_node():
         nets.encoder = load_encoder(args.encoder, args.encoder_source).to(compute.device)
     kind = REPA_KINDS[args.repa][1]
     nets.projector = Projector(kind, model.pos_embed.shape[-1], nets.encoder.width)
@@ -255,6 +256,7 @@ def saved_parts(nets):
 
 def resume(args, nets, cache, checkpoint):
     """Put a checkpoint's state into the networks; returns (start step, state of the log)."""
+    runtime.need_same_step(args.out, checkpoint["step"] if checkpoint else 0)
     if not checkpoint:
         return 0, {}
     for name in ("autoencoder", "images"):
@@ -385,6 +387,7 @@ def main():
     del checkpoint                                         # gigabytes at paper scale
     place(args, nets, compute)
     announce(args, nets, compute, origin)
+    compute.warn_of_compilation()
     log = runtime.RunLog(f"{args.out}/log.jsonl", rank, start_step, means)
     stream = training_stream(args, nets, cache, train_set, start_step, compute)
     progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size,

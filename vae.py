@@ -167,11 +167,15 @@ class Encoder(nn.Module):
         self.norm_out = group_norm(c, cfg.norm_groups)
         self.conv_out = nn.Conv2d(c, 2 * cfg.latent_channels, 3, padding=1)
 
-    def forward(self, x):
+    def features(self, x):
+        """All but the last convolution, (B, c, h, w): what training compiles."""
         h = self.conv_in(x)
         for level in self.down:
             h = level.downsample(level(h))
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))   # (B, 2C, h, w)
+        return F.silu(self.norm_out(self.mid(h)))
+
+    def forward(self, x):
+        return self.conv_out(self.features(x))                     # (B, 2C, h, w)
 
 
 class Decoder(nn.Module):
@@ -192,11 +196,15 @@ class Decoder(nn.Module):
         self.norm_out = group_norm(widths[0], cfg.norm_groups)
         self.conv_out = nn.Conv2d(widths[0], cfg.in_channels, 3, padding=1)
 
-    def forward(self, z):
+    def features(self, z):
+        """All but the last convolution, (B, c, H, W): what training compiles."""
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level.upsample(level(h))
-        return self.conv_out(F.silu(self.norm_out(h)))             # (B, 3, H, W)
+        return F.silu(self.norm_out(h))
+
+    def forward(self, z):
+        return self.conv_out(self.features(z))                     # (B, 3, H, W)
 
 
 class Posterior:

@@ -60,6 +60,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import metrics
 import runtime
+import train_ae
+import train_diffusion
 import vae
 from data import open_data, pack, train_batches
 from dit import DDPM, MODELS, Interpolant, NoiseStream, SiTBlock, UViTBlock
@@ -67,24 +69,16 @@ from latents import LatentCache, build_cache
 from losses import (
     PatchDiscriminator,
     PerceptualLoss,
-    adaptive_weight,
     dsm_pair,
     eq_pair,
     esm_loss,
-    hinge_d_loss,
-    hinge_g_loss,
-    kl_loss,
-    low_freq_align_loss,
     scale_pair,
-    vf_loss,
 )
 from repa import (
     REPA_KINDS,
     Encoder,
     Projector,
     RandomViT,
-    alignment_loss,
-    filter_target,
     load_encoder,
 )
 from spectral import block_dct2, block_idct2, lowpass, triangle_mask
@@ -376,14 +370,27 @@ def adamw(*networks, **options):
     return torch.optim.AdamW(parameters, lr=1e-5, **(options or dict(fused=True)))
 
 
+# Flags of the two scripts, as far as their steps read them.
+AE_FLAGS = dict(gamma=1.0, esm_weight=0.01, kl_weight=1e-6, align_weight=0.1, uae_cutoff=0.25,
+                lpips_weight=0.5, gan_weight=0.5, grad_accum=1, grad_checkpoint=False)
+SIT_FLAGS = dict(label_dropout=0.1, repa_depth=4, repa_weight=0.5, dog_sigma1=1.0, dog_sigma2=2.5,
+                 norm_std=1.0, grad_accum=1, grad_checkpoint=False)
+
+
+def compute_of(device, dtype="fp32", compiled=False):
+    """runtime.Compute for one process; what it sets of TF32 each case sets for itself."""
+    return runtime.Compute(0, 1, device, dtype, "on" if compiled else "off", tf32=False)
+
+
 def ae_nets(name, device, extras=True, compiled=False, channels_last=None, small_encoder=False):
-    """What an autoencoder's step needs, as train_ae.py builds it."""
+    """What an autoencoder's step needs, as train_ae.py's build and place leave it."""
     torch.manual_seed(0)
-    nets = SimpleNamespace(ae=AutoencoderKL(CONFIGS[name]).to(device),
+    nets = SimpleNamespace(ae=AutoencoderKL(CONFIGS[name]).to(device), disc=None, perceptual=None,
+                           encoder=None, projection=None,
                            generator=torch.Generator(device).manual_seed(0))
-    if channels_last or (channels_last is None and device.type == "cuda"):
+    if channels_last or (channels_last is None and compiled and device.type == "cuda"):
         nets.ae.to(memory_format=torch.channels_last)
-    nets.trained, networks = [nets.ae], [nets.ae.encoder, nets.ae.decoder]
+    nets.trained = [nets.ae]
     if extras:
         nets.disc = PatchDiscriminator().to(device)
         nets.perceptual = random_lpips().to(device)
@@ -391,11 +398,17 @@ def ae_nets(name, device, extras=True, compiled=False, channels_last=None, small
         nets.projection = nn.Linear(nets.ae.config.latent_channels, nets.encoder.width, bias=False)
         nets.projection.to(device)
         nets.disc_optimizer, nets.trained = adamw(nets.disc), [nets.ae, nets.projection]
-        networks += [nets.disc, nets.perceptual]
     nets.optimizer = adamw(*nets.trained)
-    for network in networks if compiled else ():
-        network.compile()
+    train_ae.place(SimpleNamespace(**AE_FLAGS), nets, compute_of(device, compiled=compiled))
     return nets
+
+
+def step(trained, optimizer, values):
+    """As runtime.update: clip, and step where nothing is not finite."""
+    parameters = [p for network in trained for p in network.parameters()]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    finite = torch.stack([value.detach() for value in (norm, *values)]).isfinite().all()
+    runtime.step_if(finite, optimizer)
 
 
 def ae_step(nets, images, reg="none", lpips=False, gan=False, train_disc=False, dtype="fp32"):
@@ -403,53 +416,20 @@ def ae_step(nets, images, reg="none", lpips=False, gan=False, train_disc=False, 
     One pass of train_ae.py's loop: a step of the autoencoder, or with train_disc one of the
     discriminator. images (B, 3, H, W).
     """
-    ae, losses, device = nets.ae, {}, images.device
-    with torch.set_grad_enabled(not train_disc), autocast(device, dtype):
-        posterior = ae.encode(images)
-        noise = torch.randn(posterior.mean.shape, generator=nets.generator, device=device)
-        latents = posterior.sample(noise)              # (B, C, h, w)
-        target, z = PAIRS[reg](images, latents) if reg in PAIRS else (images, latents)
-        recon = ae.decode(z)
+    args = SimpleNamespace(reg=[reg], **AE_FLAGS)
+    used = SimpleNamespace(**vars(nets))
+    used.perceptual = nets.perceptual if lpips else None
+    used.encoder = nets.encoder if reg in ("vf", "uae") else None
+    shape = nets.ae.latent_shape(images)
+    noise = torch.randn(shape, generator=nets.generator, device=images.device)
+    pair = PAIRS.get(reg, lambda x, z: (x, z))
+    turn = SimpleNamespace(ae=not train_disc, disc=train_disc, gan=gan)
+    values = train_ae.forward_backward(args, used, compute_of(images.device, dtype), images, noise,
+                                       pair, turn)
     if train_disc:
-        with autocast(device, dtype):
-            losses["disc"] = hinge_d_loss(nets.disc(target), nets.disc(recon.detach()))
-        losses["disc"].backward()
-        trained, optimizer = [nets.disc], nets.disc_optimizer
+        step([nets.disc], nets.disc_optimizer, values.values())
     else:
-        losses["l1"] = rec_loss = F.l1_loss(recon.float(), target)
-        if lpips:
-            losses["lpips"] = nets.perceptual(recon, target)
-            rec_loss = rec_loss + 0.5 * losses["lpips"]
-        loss = rec_loss
-        if reg == "esm":
-            losses["esm"] = esm_loss(images, latents)
-            loss = loss + 0.01 * losses["esm"]
-        if reg in ("kl", "eq", "vf"):
-            losses["kl"] = kl_loss(posterior.mean, posterior.logvar)
-            loss = loss + 1e-6 * losses["kl"]
-        if reg in ("vf", "uae"):
-            grid = latents.shape[-2:]
-            features = nets.encoder(images, grid)      # (B, h*w, D), as the cells
-            cells = nets.projection(latents.flatten(2).transpose(1, 2))
-            if reg == "vf":
-                losses["align"] = vf_loss(cells, features)
-            else:
-                losses["align"] = low_freq_align_loss(cells, features, grid)
-            weight = adaptive_weight(rec_loss, losses["align"], ae.encoder_last_layer)
-            loss = loss + 0.1 * weight * losses["align"]
-        if gan:
-            nets.disc.requires_grad_(False)
-            with autocast(device, dtype):
-                losses["gan"] = hinge_g_loss(nets.disc(recon))
-            weight = adaptive_weight(rec_loss, losses["gan"], ae.last_layer)
-            loss = loss + 0.5 * weight * losses["gan"]
-            nets.disc.requires_grad_(True)
-        loss.backward()
-        trained, optimizer = nets.trained, nets.optimizer
-    parameters = [p for network in trained for p in network.parameters()]
-    losses["norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    finite = torch.stack([value.detach() for value in losses.values()]).isfinite().all()
-    runtime.step_if(finite, optimizer)                 # as RunLog.finite
+        step(nets.trained, nets.optimizer, values.values())
 
 
 def diffusion_nets(name, device, repa="none", compiled=False, encoder=None):
@@ -460,7 +440,7 @@ def diffusion_nets(name, device, repa="none", compiled=False, encoder=None):
     torch.manual_seed(0)
     side, C = (32, 4) if name.endswith("/2") else (16, 16)
     model = MODELS[name](input_size=side, in_channels=C, num_classes=1000).to(device)
-    nets = SimpleNamespace(model=model, repa=repa, encoder=encoder,
+    nets = SimpleNamespace(model=model, repa=repa, encoder=encoder, projector=None,
                            process=DDPM() if name.startswith("UViT") else Interpolant(),
                            generator=torch.Generator(device).manual_seed(0))
     nets.trained = [nets.model]
@@ -469,8 +449,8 @@ def diffusion_nets(name, device, repa="none", compiled=False, encoder=None):
         nets.projector = Projector(REPA_KINDS[repa][1], width, encoder.width).to(device)
         nets.trained.append(nets.projector)
     nets.optimizer, nets.ema = adamw(*nets.trained), runtime.EMA(nets.model)
-    if compiled:
-        nets.model.compile()
+    compute = compute_of(device, compiled=compiled)
+    train_diffusion.place(SimpleNamespace(**SIT_FLAGS), nets, compute)
     return nets
 
 
@@ -479,24 +459,15 @@ def diffusion_step(nets, moments, labels, images, dtype):
     One pass of train_diffusion.py's loop. moments (B, 2C, h, w) float16, as the cache holds them;
     images (B, 3, 256, 256) for --repa.
     """
-    device, aligned = moments.device, nets.repa != "none"
+    device, args = moments.device, SimpleNamespace(repa=nets.repa, **SIT_FLAGS)
     posterior = Posterior(*moments.float().chunk(2, dim=1))
     noise = torch.randn(posterior.mean.shape, generator=nets.generator, device=device)
     latents = posterior.sample(noise)                  # (B, C, h, w)
-    depth = 4 if aligned else None
-    with autocast(device, dtype):
-        loss = nets.process.loss(nets.model, latents, labels, nets.generator, 0.1, depth)
-    if aligned:
-        loss, tokens = loss
-        grid = nets.model.grid
-        filtered = filter_target(nets.encoder(images, grid), REPA_KINDS[nets.repa][0], grid)
-        with autocast(device, dtype):
-            projected = nets.projector(tokens, grid)
-        loss = loss + 0.5 * alignment_loss(projected, filtered)
+    terms = train_diffusion.loss_terms(args, nets, compute_of(device, dtype), latents, labels,
+                                       images, nets.generator, (0, 1))
+    loss = sum(weight * value for weight, value in terms.values())
     loss.backward()
-    parameters = [p for network in nets.trained for p in network.parameters()]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    runtime.step_if((loss + norm).isfinite(), nets.optimizer)
+    step(nets.trained, nets.optimizer, [loss])
     nets.ema.update(1000)
 
 

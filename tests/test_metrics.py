@@ -1,5 +1,6 @@
 """Metrics against closed forms and against scipy."""
 import math
+import urllib.error
 
 import numpy as np
 import pytest
@@ -8,36 +9,51 @@ import torch
 import torch.nn.functional as F
 
 from leaves import DeadLeaves
-from metrics import Moments, frechet_distance, laplacian_pyramid, load_inception, psnr, sliced_wasserstein, spectral_kl, ssim, to_uint8
+from metrics import (
+    Moments,
+    frechet_distance,
+    laplacian_pyramid,
+    load_inception,
+    psnr,
+    sliced_wasserstein,
+    spectral_kl,
+    ssim,
+    to_uint8,
+)
 
 close = torch.testing.assert_close
 
 
 def test_psnr_closed_form():
-    """A constant error of 16 grey levels: 20 log10(255 / 16); errors below half a level vanish in 8 bits."""
+    """Off by 16 grey levels: 20 log10(255 / 16); errors below half a level vanish in 8 bits."""
     a = (torch.randint(0, 200, (3, 3, 12, 17)).float() - 127.5) / 127.5
     close(psnr(a, a + 16 / 127.5), torch.full((3,), 20 * math.log10(255 / 16)))
     close(psnr(a, a + 0.3 / 127.5), torch.full((3,), 100.0))
 
 
 def test_ssim_closed_forms():
-    """Identical images: 1. Two constants: the luminance term alone. A sign flip of zero-mean texture: close to -1."""
+    """
+    Identical images: 1. Two constants: the luminance term alone. A sign flip of zero-mean texture:
+    close to -1.
+    """
     a = torch.randn(2, 3, 16, 23) * 0.5
     close(ssim(a, a), torch.ones(2))
     x, y, c1 = 0.2, 0.6, (0.01 * 2) ** 2
     constants = ssim(torch.full((1, 3, 12, 15), x), torch.full((1, 3, 12, 15), y))
     close(constants, torch.tensor([(2 * x * y + c1) / (x * x + y * y + c1)]), rtol=1e-4, atol=1e-5)
-    checkerboard = ((torch.arange(16)[:, None] + torch.arange(23)) % 2 * 2.0 - 1).expand(1, 3, 16, 23)
+    checkerboard = (torch.arange(16)[:, None] + torch.arange(23)) % 2 * 2.0 - 1
+    checkerboard = checkerboard.expand(1, 3, 16, 23)
     assert ssim(checkerboard, -checkerboard) < -0.99
 
 
 def test_ssim_against_the_definition():
     """One 11 x 11 image has one window: weighted moments written out."""
-    a, b = torch.rand(1, 1, 11, 11, dtype=torch.float64), torch.rand(1, 1, 11, 11, dtype=torch.float64)
+    a, b = (torch.rand(1, 1, 11, 11, dtype=torch.float64) for _ in range(2))
     g = torch.exp(-0.5 * ((torch.arange(11) - 5) / 1.5) ** 2).double()
     w = g[:, None] * g / g.sum() ** 2
     ma, mb = (w * a).sum(), (w * b).sum()
-    va, vb, cov = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum(), (w * (a - ma) * (b - mb)).sum()
+    va, vb = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum()
+    cov = (w * (a - ma) * (b - mb)).sum()
     c1, c2 = 1e-4, 9e-4
     expected = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma ** 2 + mb ** 2 + c1) * (va + vb + c2))
     close(ssim(a, b, data_range=1.0), expected.float()[None], rtol=1e-4, atol=1e-5)
@@ -64,12 +80,16 @@ def test_moments_stream_to_numpys_mean_and_covariance():
 
 
 def test_frechet_distance_closed_forms():
-    """Equal covariances: |mean difference|^2. Commuting (diagonal) ones: plus sum (sqrt a - sqrt b)^2. Itself: 0."""
+    """
+    Itself: 0. Equal covariances: |mean difference|^2. Commuting (diagonal) ones: plus
+    sum (sqrt a - sqrt b)^2.
+    """
     A = torch.randn(7, 7, dtype=torch.float64)
-    cov, m1, m2 = A @ A.T, torch.randn(7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    cov = A @ A.T
+    m1, m2 = (torch.randn(7, dtype=torch.float64) for _ in range(2))
     assert frechet_distance(m1, cov, m1, cov) == pytest.approx(0, abs=1e-8)
     assert frechet_distance(m1, cov, m2, cov) == pytest.approx((m1 - m2).square().sum().item())
-    a, b = torch.rand(7, dtype=torch.float64), torch.rand(7, dtype=torch.float64)
+    a, b = (torch.rand(7, dtype=torch.float64) for _ in range(2))
     expected = (m1 - m2).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
     assert frechet_distance(m1, a.diag(), m2, b.diag()) == pytest.approx(expected.item())
 
@@ -78,7 +98,8 @@ def test_frechet_distance_closed_forms():
 def test_frechet_distance_equals_scipys_sqrtm(rank1, rank2):
     """Random covariances of 12 dimensions, singular ones included."""
     rng = np.random.default_rng(0)
-    (A, B), (m1, m2) = (rng.standard_normal((12, r)) for r in (rank1, rank2)), rng.standard_normal((2, 12))
+    A, B = (rng.standard_normal((12, rank)) for rank in (rank1, rank2))
+    m1, m2 = rng.standard_normal((2, 12))
     c1, c2 = A @ A.T, B @ B.T
     root = scipy.linalg.sqrtm(c1 @ c2 + 1e-14 * np.eye(12))
     expected = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * np.real(root))
@@ -86,17 +107,19 @@ def test_frechet_distance_equals_scipys_sqrtm(rank1, rank2):
 
 
 def test_inception_real_path_with_planted_weights(inception_home, monkeypatch):
-    """A random weight file where torch-fidelity looks for it: its own loading code runs, and gives (B, 2048) and (B, 1008)."""
+    """
+    A random weight file where torch-fidelity looks for it: its own loading code runs, and gives
+    (B, 2048) and (B, 1008).
+    """
     monkeypatch.setenv("TORCH_HOME", str(inception_home))
-    features, logits = load_inception(torch.device("cpu"))(torch.randint(0, 256, (2, 3, 40, 56), dtype=torch.uint8))
+    images = torch.randint(0, 256, (2, 3, 40, 56), dtype=torch.uint8)
+    features, logits = load_inception(torch.device("cpu"))(images)
     assert features.shape == (2, 2048) and logits.shape == (2, 1008) and features.isfinite().all()
     assert not torch.equal(features[0], features[1])
 
 
 def test_inception_without_network_says_where_the_file_belongs(tmp_path, monkeypatch):
     """URL and place in one line."""
-    import urllib.error
-
     def offline(*args, **kwargs):
         raise urllib.error.URLError("no network")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -104,17 +127,25 @@ def test_inception_without_network_says_where_the_file_belongs(tmp_path, monkeyp
     with pytest.raises(FileNotFoundError) as error:
         load_inception(torch.device("cpu"))
     message = str(error.value)
-    assert "https://github.com/toshas/torch-fidelity" in message and str(tmp_path) in message and "\n" not in message
+    assert "https://github.com/toshas/torch-fidelity" in message
+    assert str(tmp_path) in message and "\n" not in message
 
 
 # ---- metrics without weights
 
 def leaves(count, first=0):
-    return torch.stack([DeadLeaves(64, count, seed=0, first=first)[i][0] for i in range(count)]).float() / 127.5 - 1
+    pictures = DeadLeaves(64, count, seed=0, first=first)
+    return torch.stack([pictures[i][0] for i in range(count)]).float() / 127.5 - 1
+
+
+def blur(x, times=1):
+    for _ in range(times):
+        x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
+    return x
 
 
 def test_laplacian_pyramid_adds_up():
-    """Sides 64, 32, 16; expanding the coarse level and adding the fine ones gives the image back."""
+    """Sides 64, 32, 16; expanding the coarse one and adding the fine ones gives the image back."""
     x = torch.randn(2, 3, 64, 96)
     levels = laplacian_pyramid(x)
     assert [level.shape[-2:] for level in levels] == [(64, 96), (32, 48), (16, 24)]
@@ -129,10 +160,12 @@ def test_laplacian_pyramid_adds_up():
 
 
 def test_swd_is_zero_on_itself_and_grows_with_blur_and_noise():
-    """More blur and more noise are further away, on the finest level; another draw of the same images is close."""
+    """
+    More blur and more noise are further away, on the finest level; another draw of the same images
+    is close.
+    """
     a, b = leaves(24), leaves(24, first=1000)
     assert set(sliced_wasserstein(a, a).values()) == {0.0}
-    blur = lambda x, times: x if times == 0 else blur(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, stride=1), times - 1)
     same, blurred, more = (sliced_wasserstein(blur(b, times), a)[64] for times in (0, 1, 3))
     assert same < blurred < more
     noise = torch.randn_like(b)
@@ -141,10 +174,10 @@ def test_swd_is_zero_on_itself_and_grows_with_blur_and_noise():
 
 
 def test_spectral_kl_is_zero_on_itself_and_sees_blur():
-    """Removing high frequencies moves the radial spectrum; another draw of the same images does so much less."""
+    """Blur moves the radial spectrum; another draw of the same images does so much less."""
     a, b = leaves(24), leaves(24, first=1000)
     assert spectral_kl(a, a) == pytest.approx(0, abs=1e-7)
-    assert spectral_kl(F.avg_pool2d(F.pad(b, (1, 1, 1, 1), mode="reflect"), 3, stride=1), a) > 10 * spectral_kl(b, a) > 0
+    assert spectral_kl(blur(b), a) > 10 * spectral_kl(b, a) > 0
 
 
 def test_to_uint8_rounds_and_clips():

@@ -593,11 +593,14 @@ def test_esm_vanishes_on_its_own_target(data):
     x = data.draw(tensors("B3HW", magnitudes=(1.0, 1e-3, 1e4)))
     z = data.draw(tensors("BChw", B=1, magnitudes=(1.0, 1e-3, 1e4)))
     assert esm_loss(x, x, gamma=0.0).abs() < 1e-5
-    value = esm_loss(x[:1], z)
-    close(esm_loss(x[:1], z.double() + 10 * size(z)), value, 1, rtol=1e-3)
-    # The blur goes by the height.
-    if (x.shape[2] >= 16 * z.shape[2]) == (x.shape[3] >= 16 * z.shape[3]):
-        close(esm_loss(x[:1].mT, z.mT), value, 1, rtol=1e-4)
+    x = x[:1]
+    value = esm_loss(x, z)
+    close(esm_loss(x, z.double() + 10 * size(z)), value, 1, rtol=1e-3)
+    # The blur goes by the height; of a flat 1e4 resizing leaves errors of 1e-3, which are power.
+    same_blur = (x.shape[2] >= 16 * z.shape[2]) == (x.shape[3] >= 16 * z.shape[3])
+    flat = x.amax((2, 3)).equal(x.amin((2, 3)))
+    if same_blur and not (flat and x.abs().max() > 1):
+        close(esm_loss(x.mT, z.mT), value, 1, rtol=1e-4)
 
 
 @draws

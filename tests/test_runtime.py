@@ -1,4 +1,7 @@
-"""The machinery: noise that does not depend on the number of processes, atomic files, the log, one-line errors, presets."""
+"""
+The machinery: noise that does not depend on the number of processes, atomic files, the log,
+one-line errors, presets.
+"""
 import argparse
 import json
 import os
@@ -20,12 +23,16 @@ def test_step_seeds_are_distinct_and_repeatable():
 
 def test_sharded_noise_is_the_same_on_any_number_of_processes():
     """The shares of 4 processes, put together, are the noise of one."""
-    draw = lambda rank, world: runtime.sharded_randn((8 // world, 4, 3, 5), torch.Generator().manual_seed(7), rank, world)
+    def draw(rank, world):
+        generator = torch.Generator().manual_seed(7)
+        return runtime.sharded_randn((8 // world, 4, 3, 5), generator, rank, world)
     assert torch.equal(torch.cat([draw(rank, 4) for rank in range(4)]), draw(0, 1))
 
 
 def test_interrupted_write_keeps_the_old_file(tmp_path):
-    """An error in the middle of a write leaves the previous checkpoint whole and no temporary file."""
+    """
+    An error in the middle of a write leaves the previous checkpoint whole and no temporary file.
+    """
     path = tmp_path / "ckpt.pt"
     runtime.save_checkpoint(path, dict(stage="ae", step=1, x=torch.ones(3)))
 
@@ -34,7 +41,8 @@ def test_interrupted_write_keeps_the_old_file(tmp_path):
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
         runtime.write_atomic(path, breaks)
-    assert os.listdir(tmp_path) == ["ckpt.pt"] and runtime.load_checkpoint(path, "ae")["step"] == 1
+    assert os.listdir(tmp_path) == ["ckpt.pt"]
+    assert runtime.load_checkpoint(path, "ae")["step"] == 1
 
 
 def test_load_checkpoint_names_the_culprit(tmp_path):
@@ -51,20 +59,25 @@ def test_load_checkpoint_names_the_culprit(tmp_path):
 
 
 def test_open_run_protects_what_is_there(tmp_path):
-    """A run is continued or replaced only when asked, and contradicting flags are named one by one."""
+    """
+    A run is continued or replaced only when asked, and contradicting flags are named one by one.
+    """
     args = dict(lr=1.0, steps=10, seed=0)
-    assert runtime.open_run(tmp_path, "ae", args, resume=True, overwrite=False) is None    # nothing yet: a fresh start
+
+    def open_run(flags, resume=False, overwrite=False, **free):
+        return runtime.open_run(tmp_path, "ae", flags, resume=resume, overwrite=overwrite, **free)
+    assert open_run(args, resume=True) is None               # nothing yet: a fresh start
     runtime.save_checkpoint(tmp_path / "ckpt.pt", dict(stage="ae", step=5, args=args))
     with pytest.raises(ValueError, match="--resume to continue"):
-        runtime.open_run(tmp_path, "ae", args, resume=False, overwrite=False)
-    assert runtime.open_run(tmp_path, "ae", args, resume=False, overwrite=True) is None
-    assert runtime.open_run(tmp_path, "ae", dict(args, steps=20), resume=True, overwrite=False, free=("steps",))["step"] == 5
+        open_run(args)
+    assert open_run(args, overwrite=True) is None
+    assert open_run(dict(args, steps=20), resume=True, free=("steps",))["step"] == 5
     with pytest.raises(ValueError, match=r"--lr 2.0 \(was 1.0\), --seed 1 \(was 0\)"):
-        runtime.open_run(tmp_path, "ae", dict(args, lr=2.0, seed=1), resume=True, overwrite=False)
+        open_run(dict(args, lr=2.0, seed=1), resume=True)
 
 
 def test_log_continues_without_gaps_or_repeats(tmp_path):
-    """On resume at step 4, later lines and a half-written one go; earlier ones stay as they were."""
+    """On resume at step 4, later lines and a half-written one go; earlier ones stay."""
     path = tmp_path / "log.jsonl"
     log = runtime.RunLog(path)
     for step in range(6):
@@ -74,11 +87,15 @@ def test_log_continues_without_gaps_or_repeats(tmp_path):
     log = runtime.RunLog(path, start_step=4)
     log.line(4, loss=0.4)
     log.file.close()
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == [0, 1, 2, 3, 4]
 
 
 def test_only_a_fresh_start_removes_kept_checkpoints(tmp_path):
-    """A resume from step 5, after a newer checkpoint could not be read, leaves that file alone; a run that replaces another clears them."""
+    """
+    A resume from step 5, after a newer checkpoint could not be read, leaves that file alone; a run
+    that replaces another clears them.
+    """
     for step in (5, 10):
         runtime.save_checkpoint(tmp_path / f"ckpt_{step}.pt", dict(stage="ae", step=step))
     runtime.RunLog(tmp_path / "log.jsonl", start_step=5)
@@ -88,7 +105,10 @@ def test_only_a_fresh_start_removes_kept_checkpoints(tmp_path):
 
 
 def test_ema_arithmetic():
-    """decay_t = min(decay, (1 + t) / (10 + t)); integer buffers follow the first value; a scalar model by hand."""
+    """
+    decay_t = min(decay, (1 + t) / (10 + t)); integer buffers follow the first value; a scalar model
+    by hand.
+    """
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
     ema = runtime.EMA(model, decay=0.5)
@@ -112,17 +132,47 @@ def test_presets_set_defaults_and_flags_win(monkeypatch):
     assert (args.lr, args.steps) == (2.0, 7)
 
 
-def test_average_gradients_over_two_processes(tmp_path):
-    """Two gloo processes: the mean of the gradients, several buckets, parameters without a gradient left out."""
+def test_data_parallel_over_two_processes(tmp_path):
+    """
+    Two gloo processes: rank 0's first weights are everybody's, under bare names; gradients are
+    averaged, or kept local and added up until the average is asked for; None stays None. The log's
+    means are over both, and what is not finite on one is skipped by both.
+    """
     script = tmp_path / "two.py"
     script.write_text(f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import torch, runtime
+network = torch.nn.Sequential(torch.nn.Linear(2, 1))
+assert runtime.data_parallel(network) is network           # no process group yet
 rank, world, device = runtime.start_processes("cpu")
-p = [torch.nn.Parameter(torch.zeros(3, 5)), torch.nn.Parameter(torch.zeros(9 * 2 ** 20)), torch.nn.Parameter(torch.zeros(2))]
-p[0].grad, p[1].grad = torch.full((3, 5), float(rank)), torch.full((9 * 2 ** 20,), 1.0 + rank)
-runtime.average_gradients(p)
-assert p[0].grad.eq(0.5).all() and p[1].grad.eq(1.5).all() and p[2].grad is None
+assert world == 2 and runtime.data_parallel(None) is None
+
+def weights(seed):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(2, 1))
+
+local, mean = torch.tensor([[1.0, 2.0]]) * (1 + rank), torch.tensor([[1.5, 3.0]])
+for static in (False, True):
+    network = weights(rank)
+    step = runtime.data_parallel(network, static)
+    assert step is not network and not torch.equal(weights(0)[0].weight, weights(1)[0].weight)
+    assert list(network.state_dict()) == ["0.weight", "0.bias"]
+    for name, value in weights(0).state_dict().items():
+        assert torch.equal(network.state_dict()[name], value)
+    with runtime.averaging(True, step, None):
+        step(local).sum().backward()                       # d sum(x w + b) / dw = x
+    assert torch.equal(network[0].weight.grad, mean)
+
+network = weights(rank)
+step = runtime.data_parallel(network)                      # a static graph averages every time
+for part in (1, 2):
+    with runtime.averaging(False, step, None):
+        step(local).sum().backward()
+    assert torch.equal(network[0].weight.grad, part * local)
+with runtime.averaging(True, step, None):
+    step(local).sum().backward()
+assert torch.equal(network[0].weight.grad, 3 * mean)
+
 log = runtime.RunLog({str(tmp_path / "log.jsonl")!r}, rank)
 log.add(0, dict(a=torch.tensor(rank), b=torch.tensor(float("nan") if rank == 1 else 1.0)))
 assert not log.finite(0)
@@ -136,7 +186,10 @@ runtime.stop_processes()
 
 
 def test_own_errors_are_one_line_and_library_errors_keep_their_traceback(tmp_path):
-    """ValueErrors of this project end with exit code 2 and one line; a bug inside a library stays visible."""
+    """
+    ValueErrors of this project end with exit code 2 and one line; a bug inside a library stays
+    visible.
+    """
     with pytest.raises(SystemExit) as exit, runtime.one_line_errors():
         runtime.load_checkpoint(tmp_path / "none.pt", "ae")
     assert exit.value.code == 2
