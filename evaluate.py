@@ -90,10 +90,10 @@ def warn_small(n, rank=0):
 
 
 def load_everywhere(load, rank, device):
-    """load() on all ranks, 0 first; None, and rank 0's reason printed, if one failed."""
+    """load() on every rank; None on all, and rank 0's reason printed, if it failed on any."""
     network = None
     try:
-        with runtime.rank_zero_first():
+        with runtime.first_of_node():
             network = load()
     except FileNotFoundError as error:
         if rank == 0:

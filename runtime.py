@@ -45,6 +45,13 @@ def start_processes(device=None):
     torch.backends.cudnn.allow_tf32 = False            # float32 is meant where float32 is said
     if "RANK" not in os.environ:
         return 0, 1, torch.device(kind)
+    if "SLURM_LOCALID" in os.environ:                  # srun, with RANK and WORLD_SIZE given
+        os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])
+    words = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+    missing = [name for name in words[:4] if not os.environ.get(name, "").isdigit()]
+    missing += [name for name in words[4:] if not os.environ.get(name)]
+    need(not missing, f"RANK is set, which means several processes, but {', '.join(missing)} is "
+         "missing or no number; start the script with torchrun, or unset RANK for one process")
     two_hours = datetime.timedelta(hours=2)            # rank 0 alone downloads, saves and draws
     if kind == "cpu":
         dist.init_process_group("gloo", timeout=two_hours)
@@ -85,9 +92,10 @@ def first_of_node():
 
 
 def nodes():
-    """How many machines take part, by torchrun's word."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    return world // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    """How many machines take part, by torchrun's word or srun's."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+    return int(os.environ.get("SLURM_NNODES", 1))
 
 
 def need_one_node(what):

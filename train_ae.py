@@ -23,16 +23,21 @@ import losses
 import runtime
 from data import open_data, train_batches, val_batches
 from figures import figure_rows, pca_rgb
+from latents import autoencoder_hash
 from losses import DSM_MASKS, SCALES, PatchDiscriminator, PerceptualLoss
 from metrics import psnr, ssim
 from repa import load_encoder
 from spectral import fit_power_law, lowpass, match_resolution, power_spectrum, radial_profile
 from vae import CONFIGS, AttnBlock, AutoencoderKL, ResnetBlock
+from weights import load_autoencoder
 
 PRESETS = {
     "celeba-f16d16": {},                                   # the argparse defaults
     "celeba-f8d4": dict(model="f8d4"),
     "imagenet-f16d16": dict(batch_size=128, steps=600_000),
+    # 64 px, an hour for both stages on one GPU of 24 GB: estimated from FLOPs, see GUIDE.md
+    "one-gpu": dict(model="f4d4", image_size=64, steps=20_000, batch_size=32, lr=1e-4,
+                    warmup_steps=500, gan_start=5000, eval_every=2500, val_images=500),
     "quick": dict(model="f2d4-tiny", image_size=32, steps=1200, batch_size=8, lr=4e-3,
                   warmup_steps=40, lpips_weight=0.0, gan_weight=0.0, eval_every=300, log_every=10,
                   val_images=256, workers=0),
@@ -69,6 +74,8 @@ def get_args():
     # model and regulariser
     add("--model", choices=CONFIGS, default="f16d16",
         help="autoencoder: f = reduction, d = latent channels")
+    add("--init", default=None, metavar="FILE", help="start from these weights: our ckpt.pt, or "
+        "released ones that weights.py reads; the model follows from the file")
     add("--reg", nargs="+", choices=("none", "kl", "esm", "dsm", "se", "eq", "vf", "uae"),
         default=["kl"],
         help="one or several: SD-VAE's KL, ESM, DSM, Scale Equivariance, EQ-VAE, VA-VAE, UAE; "
@@ -109,8 +116,27 @@ def get_args():
     add("--keep_every", type=int, default=-1,
         help="also keep ckpt_<step>.pt at these steps; -1 = off")
     args = runtime.parse_args(parser, PRESETS)
-    args.out = args.out or f"out/ae/{args.preset}-{'-'.join(args.reg)}"
+    tuned = "-tuned" if args.init else ""
+    args.out = args.out or f"out/ae/{args.preset}-{'-'.join(args.reg)}{tuned}"
     return args
+
+
+def open_model(args):
+    """
+    The configuration of --model, or with --init that of its file. args.init becomes the weights'
+    hash, so that --resume takes the same weights from anywhere; args.model their configuration.
+    returns  AEConfig, and the autoencoder to start from or None
+    raises   ValueError if --model is given and contradicts the file
+    """
+    if not args.init:
+        return CONFIGS[args.model], None
+    ae = load_autoencoder(args.init)
+    names = [name for name, config in CONFIGS.items() if config == ae.config]
+    default = PRESETS[args.preset].get("model", "f16d16")
+    runtime.need(args.model in (default, *names), f"--model {args.model}: --init {args.init} is "
+                 f"{names[0] if names else ae.config}; leave --model out")
+    args.model, args.init = names[0] if names else "of --init", autoencoder_hash(ae)
+    return ae.config, ae
 
 
 def check(args, config, world):
@@ -159,15 +185,19 @@ def check(args, config, world):
 # --------------------------------------------------------------------------------------------------
 # The networks of a run
 
-def build(args, config, compute):
+def build(args, config, start, compute):
     """
-    Networks and optimisers, on the device; what a run does without is None.
+    Networks and optimisers, on the device; what a run does without is None. start: an
+    autoencoder whose weights are taken, or None for init_weights.
     ae, disc, perceptual (LPIPS), encoder (DINOv2), projection (latent cells -> its feature width)
     """
     device = compute.device
     torch.manual_seed(args.seed)                           # the initial weights; nothing else
     nets = SimpleNamespace(ae=AutoencoderKL(config).to(device), disc=None, disc_optimizer=None,
                            perceptual=None, encoder=None, projection=None)
+
+    if start:
+        nets.ae.load_state_dict(start.state_dict())
 
     def adamw(network):
         return torch.optim.AdamW(network.parameters(), lr=args.lr, betas=(0.9, 0.999),
@@ -489,12 +519,13 @@ def main():
     if many and compute.cuda:
         compute.say("--reg eq: not compiled, for it shows the networks 24 image sizes, and each "
                     "would be a compilation of its own (--compile on does so all the same)")
-    check(args, CONFIGS[args.model], world)
+    config, start = open_model(args)
+    check(args, config, world)
     args.dtype = compute.dtype
     checkpoint = runtime.open_run(args.out, "ae", vars(args), args.resume, args.overwrite,
                                   runtime.FREE)
     train_set, val_set = open_data(args.data, args.image_size, args.val_images, args.seed)
-    nets = build(args, CONFIGS[args.model], compute)
+    nets = build(args, config, start, compute)
     start_step, means = resume(args, nets, checkpoint)
     if checkpoint:
         compute.say(f"resuming {args.out} at step {start_step}")

@@ -36,6 +36,7 @@ PRESETS = {
     "celeba-f8d4": dict(model="UViT-S/2"),
     "imagenet-f16d16": dict(model="SiT-B/1", steps=400_000, cfg=1.8, **SIT),
     "imagenet-repa": dict(model="SiT-B/2", steps=400_000, cfg=1.8, repa="dog", **SIT),
+    "one-gpu": dict(model="SiT-S/2", steps=20_000, ema=0.9995, eval_every=2500, **SIT),
     "quick": dict(model="SiT-tiny/2", steps=1500, batch_size=32, log_every=10, eval_every=500,
                   sample_steps=50, ema=0.99, workers=0, repa_depth=1,
                   **SIT | dict(lr=1e-3, warmup_steps=50)),
@@ -191,8 +192,9 @@ def open_latents(args, ae, train_set, compute):
     cache = LatentCache(folder, identity)
     ae.set_latent_stats(cache.mean, cache.std)
     rows = cache.rows[:: max(1, len(cache) // 1024)]
-    latents = cache.posterior(rows, rows < 0, compute.device).sample()
-    std = ae.normalize(latents).std().item()
+    posterior = cache.posterior(rows, rows < 0, compute.device)
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
+    std = ae.normalize(posterior.sample(noise.to(compute.device))).std().item()
     if not 0.8 < std < 1.25:
         raise ValueError(f"--cache {folder}: normalised latents have std {std:.3f}, not 1; the "
                          "cache is damaged, remove it")

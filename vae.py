@@ -12,6 +12,7 @@ level first. Reduction f = 2^(levels - 1).
     f8d4        128 x (1, 2, 4, 4)      8   4   83,653,863   Stable Diffusion's; 83.7M in Table 5
     f16d16      128 x (1, 1, 2, 2, 4)  16  16   64,352,723   64.4M in Table 5
     f16d32      128 x (1, 1, 2, 2, 4)  16  32   69,836,067   VA-VAE's, attends at the last level
+    f4d4         64 x (1, 2, 2)         4   4    5,120,039   for 64x64 images on one GPU
     f4d4-tiny    16 x (1, 2, 2)         4   4      242,327   for 64x64 images on a laptop CPU
     f2d4-tiny    16 x (1, 2)            2   4      167,959   for 32x32 images on a laptop CPU
 
@@ -52,6 +53,7 @@ CONFIGS = {
     "f8d4": AEConfig(ch_mult=(1, 2, 4, 4), latent_channels=4),
     "f16d16": AEConfig(ch_mult=(1, 1, 2, 2, 4), latent_channels=16),
     "f16d32": AEConfig(ch_mult=(1, 1, 2, 2, 4), latent_channels=32, attn_levels=(4,)),
+    "f4d4": AEConfig(ch_mult=(1, 2, 2), latent_channels=4, ch=64),
     "f4d4-tiny": AEConfig((1, 2, 2), 4, ch=16, num_res_blocks=1, norm_groups=4),
     "f2d4-tiny": AEConfig((1, 2), 4, ch=16, num_res_blocks=1, norm_groups=4),
 }

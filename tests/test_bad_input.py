@@ -819,8 +819,9 @@ CACHES = {                                 # what is wrong: (change of a copy, w
     "a std of zero": (edit_json(std=lambda std: [0.0] * len(std)), MISFIT),
     "a std that is NaN": (edit_json(std=lambda std: [float("nan")] * len(std)), MISFIT),
     "a std of words": (edit_json(std=["wide"] * 4), UNREADABLE),
+    # of one sample of the latents: 0.099 or 0.100
     "a std ten times too wide": (edit_json(std=lambda std: [10 * s for s in std]),
-        "normalised latents have std 0.1"),
+        "normalised latents have std 0."),
 }
 
 

@@ -10,6 +10,7 @@ import urllib.error
 import numpy as np
 import pytest
 import torch
+from test_train_diffusion import flags_of
 
 import evaluate
 import repa
@@ -18,7 +19,6 @@ import spectral
 import train_diffusion
 from conftest import run
 from figures import pca_rgb
-from test_train_diffusion import flags_of
 
 
 def results(folder):
@@ -39,12 +39,12 @@ def test_pca_rgb_shows_the_strongest_direction_first(channels):
 
 
 def flags(material, tmp_path, *more):
-    return ["--ae", material / "ae" / "ckpt.pt", "--val_images", 1, "--batch_size", 2, "--device", "cpu",
-            "--results", tmp_path / "results.jsonl", *more]
+    return ["--ae", material / "ae" / "ckpt.pt", "--val_images", 1, "--batch_size", 2,
+            "--device", "cpu", "--results", tmp_path / "results.jsonl", *more]
 
 
 def test_spectrum_writes_figure_and_csv(material, tmp_path, monkeypatch):
-    """16 rings for images, target and each autoencoder; shares sum to 1; two files may be compared."""
+    """16 rings for images, target and each of two autoencoders; shares sum to 1."""
     ae = material / "ae" / "ckpt.pt"
     more = ["--ae", ae, ae, "--out", tmp_path / "s.png"]
     run(evaluate, "spectrum", *flags(material, tmp_path, *more), monkeypatch=monkeypatch)
@@ -67,7 +67,7 @@ def test_bands_and_latents_draw(material, tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*untrained")
 def test_similarity_and_feature_spectrum(material, tmp_path, monkeypatch):
-    """Fig. 6 and Fig. 7 with the untrained encoder: figures, an RMSC per target, a curve for the features."""
+    """Figs. 6 and 7 with the untrained encoder: figures, RMSC per target, the features' curve."""
     common = ["--encoder_source", "random", "--device", "cpu", "--val_images", 1,
               "--results", tmp_path / "results.jsonl"]
     run(evaluate, "similarity", *common, "--image_size", 56, "--data", material / "images",
@@ -82,7 +82,8 @@ def test_similarity_and_feature_spectrum(material, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*untrained")
-def test_similarity_of_one_file_and_features_alone(material, tmp_path, monkeypatch):
+def test_similarity_of_one_file_and_features_without_an_autoencoder(
+        material, tmp_path, monkeypatch):
     """--image takes one file; spectrum --encoder needs no autoencoder."""
     monkeypatch.chdir(tmp_path)                        # no out/ae here
     common = ["--encoder_source", "random", "--device", "cpu"]
@@ -141,7 +142,7 @@ def test_fid_of_folder_npz_and_statistics(material, tmp_path, monkeypatch, incep
     run(evaluate, "fid", material / "images", tmp_path / "images.npz", *common,
         monkeypatch=monkeypatch)
     assert results(tmp_path)[0]["FID@12"] == pytest.approx(0, abs=1e-3)
-    monkeypatch.setattr(evaluate, "load_inception", lambda device: pytest.fail("not needed"))
+    monkeypatch.setattr(evaluate, "load_inception", lambda device: pytest.fail("no network"))
     for name, mean in (("a", 0.0), ("b", 2.0)):
         np.savez(tmp_path / f"{name}.npz", mu=np.full(3, mean), sigma=np.eye(3))
     run(evaluate, "fid", tmp_path / "a.npz", tmp_path / "b.npz", *common,

@@ -73,7 +73,7 @@ def test_every_parameter_takes_part():
 
 
 def test_last_layers():
-    """The adaptive GAN weight looks at the decoder's last convolution; the encoder's last too."""
+    """The decoder's last convolution, for the adaptive GAN weight; the encoder's makes moments."""
     ae = small()
     parameters = dict(ae.named_parameters())
     assert ae.last_layer is parameters["decoder.conv_out.weight"]

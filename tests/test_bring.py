@@ -1,0 +1,118 @@
+"""What people bring to the scripts: weights to start from, a cluster's environment, one GPU."""
+import json
+import os
+import pathlib
+
+import pytest
+import torch
+
+import runtime
+import train_ae
+import train_diffusion
+from conftest import run, same
+from latents import autoencoder_hash
+from vae import CONFIGS
+from weights import load_autoencoder
+
+TINY = ("--image_size 32 --batch_size 4 --val_images 4 --workers 0 --device cpu --log_every 1 "
+        "--eval_every 100 --warmup_steps 2 --lpips_weight 0").split()
+
+
+@pytest.fixture()
+def tuned(tmp_path, monkeypatch):
+    """A run of one step, started from a file of f2d4-tiny; returns (file, folder of the run)."""
+    run(train_ae, "--preset", "quick", *TINY, "--steps", 2, "--out", tmp_path / "first",
+        monkeypatch=monkeypatch)
+    file = tmp_path / "first" / "ckpt.pt"
+    run(train_ae, "--preset", "quick", *TINY, "--reg", "dsm", "--steps", 1, "--init", file,
+        "--out", tmp_path / "tuned", monkeypatch=monkeypatch)
+    return file, tmp_path / "tuned"
+
+
+def test_init_starts_from_the_files_weights(tuned):
+    """Step 0 validates the file's autoencoder; the checkpoint records its hash, not its path."""
+    file, out = tuned
+    last, first = [json.loads((folder / "log.jsonl").read_text().splitlines()[i])
+                   for folder, i in ((file.parent, -1), (out, 0))]
+    assert last["val_psnr"] == first["val_psnr"]
+    checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
+    assert checkpoint["args"]["init"] == autoencoder_hash(load_autoencoder(file))
+    before = torch.load(file, weights_only=True)
+    assert not same(before["model"]["encoder.conv_in.weight"],
+                    checkpoint["model"]["encoder.conv_in.weight"])
+
+
+def test_init_is_known_by_its_weights_on_resume(tuned, tmp_path, monkeypatch):
+    """A moved copy resumes; other weights under the old path are refused."""
+    file, out = tuned
+    flags = ["--preset", "quick", *TINY, "--reg", "dsm", "--out", out, "--resume"]
+    copy = tmp_path / "elsewhere.pt"
+    copy.write_bytes(file.read_bytes())
+    run(train_ae, *flags, "--steps", 2, "--init", copy, monkeypatch=monkeypatch)
+    checkpoint = torch.load(file, weights_only=True)
+    checkpoint["model"]["encoder.conv_in.weight"] += 1
+    torch.save(checkpoint, file)
+    with pytest.raises(ValueError, match="--init .* was made with other flags|other flags: --init"):
+        run(train_ae, *flags, "--steps", 3, "--init", file, monkeypatch=monkeypatch)
+
+
+def test_the_model_follows_from_the_file(tmp_path, monkeypatch, capsys):
+    """Released weights know their architecture; --model may repeat it, not contradict it."""
+    run(train_ae, "--preset", "quick", *TINY, "--model", "f4d4-tiny", "--steps", 0,
+        "--out", tmp_path / "f4", monkeypatch=monkeypatch)
+    file = tmp_path / "f4" / "ckpt.pt"
+    run(train_ae, "--preset", "quick", *TINY, "--init", file, "--steps", 1, "--out",
+        tmp_path / "run", monkeypatch=monkeypatch)
+    assert load_autoencoder(tmp_path / "run" / "ckpt.pt").config == CONFIGS["f4d4-tiny"]
+    assert "f4d4-tiny: 242,327 parameters" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--model f8d4: --init .* is f4d4-tiny"):
+        run(train_ae, "--preset", "quick", *TINY, "--init", file, "--model", "f8d4", "--out",
+            tmp_path / "no", monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("given, missing", [
+    (dict(RANK="0"), "WORLD_SIZE, LOCAL_RANK, MASTER_PORT, MASTER_ADDR"),
+    (dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="a", MASTER_PORT="1"), "LOCAL_RANK"),
+    (dict(RANK="x", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="1"), "RANK"),
+    (dict(RANK="0", WORLD_SIZE="2", SLURM_LOCALID="0", MASTER_PORT="1"), "MASTER_ADDR")])
+def test_half_an_environment_is_named(given, missing, monkeypatch):
+    """RANK without the rest, as platforms' images set it: one line with what is missing."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"but {missing} is missing or no number; .*torchrun"):
+        runtime.start_processes("cpu")
+
+
+def test_slurms_local_rank_will_do(tmp_path, monkeypatch):
+    """srun with RANK, WORLD_SIZE and the master given: SLURM_LOCALID is the local rank."""
+    for name, value in dict(RANK=0, WORLD_SIZE=1, SLURM_LOCALID=0, MASTER_ADDR="127.0.0.1",
+                            MASTER_PORT=29563).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK")
+    assert runtime.start_processes("cpu")[:2] == (0, 1)
+    runtime.stop_processes()
+    assert os.environ["LOCAL_RANK"] == "0"
+
+
+@pytest.mark.filterwarnings("ignore:.*untrained")
+def test_one_gpu_preset_runs(tmp_path, monkeypatch):
+    """--preset one-gpu in both training scripts, GAN included: two steps on the CPU."""
+    small = ["--batch_size", 2, "--device", "cpu", "--workers", 0, "--log_every", 1]
+    run(train_ae, "--preset", "one-gpu", "--reg", "dsm", *small, "--steps", 2, "--gan_start", 0,
+        "--val_images", 2, "--lpips_weight", 0, "--out", tmp_path / "ae", monkeypatch=monkeypatch)
+    monkeypatch.setattr(train_diffusion, "open_data", first_images)
+    run(train_diffusion, "--preset", "one-gpu", "--ae", tmp_path / "ae" / "ckpt.pt", *small,
+        "--steps", 1, "--sample_steps", 2, "--cache", tmp_path / "cache", "--encode_batch", 8,
+        "--out", tmp_path / "sit", monkeypatch=monkeypatch)
+    assert (tmp_path / "sit" / "samples.png").exists()
+    steps = [json.loads(line) for line in pathlib.Path(tmp_path / "ae/log.jsonl").open()]
+    assert "gan" in steps[1] and "disc" in steps[2]
+
+
+def first_images(spec, size, **options):
+    """open_data, but eight built-in images."""
+    from data import open_data
+    return open_data(spec, size, builtin_images=8, **options)
