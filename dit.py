@@ -442,12 +442,18 @@ class Interpolant:
 
 class DDPM:
     """
-    1000 noise levels with Stable Diffusion's betas, linear in their square roots from 0.00085 to
-    0.012, and eps-prediction. alpha_bar (1001,) float64 counts as the network does: n = 0 is data
-    (1.0), n = 1000 almost noise (0.0047).
+    1000 noise levels and eps-prediction. alpha_bar (1001,) float64 counts as the network does:
+    n = 0 is data (1.0), n = 1000 almost noise.
+    schedule  "vp": betas linear from 1e-4 to 0.02, the discrete twin of the VP-SDE with beta(t)
+              from 0.1 to 20 (the authors' U-ViT on CelebA), alpha_bar ends at 0.00004;
+              "sd": Stable Diffusion's, linear in their roots from 0.00085 to 0.012, ends at 0.0047
     """
-    def __init__(self):
-        betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+    def __init__(self, schedule="sd"):
+        if schedule not in ("vp", "sd"):
+            raise ValueError(f"DDPM: schedule {schedule!r} is neither vp nor sd")
+        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+        if schedule == "sd":
+            betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
         one = torch.ones(1, dtype=torch.float64)
         self.alpha_bar = torch.cat([one, (1 - betas).cumprod(0)])
 

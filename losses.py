@@ -9,7 +9,7 @@ decoder learns to map one to the other.
     scale_pair           Scale Equivariance: x, z -> both downsampled, k of 1, 2, 4 (low-pass: A.4)
     eq_pair              EQ-VAE: x, z -> both scaled and rotated
     vf_loss              VA-VAE: projected z close to DINOv2 features, in cosine, also of pairs
-    low_freq_align_loss  UAE: the low frequencies of projected z close to those of DINOv2 features
+    low_freq_align_loss  UAE: the first DCT coefficients of projected z close to those of DINOv2's
     reconstruction       L1 + 0.5 LPIPS(decode(z), x) + 0.5 * adaptive weight * PatchGAN (Table 5)
 
 Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), sampled from the posterior, not normalised.
@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from spectral import dct2, idct2, lowpass, match_resolution, need_shape, spectrum_distribution
+from spectral import dct2, lowpass, match_resolution, need_shape, spectrum_distribution, zigzag
 
 DSM_MASKS = (0, 8, 10, 12)  # anti-diagonals cut (Table 8, the best set)
 SCALES = (1, 2, 4)          # Scale Equivariance's reductions
@@ -94,30 +94,28 @@ def vf_loss(projected, features, cos_margin=0.5, dist_margin=0.25):
         return _mean(point) + _mean(F.relu(gap - dist_margin))
 
 
-def low_freq_align_loss(projected, features, grid, cutoff=0.25):
+def low_freq_align_loss(projected, features, grid, coefficients=64):
     """
-    UAE as Table 1 describes it: only the low frequencies of the latent are aligned with those of
-    the features. A partial ESM: the low end of the spectrum takes its layout from the features, the
-    high end is free.
+    UAE's semantic loss (Fan et al. 2025; weight 0.5): the first DCT coefficients, in zigzag order,
+    of the latent and of the frozen features agree. A partial ESM: the low end of the spectrum takes
+    its layout from the features, the high end is free. What it is not of UAE: there the encoder is
+    itself a trainable DINOv2, and the decoder trains under noise and random band cuts.
     projected, features  (B, T, D), T = h*w in row-major order; no gradient into the features
     grid     (h, w)
-    cutoff   in (0, 1]: keeps u < cutoff * h and v < cutoff * w (our choice; the paper names none)
-    returns  mean of 1 - cosine of the low-passed tokens, in [0, 2]
-    raises   ValueError for shapes that differ, a grid that does not hold T tokens, another cutoff
+    coefficients  at least 1; all of them if the grid has fewer
+    returns  mean squared difference over coefficients, channels and batch
+    raises   ValueError for shapes that differ, a grid that does not hold T tokens, coefficients < 1
     """
     _same_shape("low_freq_align_loss", projected, features)
     T = need_shape("low_freq_align_loss", projected, "BTD")[1]
     h, w = grid
-    if T != h * w or not 0 < cutoff <= 1:
-        raise ValueError(f"low_freq_align_loss: {T} tokens on a grid of {h}x{w}, cutoff={cutoff}: "
-                         "needs h*w tokens and a cutoff in (0, 1]")
-    u, v = (torch.arange(side, device=projected.device) for side in (h, w))
-    keep = (u < cutoff * h)[:, None] & (v < cutoff * w)  # (h, w)
-
-    def low(tokens):  # (B, T, D) -> (B, T, D)
-        coefficients = dct2(tokens.float().transpose(1, 2).unflatten(2, (h, w)))  # (B, D, h, w)
-        return idct2(coefficients * keep).flatten(2).transpose(1, 2)
-    return _mean(1 - F.cosine_similarity(low(projected), low(features.detach()), dim=-1))
+    if T != h * w or coefficients < 1:
+        raise ValueError(f"low_freq_align_loss: {T} tokens on a grid of {h}x{w}, "
+                         f"{coefficients} coefficients: needs h*w tokens and 1 coefficient or more")
+    difference = projected.float() - features.detach().float()      # the DCT is linear
+    spectrum = dct2(difference.transpose(1, 2).unflatten(2, (h, w)))  # (B, D, h, w)
+    low = spectrum.flatten(2)[..., zigzag(h, w, spectrum.device)[:coefficients]]
+    return _mean(low.square())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -239,8 +237,8 @@ class PatchDiscriminator(nn.Module):
     """
     PatchGAN (Isola et al. 2017; 64 channels, 3 layers, k = 4): one logit per overlapping 70 x 70
     patch. forward: (B, 3, H, W) in [-1, 1] -> (B, 1, H/8 - 2, W/8 - 2) for sides that divide by 8;
-    ValueError for sides below 24, or below 3 * 2^n_layers. Names and initialisation as in CompVis'
-    `NLayerDiscriminator`.
+    ValueError for sides below 24, or below 3 * 2^n_layers. Names as in CompVis'
+    `NLayerDiscriminator`, and so its weights N(0, 0.02); the paper's authors' code draws N(0, 0.2).
     """
 
     def __init__(self, in_channels=3, channels=64, n_layers=3):
@@ -282,13 +280,14 @@ def hinge_g_loss(fake):
     return -_mean(fake.float())
 
 
-def adaptive_weight(rec, gan, last_layer, average=lambda gradient: gradient):
+def adaptive_weight(rec, gan, last_layer, average=lambda gradient: gradient, limit=1e4):
     """
     VQGAN's balance (Esser et al. 2021): |grad of rec| / |grad of gan| at one layer, so that both
     pull alike: the decoder's last convolution for the GAN, the encoder's for an alignment.
     rec, gan     scalars that share a graph with last_layer (a parameter); the graph is kept
     average      mean of a tensor over the processes, so that all use one weight
-    returns      detached scalar in [0, 1e4]; 1e-4 below the line: finite when gan has no gradient
+    limit        largest weight: VQGAN's 1e4, VA-VAE's 1e8
+    returns      detached scalar in [0, limit]; 1e-4 below the line: finite without a gan gradient
     raises       ValueError if one of them is no scalar or does not depend on last_layer
     """
     def gradient_norm(name, loss):
@@ -302,4 +301,4 @@ def adaptive_weight(rec, gan, last_layer, average=lambda gradient: gradient):
         return average(gradient).float().norm()
 
     weight = gradient_norm("rec", rec) / (gradient_norm("gan", gan) + 1e-4)
-    return weight.clamp(0, 1e4).detach()
+    return weight.clamp(0, limit).detach()

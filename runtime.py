@@ -362,10 +362,11 @@ def load_checkpoint(path, stage):
     return checkpoint
 
 
-def open_run(out, stage, args, resume, overwrite, free=()):
+def open_run(out, stage, args, resume, overwrite, free=(), older=None):
     """
     Claim the folder of a run: nothing that an earlier run left there is lost unasked.
     args     dict of plain values; on resume they must equal the checkpoint's, but for those in free
+    older    what flags were that a checkpoint does not know, for it is older than they are
     returns  the newest complete checkpoint of the run to resume from, or None for a fresh start
     raises   ValueError naming every flag that contradicts the checkpoint, or when there are
              checkpoints but none can be read
@@ -392,7 +393,7 @@ def open_run(out, stage, args, resume, overwrite, free=()):
             if path == found[-1] or "not a readable" not in str(error):
                 raise
             print(f"{error}; trying an older one", file=sys.stderr, flush=True)
-    saved = checkpoint["args"]
+    saved = (older or {}) | checkpoint["args"]
     changed = [f"--{k} {args[k]} (was {saved[k]})" for k in args
                if k in saved and k not in free and args[k] != saved[k]]
     if changed:
@@ -586,12 +587,12 @@ def step_if(finite, optimizer):
 
 def update(optimizer, args, updates, log, step, name="grad_norm"):
     """
-    Clip the gradients to the norm args.clip_grad, warm up linearly to args.lr over
+    Clip the gradients to the norm args.clip_grad (0: do not), warm up linearly to args.lr over
     args.warmup_steps updates, and step unless something that was logged for it is not finite.
     updates  how many this optimiser has behind it; name: of the gradient norm in the log
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad or float("inf"))
     for group in optimizer.param_groups:
         group["lr"] = args.lr * min(1.0, (updates + 1) / max(1, args.warmup_steps))
     log.add(step, {name: norm})
@@ -608,12 +609,12 @@ def recompute(network, kinds):
 
 class EMA:
     """
-    Exponential moving average of a model's parameters and buffers, float32. decay_t =
-    min(decay, (1 + t) / (10 + t)) at update t, so that it forgets the initialisation early.
+    Exponential moving average of a model's parameters and buffers, float32.
+    warmup   at update t the decay is min(decay, (1 + t) / (10 + t)): it forgets the start early
     """
 
-    def __init__(self, model, decay=0.9999):
-        self.decay = decay
+    def __init__(self, model, decay=0.9999, warmup=True):
+        self.decay, self.warmup = decay, warmup
         current = model.state_dict()                   # the model's own memory, now and later
         self.shadow = {k: v.detach().clone() for k, v in current.items()}
         floats = [k for k, v in current.items() if v.is_floating_point()]
@@ -626,7 +627,7 @@ class EMA:
     @torch.no_grad()
     def update(self, step):
         """step: optimiser steps done before this one, 0, 1, ..."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         torch._foreach_lerp_(*self.pairs, 1 - decay)
 
 

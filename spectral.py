@@ -111,6 +111,17 @@ def block_idct2(coefficients):
     return _untile(idct2(coefficients))
 
 
+@constant
+def zigzag(h, w, device="cpu"):
+    """
+    JPEG's order of the DCT coefficients of an (h, w) grid, low frequencies first: (h*w,) int64
+    positions in row-major order, DC, (0, 1), (1, 0), (2, 0), ... along the anti-diagonals. Cached.
+    """
+    places = [(u, v) for u in range(h) for v in range(w)]
+    places.sort(key=lambda p: (sum(p), p[0] if sum(p) % 2 else p[1]))
+    return torch.tensor([u * w + v for u, v in places]).to(device)
+
+
 # --------------------------------------------------------------------------------------------------
 # Low-pass masks (DSM) and downsampling (Scale Equivariance): two ways to say the same thing
 

@@ -84,13 +84,12 @@ def get_args():
     add("--esm_weight", type=float, default=0.01)
     add("--dsm_masks", type=int, nargs="+", default=list(DSM_MASKS),
         help="DSM: anti-diagonals cut, 0..14 each (Table 8)")
-    add("--kl_weight", type=float, default=1e-6, help="used by --reg kl, eq and vf only")
-    add("--align_weight", type=float, default=0.1,
-        help="VA-VAE, UAE: times the adaptive ratio of gradients")
-    add("--uae_cutoff", type=float, default=0.25,
-        help="UAE: share of the frequencies aligned, in (0, 1]")
-    add("--encoder", default="dinov2_vitb14",
-        help="VA-VAE, UAE: whose features the latents are aligned with")
+    add("--kl_weight", type=float, default=None, help="--reg kl: 1e-6; eq and vf: 1e-6 over the "
+        "numbers of an image, for their authors weigh it against a sum over them")
+    add("--vf_weight", type=float, default=0.1, help="VA-VAE: times the adaptive ratio")
+    add("--uae_weight", type=float, default=0.5, help="UAE: of the low frequencies' squared error")
+    add("--encoder", default=None, help="whose features the latents are aligned with (default: "
+        "dinov2_vitl14 for vf, dinov2_vitb14_reg for uae, as their authors)")
     add("--encoder_source", default=None,
         help="a local clone of facebookresearch/dinov2, or random (for tests)")
     # reconstruction
@@ -116,6 +115,12 @@ def get_args():
     add("--keep_every", type=int, default=-1,
         help="also keep ckpt_<step>.pt at these steps; -1 = off")
     args = runtime.parse_args(parser, PRESETS)
+    if args.kl_weight is None:
+        summed = {"eq", "vf"} & set(args.reg) and "kl" not in args.reg
+        args.kl_weight = 1e-6 / max(3 * args.image_size ** 2, 1) if summed else 1e-6
+    if args.encoder is None:
+        theirs = dict(vf="dinov2_vitl14", uae="dinov2_vitb14_reg")
+        args.encoder = next((theirs[reg] for reg in args.reg if reg in theirs), "dinov2_vitb14")
     tuned = "-tuned" if args.init else ""
     args.out = args.out or f"out/ae/{args.preset}-{'-'.join(args.reg)}{tuned}"
     return args
@@ -171,11 +176,10 @@ def check(args, config, world):
     need(args.lpips_weight == 0 or smallest >= 16,
          f"--lpips_weight {args.lpips_weight}: LPIPS needs images of at least 16 pixels a side, "
          f"and here they may be {smallest}; --lpips_weight 0 switches it off")
-    need(0 < args.uae_cutoff <= 1, f"--uae_cutoff {args.uae_cutoff}: must lie in (0, 1]")
     runtime.need_range(args, 0, 10, "gamma")               # 16^gamma is to fit float32
     runtime.need_range(args, 0, 2 ** 63, "seed")
     runtime.need_range(args, 0, 1024, "workers")
-    runtime.need_range(args, 0, float("inf"), "esm_weight", "kl_weight", "align_weight",
+    runtime.need_range(args, 0, float("inf"), "esm_weight", "kl_weight", "vf_weight", "uae_weight",
                        "lpips_weight", "gan_weight", "weight_decay", "gan_start", "warmup_steps",
                        "steps")
     runtime.need_positive(args, "lr", "clip_grad", "log_every", "eval_every", "val_images")
@@ -326,7 +330,7 @@ def image_terms(args, nets, compute, recon, target, gan):
 def latent_terms(args, nets, images, latents, posterior, decoder_slope):
     """
     The terms on the latents (b, C, h, w): ESM (Alg. 1), KL, alignment with features of images.
-    decoder_slope  what the image's terms ask of the latents, (b, C, h, w): vf and uae pull alike
+    decoder_slope  what the image's terms ask of the latents, (b, C, h, w): vf is to pull alike
     returns  {name: (weight, adaptive ratio or None, value)}
     """
     terms = {}
@@ -338,13 +342,14 @@ def latent_terms(args, nets, images, latents, posterior, decoder_slope):
         grid = latents.shape[-2:]
         features = nets.encoder(images, grid)              # (b, h*w, D)
         cells = nets.projection_step(latents.flatten(2).transpose(1, 2))
-        if "vf" in args.reg:
-            align = losses.vf_loss(cells, features)
-        else:
-            align = losses.low_freq_align_loss(cells, features, grid, args.uae_cutoff)
+        if "uae" in args.reg:
+            align = losses.low_freq_align_loss(cells, features, grid)
+            return terms | dict(align=(args.uae_weight, None, align))
+        align = losses.vf_loss(cells, features)
         ratio = losses.adaptive_weight(directed(latents, decoder_slope), align,
-                                       nets.ae.encoder_last_layer, runtime.mean_over_processes)
-        terms["align"] = args.align_weight, ratio, align
+                                       nets.ae.encoder_last_layer, runtime.mean_over_processes,
+                                       limit=1e8)
+        terms["align"] = args.vf_weight, ratio, align
     return terms
 
 

@@ -30,15 +30,19 @@ from latents import LatentCache, autoencoder_hash, build_cache, images_hash
 from repa import DOG_SIGMAS, REPA_KINDS, Projector, alignment_loss, filter_target, load_encoder
 from weights import load_autoencoder
 
-SIT = dict(lr=1e-4, beta2=0.999, weight_decay=0.0, warmup_steps=0)     # Table 6
+SIT = dict(lr=1e-4, beta2=0.999, weight_decay=0.0, warmup_steps=0, clip_grad=1.0)  # Table 6
+# REPA and iREPA: no mirrored images, a constant decay of the average
+IMAGENET = dict(steps=400_000, eval_every=10_000, keep_every=100_000, mirror="off",
+                ema_warmup="off", **SIT)
 PRESETS = {
     "celeba-f16d16": {},                                   # the argparse defaults: U-ViT
-    "celeba-f8d4": dict(model="UViT-S/2"),
-    "imagenet-f16d16": dict(model="SiT-B/1", steps=400_000, cfg=1.8, **SIT),
-    "imagenet-repa": dict(model="SiT-B/2", steps=400_000, cfg=1.8, repa="dog", **SIT),
-    "one-gpu": dict(model="SiT-S/2", steps=20_000, ema=0.9995, eval_every=2500, **SIT),
+    "celeba-f8d4": dict(model="UViT-S/2", steps=500_000),
+    "imagenet-f16d16": dict(model="SiT-B/1", cfg=1.8, **IMAGENET),
+    "imagenet-repa": dict(model="SiT-B/2", cfg=1.8, repa="dog", **IMAGENET),
+    "one-gpu": dict(model="SiT-S/2", steps=20_000, ema=0.9995, eval_every=2500,
+                    keep_every=-1, **SIT),
     "quick": dict(model="SiT-tiny/2", steps=1500, batch_size=32, log_every=10, eval_every=500,
-                  sample_steps=50, ema=0.99, workers=0, repa_depth=1,
+                  sample_steps=50, ema=0.99, workers=0, repa_depth=1, keep_every=-1, schedule="sd",
                   **SIT | dict(lr=1e-3, warmup_steps=50)),
 }
 
@@ -79,6 +83,9 @@ def get_args():
     # model
     add("--model", choices=MODELS, default="UViT-S/1",
         help="SiT-* learns velocities, UViT-* the noise of DDPM")
+    add("--schedule", choices=("vp", "sd"), default="vp", help="noise levels of UViT-*: the VP "
+        "schedule of the authors' U-ViT, or Stable Diffusion's")
+    add("--mirror", choices=("on", "off"), default="on", help="show half of the images mirrored")
     add("--num_classes", type=int, default=-1,
         help="-1: as many as the data has class folders; 0: unconditional")
     add("--label_dropout", type=float, default=0.1,
@@ -95,10 +102,10 @@ def get_args():
     add("--dog_sigma1", type=float, default=DOG_SIGMAS[0],
         help="dog: the narrow Gaussian, in tokens")
     add("--dog_sigma2", type=float, default=DOG_SIGMAS[1], help="dog: the wide Gaussian, in tokens")
-    add("--norm_std", type=float, default=1.0,
-        help="dog: the target's standard deviation over space")
+    add("--norm_std", type=float, default=None, help="share of the mean that is taken off the "
+        "target (Table 6; default: irepa 0.6, dog 1.0, which has no mean left)")
     # optimisation
-    add("--steps", type=int, default=500_000)
+    add("--steps", type=int, default=300_000)
     add("--batch_size", type=int, default=256, help="latents per step over all processes")
     add("--grad_accum", type=int, default=1,
         help="parts in which a process works through its share of the batch, to save memory")
@@ -107,20 +114,24 @@ def get_args():
         help="AdamW's second beta; the first is 0.99 for UViT, 0.9 for SiT")
     add("--weight_decay", type=float, default=0.03)
     add("--warmup_steps", type=int, default=5000)
-    add("--clip_grad", type=float, default=1.0, help="largest gradient norm")
+    add("--clip_grad", type=float, default=0.0, help="largest gradient norm; 0 = off")
     add("--ema", type=float, default=0.9999,
         help="decay of the weights' moving average, which is what is sampled")
+    add("--ema_warmup", choices=("on", "off"), default="on",
+        help="a smaller decay at the start, which forgets the initial weights sooner")
     # reporting
     add("--log_every", type=int, default=100, help="steps between lines of log.jsonl")
-    add("--eval_every", type=int, default=10_000,
+    add("--eval_every", type=int, default=25_000,
         help="steps between sample grids, each with a checkpoint")
-    add("--keep_every", type=int, default=-1,
+    add("--keep_every", type=int, default=25_000,
         help="also keep ckpt_<step>.pt at these steps; -1 = off")
     add("--sample_steps", type=int, default=100, help="network calls per sample of the grid")
     add("--cfg", type=float, default=1.0, help="guidance scale of the grid; 1 = off")
     args = runtime.parse_args(parser, PRESETS)
     args.ae = args.ae or runtime.newest(f"out/ae/{args.preset}-*/ckpt.pt",
                                         "--ae: train one with train_ae.py, or give a file")
+    if args.norm_std is None:
+        args.norm_std = 0.6 if args.repa == "irepa" else 1.0
     repa = "" if args.repa == "none" else f"-{args.repa}"
     args.out = args.out or f"out/diffusion/{runtime.run_name(args.ae)}{repa}"
     return args
@@ -135,15 +146,14 @@ def check(args, world):
          f"--batch_size {args.batch_size}: must be above 0 and divide by {world} processes{times}")
     need(args.encode_batch > 0 and args.encode_batch % world == 0,
          f"--encode_batch {args.encode_batch}: must be above 0 and divide by {world} processes")
-    runtime.need_range(args, 0, 1, "label_dropout", "beta2", "ema")
+    runtime.need_range(args, 0, 1, "label_dropout", "beta2", "ema", "norm_std")
     runtime.need_range(args, 0, float("inf"), "weight_decay", "warmup_steps", "steps", "cfg",
-                       "repa_weight")
+                       "repa_weight", "clip_grad")
     runtime.need_range(args, 0, 2 ** 63, "seed")
     runtime.need_range(args, 0, 1024, "workers")
     runtime.need_range(args, 2, 1000, "sample_steps")
     runtime.need_range(args, 1, 999, "repa_depth")
-    runtime.need_positive(args, "lr", "clip_grad", "log_every", "eval_every", "norm_std",
-                          "dog_sigma2")
+    runtime.need_positive(args, "lr", "log_every", "eval_every", "dog_sigma2")
     runtime.need_run_flags(args)
     need(args.beta2 < 1, f"--beta2 {args.beta2}: must be below 1")
     need(0 <= args.dog_sigma1 < args.dog_sigma2, f"--dog_sigma1 {args.dog_sigma1}: must be at "
@@ -218,15 +228,15 @@ def build(args, ae, train_set, compute):
     torch.manual_seed(args.seed)                           # the initial weights; nothing else
     uvit = args.model.startswith("UViT")
     nets = SimpleNamespace(model=MODELS[args.model](**model_args).to(compute.device),
-                           model_args=model_args, process=DDPM() if uvit else Interpolant(),
-                           encoder=None, projector=None)
+                           process=DDPM(args.schedule) if uvit else Interpolant(),
+                           model_args=model_args, encoder=None, projector=None)
     trained = list(nets.model.parameters())
     if args.repa != "none":
         add_alignment(args, nets, train_set.size, compute)
         trained += nets.projector.parameters()
     nets.optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay,
                                        betas=(0.99 if uvit else 0.9, args.beta2), fused=True)
-    nets.ema = runtime.EMA(nets.model, args.ema)
+    nets.ema = runtime.EMA(nets.model, args.ema, args.ema_warmup == "on")
     nets.averaged = MODELS[args.model](**model_args).to(compute.device).eval()
     nets.averaged.requires_grad_(False)
     return nets
@@ -377,7 +387,8 @@ def main():
     train_set, origin = open_images(args, ae)
     checkpoint = runtime.open_run(
         args.out, "diffusion", vars(args), args.resume, args.overwrite,
-        (*runtime.FREE, "cache", "encode_batch", "sample_steps", "cfg"))
+        (*runtime.FREE, "cache", "encode_batch", "sample_steps", "cfg"),
+        older=dict(schedule="sd", mirror="on", ema_warmup="on"))
     nets = build(args, ae, train_set, compute)
     cache = open_latents(args, ae, train_set, compute)
     num_classes = nets.model.num_classes

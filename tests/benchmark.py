@@ -371,7 +371,7 @@ def adamw(*networks, **options):
 
 
 # Flags of the two scripts, as far as their steps read them.
-AE_FLAGS = dict(gamma=1.0, esm_weight=0.01, kl_weight=1e-6, align_weight=0.1, uae_cutoff=0.25,
+AE_FLAGS = dict(gamma=1.0, esm_weight=0.01, kl_weight=1e-6, vf_weight=0.1, uae_weight=0.5,
                 lpips_weight=0.5, gan_weight=0.5, grad_accum=1, grad_checkpoint=False)
 SIT_FLAGS = dict(label_dropout=0.1, repa_depth=4, repa_weight=0.5, dog_sigma1=1.0, dog_sigma2=2.5,
                  norm_std=1.0, grad_accum=1, grad_checkpoint=False)
@@ -602,7 +602,7 @@ def off(args):
     align = "adaptive_weight Encoder"
     regs = dict(none="", kl="kl_loss", esm="esm_loss spectral.py", dsm="dsm_pair spectral.py",
                 se="scale_pair", eq="eq_pair kl_loss", vf=f"vf_loss kl_loss {align}",
-                uae=f"low_freq_align_loss spectral.py {align}")
+                uae="low_freq_align_loss spectral.py Encoder")
     steps = [(f"--reg {reg}", dict(reg=reg), enters, "ae") for reg, enters in regs.items()]
     steps += [
         ("LPIPS", dict(lpips=True), "PerceptualLoss", "ae lpips"),

@@ -149,7 +149,7 @@ AE_FLAGS = [
     ("--reg se --image_size 20", "--reg se"), ("--reg none kl", "--reg none"), "--reg dsm se",
     "--reg vf uae", ("--reg fft", "--reg"), ("--reg dsm --dsm_masks 0 15", "--dsm_masks"),
     ("--reg dsm --dsm_masks -1", "--dsm_masks"), "--reg esm --gamma nan", "--reg esm --gamma inf",
-    "--reg esm --gamma -0.5", "--reg esm --gamma 1000", "--esm_weight nan", "--uae_cutoff 1.5",
+    "--reg esm --gamma -0.5", "--reg esm --gamma 1000", "--esm_weight nan", "--uae_weight -1",
     "--lr nan", "--lr -1", "--clip_grad 0", "--weight_decay inf", "--steps -1", "--warmup_steps -1",
     "--batch_size 0", "--grad_accum 0", "--grad_accum 3", "--val_images 0", "--log_every 0",
     "--keep_every 7", "--seed -1", ("--seed 99999999999999999999", "--seed 9999"),
@@ -172,7 +172,7 @@ DIFFUSION_FLAGS = [
     "--repa dog --encoder_source random --repa_depth 9", "--repa_depth 0",
     ("--repa gabor", "--repa"), "--repa dog --encoder resnet",
     "--repa dog --encoder_source nowhere", ("--repa dog", "--encoder_source"), "--dog_sigma1 3",
-    "--dog_sigma1 nan", "--dog_sigma2 inf", "--norm_std 0", ("--ae nowhere.pt", "nowhere.pt"),
+    "--dog_sigma1 nan", "--dog_sigma2 inf", "--norm_std 1.5", ("--ae nowhere.pt", "nowhere.pt"),
     ("--ae {run}/ckpt.pt", "stage"), "--resume --overwrite", ("--out {ae}", "ckpt.pt"),
     "--data nowhere", ("--cache {ae}", "--cache"), ("--cache {ae}/deeper", "Not a directory"),
 ]

@@ -21,7 +21,7 @@ from losses import PatchDiscriminator, dsm_pair
 from vae import AEConfig, AutoencoderKL
 
 TINY = AEConfig((1, 2), 4, ch=8, num_res_blocks=1, norm_groups=4)
-FLAGS = dict(gamma=1.0, esm_weight=0.01, kl_weight=1e-6, align_weight=0.1, uae_cutoff=0.5,
+FLAGS = dict(gamma=1.0, esm_weight=0.01, kl_weight=1e-6, vf_weight=0.1, uae_weight=0.5,
              gan_weight=0.5, lpips_weight=0.5, grad_accum=1)
 
 
@@ -81,7 +81,7 @@ def test_each_network_is_walked_back_once(reg, aligned):
     convolutions = {name for name, p in nets.ae.named_parameters() if p.ndim == 4}
     walked = convolutions - {"encoder.conv_in.weight", "quant_conv.weight"}
     assert {walks.count[name] for name in walked} == {1}
-    assert walks.count["quant_conv.weight"] == (3 if aligned else 1)
+    assert walks.count["quant_conv.weight"] == (3 if "vf" in reg else 1)
     assert walks.count["encoder.conv_in.weight"] == 0
 
 

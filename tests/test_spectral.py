@@ -31,6 +31,7 @@ from spectral import (
     spectrum_distribution,
     triangle_mask,
     wiener_gain,
+    zigzag,
 )
 
 close = torch.testing.assert_close
@@ -305,3 +306,14 @@ def test_spatial_norm_by_its_definition():
     close(spatial_norm(x), expected, rtol=1e-4, atol=1e-5)
     assert spatial_norm(x, alpha=1.0).mean(1).abs().max() < 1e-5
     assert spatial_norm(torch.randn(2, 1, 6)).isfinite().all()
+
+
+def test_zigzag_is_jpegs_order():
+    """The first ten places of JPEG's table; on a grid with H != W all once, by diagonals."""
+    places = [divmod(k, 8) for k in zigzag(8, 8)[:10].tolist()]
+    assert places == [(0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2), (0, 3), (1, 2), (2, 1),
+                      (3, 0)]
+    order = zigzag(3, 5).tolist()
+    assert sorted(order) == list(range(15)) and order[-1] == 14
+    sums = [k // 5 + k % 5 for k in order]
+    assert sums == sorted(sums)
