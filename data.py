@@ -1,6 +1,6 @@
 """
-Images in, batches out: built-in dead leaves (leaves.py), folders, zips and CIFAR-10, in an order
-that is a formula and not a state.
+Images in, batches out: built-in dead leaves (leaves.py), folders, zips and CIFAR-10 (sources.py),
+in an order that is a formula and not a state.
 
 The training stream is endless: its position p belongs to epoch e = p // n and is entry p % n of a
 permutation of the n images drawn from (seed, e); a coin drawn from (seed, e, index) says whether
@@ -8,222 +8,36 @@ the picture is mirrored. Step s takes positions [s*B, (s+1)*B), B the GLOBAL bat
 the r-th of W equal slices. So a run resumes exactly from its step alone, and neither the number of
 processes nor of workers changes what is seen. No batch is short, even if n < B.
 
-Images are uint8 (3, size, size) up to the device, then float32 in [-1, 1]; label = index of the
-sorted class folder, 0 without classes. Dataset items are (image, label, index, bad); `bad`: the
-asked image was unreadable, this is the next one in order.
-Only `pack` writes files (and CIFAR-10's download); nothing is ever extracted from a zip.
+Images are uint8 (3, size, size) up to the device, then float32 in [-1, 1]; label 0 without classes.
+Dataset items are (image, label, index, bad); `bad`: the asked image was unreadable, this is the
+next one in order. Only `pack` writes files.
 """
 import argparse
 import io
 import itertools
+import json
 import os
 import signal
-import stat
-import struct
 import sys
 import threading
 import zipfile
-import zlib
 from collections import Counter
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from leaves import DeadLeaves
-from runtime import first_of_node, one_line_errors, parse_args, write_atomic
+from runtime import one_line_errors, parse_args, write_atomic
+from sources import LABELS_FILE, center_crop, divide, open_source, reason, to_rgb
+from sources import open_picture as open_picture  # until figures.py takes it from sources
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-# whatever the name says; PIL would hand an EPS to Ghostscript
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-LARGEST_FILE, LARGEST_SIDE = 2 ** 30, 2 ** 14     # bytes of a picture file, pixels of a side
-# one split for every stage and every --seed: what the autoencoder trained on is never held out
-HELD_OUT_SEED = 2603
+LARGEST_SIDE = 2 ** 14    # pixels
 HELD_OUT_FIRST = 2 ** 40  # built-in images from here on are the held-out ones
-
-# ---- one picture ---------------------------------------------------------------------------------
-
-def open_picture(path):
-    """A file as PIL image, no handle left open. OSError or ValueError, here or when it is used."""
-    status = os.stat(path)
-    # reading a named pipe would block for ever
-    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
-        raise ValueError(f"no file, or larger than {LARGEST_FILE:,} bytes")
-    return Image.open(io.BytesIO(Path(path).read_bytes()), formats=FORMATS)
-
-
-def reason(error):
-    """Why a file could not be read, in one line, without the advice to unpickle it all the same."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    if "allow_pickle" in str(error):
-        return "holds Python objects"
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def to_rgb(image):
-    """
-    Any PIL image as 8-bit RGB, upright (EXIF orientation applied).
-    16-bit grey is scaled by 255/65535; transparency is laid over white: under it lies anything.
-    raises   ValueError for pixels without a defined range (floats, 32-bit integers above 65535)
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("float pixels have no defined range")
-    if image.mode.startswith("I"):  # I;16, I;16B, ..., and I, which older PIL gives for them
-        grey = np.asarray(image).astype(np.int64)  # (H, W)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("grey values outside 0..65535")
-        grey = (grey + 128) // 257  # nearest: 65535 = 255 * 257
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def center_crop(image, size):
-    """
-    ADM's crop (guided-diffusion, image_datasets.py): halve with a box filter while the shorter side
-    is >= 2*size, bicubic until it is size, then the central square. The same pixels as the
-    reference statistics of ADM, DiT and SiT.
-    image    PIL image;  returns  PIL image, size x size
-    raises   ValueError for a strip over 100 times longer than wide: resized, it fills the memory
-    """
-    if max(image.size) > 100 * min(image.size):
-        raise ValueError(f"{image.width}x{image.height} is too elongated to crop a square")
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    if min(image.size) != size:
-        scale = size / min(image.size)
-        sides = round(image.width * scale), round(image.height * scale)
-        image = image.resize(sides, Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-# ---- where pictures come from: .names (sorted, relative, posix) and .image(row) -> PIL -----------
-
-def _is_picture(name):
-    parts = PurePosixPath(name).parts
-    hidden = "__MACOSX" in parts or any(p[0] == "." and p != ".." for p in parts)
-    return name.lower().endswith(EXTENSIONS) and not hidden
-
-
-class Folder:
-    """Every image file under a folder, links followed. Hidden files are not looked at."""
-
-    def __init__(self, spec):
-        self.root = Path(spec)
-
-        def refuse(error):  # os.walk would pass over a closed folder in silence
-            raise ValueError(f"--data {spec}: cannot list {error.filename} ({error.strerror})")
-
-        found, above = [], {}  # above: folder -> the real folders on the way to it
-        for folder, _, files in os.walk(self.root, onerror=refuse, followlinks=True):
-            real, way = os.path.realpath(folder), above.get(os.path.dirname(folder), ())
-            if real in way:
-                raise ValueError(f"--data {spec}: {folder!r} is a link back to a folder that it "
-                                 "lies in; remove the link")
-            above[folder] = (*way, real)
-            names = (Path(folder, f).relative_to(self.root).as_posix() for f in files)
-            found += filter(_is_picture, names)
-        self.names = np.array(sorted(found))  # an array: workers share it, a list they would copy
-
-    def image(self, row):
-        return open_picture(self.root / self.names[row])
-
-
-class Zip:
-    """
-    Every image in a zip, read where it lies. Five arrays replace zipfile's objects (1.28M of those
-    hold 0.7 GB per process), and each read opens the file anew: no handle is shared over a fork.
-    """
-
-    def __init__(self, spec):
-        self.path = Path(spec)
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                entries = {e.filename: e for e in archive.infolist() if _is_picture(e.filename)}
-        except Exception as error:  # a damaged directory breaks zipfile in many ways
-            raise ValueError(f"--data {spec}: not a readable zip ({reason(error)}); "
-                             "pack it anew") from None
-        entries = [entries[name] for name in sorted(entries)]
-        for e in entries:
-            if e.filename[0] in "/\\" or ".." in e.filename.replace("\\", "/").split("/"):
-                raise ValueError(f"--data {spec}: unsafe name {e.filename!r} in the zip; "
-                                 "pack it anew with relative names")
-            known = e.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-            if e.flag_bits & 1 or not known:
-                raise ValueError(f"--data {spec}: {e.filename} is encrypted or neither stored nor "
-                                 "deflated; pack it anew")
-        self.names = np.array([e.filename for e in entries])
-        self.offset = np.array([e.header_offset for e in entries])
-        self.length = np.array([e.compress_size for e in entries])
-        self.size = np.array([e.file_size for e in entries])
-        self.deflated = np.array([e.compress_type == zipfile.ZIP_DEFLATED for e in entries])
-        self.crc = np.array([e.CRC for e in entries])
-
-    def image(self, row):
-        length, size = int(self.length[row]), int(self.size[row])
-        if max(length, size) > LARGEST_FILE:
-            raise ValueError(f"larger than {LARGEST_FILE:,} bytes")
-        with open(self.path, "rb") as f:
-            f.seek(self.offset[row])
-            # local header: 30 bytes, then name and extra field
-            f.seek(sum(struct.unpack("<26xHH", f.read(30))), os.SEEK_CUR)
-            data = f.read(length)
-        if self.deflated[row]:  # no further than was declared: no bomb
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
-        if zlib.crc32(data) != self.crc[row]:
-            raise ValueError("wrong checksum in the zip")
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-
-
-class Cifar10:
-    """CIFAR-10 as train/CLASS/ and test/CLASS/, in ./data beside ./out: a run stays together."""
-
-    def __init__(self, spec):
-        from torchvision.datasets import CIFAR10
-
-        try:
-            with first_of_node():
-                CIFAR10("data", download=True)  # fetches nothing that is there already
-            parts = {"train": CIFAR10("data", train=True), "test": CIFAR10("data", train=False)}
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"--data {spec}: {error}; unpack {CIFAR10.url} into data/, "
-                             "or give a folder or zip") from None
-        pictures = {}
-        for part, d in parts.items():
-            for i, (pixels, label) in enumerate(zip(d.data, d.targets)):
-                pictures[f"{part}/{d.classes[label]}/{i:05d}.png"] = pixels
-        self.names = sorted(pictures)
-        self.pixels = [pictures[name] for name in self.names]
-
-    def image(self, row):
-        return Image.fromarray(self.pixels[row])
-
-
-def open_source(spec):
-    """The source that --data names; raises FileNotFoundError or ValueError as open_data does."""
-    path = Path(spec)
-    if spec == "cifar10":
-        source = Cifar10(spec)
-    elif not path.exists():
-        raise FileNotFoundError(f"--data {spec}: no such folder or zip; give one, or 'cifar10', "
-                                "or nothing for built-in images")
-    elif path.is_dir():
-        source = Folder(spec)
-    elif path.suffix.lower() == ".zip":
-        source = Zip(spec)
-    else:
-        raise ValueError(f"--data {spec}: neither a folder nor a .zip nor 'cifar10'")
-    if len(source.names) == 0:
-        raise ValueError(f"--data {spec}: no images in it (looked for {' '.join(EXTENSIONS)})")
-    return source
 
 
 class ImageSet:
@@ -267,11 +81,10 @@ class ImageSet:
 def open_data(spec, size, val_images=500, seed=0, builtin_images=4_000):
     """
     What --data names, as (train_set, val_set).
-    spec     "" or None: built-in; a folder or .zip, flat or with one folder per class (its
-             subfolders count with it); 'cifar10'
-    val_set  never overlaps train_set. `val` (else `test`) where the top level is exactly that and
-             `train`; otherwise a tenth of the images, at most 5000, by a permutation that depends
-             on nothing else. Its first val_images, in shuffled order.
+    spec     "" or None: built-in; a folder or .zip, flat, with one folder per class (its
+             subfolders count with it), or with a dataset.json; 'cifar10'. sources.divide says what
+             is held out and where labels come from
+    val_set  never overlaps train_set: the first val_images of what is held out, in shuffled order
     seed, builtin_images    of the built-in images only
     raises   FileNotFoundError or ValueError, one line that starts with `--data {spec}:`
     """
@@ -283,35 +96,9 @@ def open_data(spec, size, val_images=500, seed=0, builtin_images=4_000):
         return (DeadLeaves(size, builtin_images, seed),
                 DeadLeaves(size, val_images, seed, first=HELD_OUT_FIRST))
     source = open_source(spec)
-    parts = [name.split("/") for name in source.names]
-    while all(len(p) > 1 and p[0] == parts[0][0] for p in parts):
-        parts = [p[1:] for p in parts]  # one folder around everything is a wrapper, not a class
-    tops = np.array([p[0] for p in parts])
-    known = {"train"} < set(tops) <= {"train", "val", "test"}
-    split = known and min(map(len, parts)) > 1
-    if split:
-        parts = [p[1:] for p in parts]
-    depth = np.array([len(p) > 1 for p in parts])
-    if depth.any() and not depth.all():
-        a, b = source.names[int(depth.argmin())], source.names[int(depth.argmax())]
-        raise ValueError(f"--data {spec}: images beside class folders ({a} and {b}); "
-                         "give every image a class folder, or none")
-    classes = sorted({p[0] for p in parts}) if depth.all() else []
-    label_of = {c: k for k, c in enumerate(classes)}
-    labels = np.array([label_of.get(p[0], 0) for p in parts])
-
-    rng = np.random.default_rng(HELD_OUT_SEED)
-    if split:
-        train = np.flatnonzero(tops == "train")
-        held_out = np.flatnonzero(tops == ("val" if "val" in tops else "test"))
-        held_out = rng.permutation(held_out)
-    elif len(parts) > 1:
-        order, k = rng.permutation(len(parts)), min(max(len(parts) // 10, 1), 5000)
-        train, held_out = np.sort(order[k:]), order[:k]
-    else:
-        raise ValueError(f"--data {spec}: a single image; two are the least, for one is held out")
-    return tuple(ImageSet(spec, source, rows, labels[rows], classes, size)
-                 for rows in (train, held_out[:val_images]))
+    parts = divide(spec, source)
+    return tuple(ImageSet(spec, source, rows, parts.labels[rows], parts.classes, size)
+                 for rows in (parts.train, parts.held_out[:val_images]))
 
 
 def take(dataset, chosen):
@@ -482,8 +269,9 @@ def _bmp(item):
 def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
     """
     Crop a set once into a zip of BMPs under the old relative names, so that classes and splits
-    survive; same input, same bytes. BMP is lossless, a fifth to a half larger than PNG, and read
-    some thirty times faster (tests/benchmark.py, section load).
+    survive, with a dataset.json if it had one; same input, same bytes. BMP is lossless, a
+    fifth to a half larger than PNG, and read some thirty times faster (tests/benchmark.py, section
+    load). What open_data would refuse is refused before anything is written.
     spec     as --data; "" packs `count` built-in images
     returns  (number of images written, number left out)
     raises   FileNotFoundError or ValueError, one line; no partial file is left, an older zip stays
@@ -509,26 +297,32 @@ def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
             if name.encode(errors="ignore").decode() != name:
                 raise ValueError(f"--data {spec}: the name {str(name)!r} is not UTF-8, which a zip "
                                  "needs; rename the file")
-        rows, labels = np.arange(len(names)), np.zeros(len(names), np.int64)
-        dataset = ImageSet(spec, source, rows, labels, [], size)
+        rows = np.arange(len(names))
+        dataset = ImageSet(spec, source, rows, np.zeros_like(rows), [], size)
     else:
         names = [f"{i:06d}.bmp" for i in range(count)]
         dataset = DeadLeaves(size, count)
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise ValueError(f"--data {spec}: {times} images would become {name}; rename all but one")
+    parts = divide(spec, source) if spec else None
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_bmp)
 
     def write(file):
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            def add(name, content):
+                entry = zipfile.ZipInfo(name)  # dated 1980
+                entry.external_attr = 0o644 << 16  # else an extracted file is closed to everyone
+                archive.writestr(entry, content)
+            if parts and parts.from_file:
+                pairs = [*zip(names, parts.labels.tolist())] if parts.classes else None
+                add(LABELS_FILE, json.dumps(dict(labels=pairs)))
             progress = tqdm(loader, unit="image", disable=not sys.stderr.isatty())
             for i, (bmp, j, bad) in enumerate(progress):
                 if bad:
                     _note(dataset, i, j)
                     continue
-                entry = zipfile.ZipInfo(names[i])  # dated 1980
-                entry.external_attr = 0o644 << 16  # else an extracted file is closed to everyone
-                archive.writestr(entry, bmp)
+                add(names[i], bmp)
     write_atomic(out, write)
     return len(dataset) - len(dataset.unreadable), len(dataset.unreadable)
 

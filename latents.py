@@ -13,6 +13,7 @@ whole. It is opened only for the autoencoder and the images that it was made fro
 at a time goes in, and pages of the map come and go.
 """
 import concurrent.futures
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import shutil
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +42,19 @@ def autoencoder_hash(ae):
     return digest.hexdigest()[:16]
 
 
+@lru_cache(maxsize=4)  # a million files take a minute
 def images_hash(dataset):
-    """16 hex digits over a set of data.py: its names and labels, or the built-in images' seed."""
+    """
+    16 hex digits that stand for the pictures of a set of data.py: what its source says of their
+    content, labels, and names without the folders around all; of built-in ones seed and numbers.
+    Where the set lies, and how that was spelled, does not count.
+    """
     if hasattr(dataset, "rows"):
-        text = "\n".join(f"{dataset.name(i)} {dataset.labels[i]}" for i in range(len(dataset)))
+        names = [dataset.name(i) for i in range(len(dataset))]
+        start = os.path.commonprefix(names).rfind("/") + 1
+        prints = dataset.source.fingerprint(dataset.rows).tolist()
+        lines = zip((name[start:] for name in names), dataset.labels.tolist(), prints)
+        text = "\n".join(map(repr, lines))
     else:
         text = f"dead leaves, seed {dataset.seed}, {len(dataset)} from {dataset.first}"
     # names on disk need not be UTF-8
@@ -54,22 +65,23 @@ def create_array(what, path, dtype, shape):
     """
     An empty .npy at path for memory maps to write into, its room on the disk taken at once: a
     memory map on a full disk dies by signal.
-    raises   OSError in one line that begins with `what`, and no file, if there is no room
+    raises   OSError in one line that begins with `what`, and no file, if there is no room, or the
+             folder cannot be written to
     """
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     room = shutil.disk_usage(existing).free
     needed = math.prod(shape) * np.dtype(dtype).itemsize
-    if needed <= room:  # else not even a folder is left
-        path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if needed > room:
+        if needed > room:  # not even a folder is left
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        path.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
         if hasattr(os, "posix_fallocate"):  # where it can be done
             with open(path, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     except OSError as error:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
         raise OSError(f"{what}: needs {needed / 1e9:.3g} GB, {room / 1e9:.3g} GB are free "
                       f"({error.strerror}); name a folder on another disk") from None
 
@@ -86,7 +98,7 @@ def _encode(folder, ae, batches, moments, labels, readable, progress):
     """
     Fill the three arrays from batches of val_batches, each image as it is and mirrored.
     returns  _sums over everything, (3, C) float64
-    raises   ValueError, beginning with folder, if a moment does not fit float16
+    raises   ValueError, beginning with --cache, if a moment does not fit float16
     """
     total = torch.zeros(3, ae.config.latent_channels, dtype=torch.float64)
     for images, classes, indices in batches:
@@ -96,9 +108,9 @@ def _encode(folder, ae, batches, moments, labels, readable, progress):
             both = torch.cat([q.mean, q.logvar], dim=1)  # (b, 2C, h, w)
             largest = both.abs().max()
             if not largest <= 65504:  # NaN included
-                raise ValueError(f"{folder}: a latent of {largest:.3g} does not fit the cache's "
-                                 "float16; the autoencoder has diverged, or its latents need "
-                                 "rescaling")
+                raise ValueError(f"--cache {folder}: a latent of {largest:.3g} does not fit "
+                                 "the cache's float16; the autoencoder has diverged, or its "
+                                 "latents need rescaling")
             moments[rows, mirror] = both.half().cpu().numpy()
             total += _sums(q)
         labels[rows] = classes.cpu().numpy()

@@ -15,6 +15,8 @@ Speed and memory, side by side in one run: a number behind every default, and be
     diffusion     the transformer's step: each model, each --repa
     encode, sample, load, eval     the latent cache; samplers with and without guidance; folder,
                   zip, cache; features and Frechet distance
+    processes     two gloo processes: gradients averaged by DistributedDataParallel, beside a flat
+                  all-reduce after the backward pass
     alternatives  what we chose against what we did not: layout, precision, compilation, optimiser,
                   low-pass, ESM, start of training
 
@@ -37,6 +39,7 @@ import json
 import math
 import os
 import platform
+import socket
 import statistics
 import sys
 import tempfile
@@ -1092,8 +1095,67 @@ def costs(args, mfu=0.4):
           "GB).")
 
 
+def flat_average(parameters):
+    """Gradients averaged after the backward pass, in one flat tensor."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    torch.distributed.all_reduce(flat)
+    parts = (flat / torch.distributed.get_world_size()).split([g.numel() for g in gradients])
+    for gradient, mean in zip(gradients, parts):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def one_of_two(rank, port, repeats, out):
+    """One process of section processes: both ways take turns; rank 0 sends its times to out."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    runtime.start_processes("cpu")
+    ways = {}
+    for name in ("flat all-reduce", "DistributedDataParallel"):
+        torch.manual_seed(0)
+        model = MODELS["SiT-S/2"](input_size=16, in_channels=4, num_classes=0)
+        ddp = name.startswith("D")
+        ways[name] = model, runtime.data_parallel(model, True) if ddp else model, ddp, []
+    x = torch.randn(4, 4, 16, 16)
+    for _ in range(repeats + 2):                       # two burn in
+        for model, step_model, ddp, times in ways.values():
+            torch.distributed.barrier()
+            start = time.perf_counter()
+            Interpolant().loss(step_model, x).backward()
+            if not ddp:
+                flat_average(list(model.parameters()))
+            times.append(time.perf_counter() - start)
+            model.zero_grad()
+    if rank == 0:
+        out.put({name: statistics.median(times[2:]) for name, (*_, times) in ways.items()})
+    runtime.stop_processes()
+
+
+def processes(args):
+    """Forward and backward of SiT-S/2 with its gradients averaged, on two processes."""
+    context = torch.multiprocessing.get_context("spawn")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    out = context.SimpleQueue()
+    pair = [context.Process(target=one_of_two, args=(rank, port, pick(args, 5, 15, 15), out))
+            for rank in range(2)]
+    for process in pair:
+        process.start()
+    seconds = out.get()
+    for process in pair:
+        process.join()
+    print("\nprocesses: two of gloo, one thread each, SiT-S/2, 4 latents each")
+    first = seconds["flat all-reduce"]
+    for name, value in seconds.items():
+        print(f"{name:46}{1e3 * value:>10,.1f} ms{value / first:>9.3g} of the first")
+        args.rows.append(dict(table="processes", name=name, ms=1e3 * value))
+
+
 SECTIONS = dict(theory=theory, costs=costs, off=off, ae=ae, diffusion=diffusion, encode=encode,
-                sample=sample, load=load, eval=evaluation, alternatives=alternatives)
+                sample=sample, load=load, eval=evaluation, processes=processes,
+                alternatives=alternatives)
 
 
 def parse_args():

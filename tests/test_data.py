@@ -1,5 +1,10 @@
-"""data.py: the stream is a formula, the crop ADM's; bad files are counted, packing is lossless."""
+"""
+data.py and sources.py: the stream is a formula, the crop ADM's; what a set's names say of parts and
+classes is understood or refused; bad files are counted, packing is lossless.
+"""
 import io
+import json
+import os
 import zipfile
 from itertools import islice
 from urllib.error import URLError
@@ -283,6 +288,271 @@ def test_cifar10_keeps_torchvisions_split_and_labels(monkeypatch):
         items = {int(image_set[i][0][0, 5, 7]) - offset: image_set[i][1] for i in range(6)}
         assert items == {0: 1, 1: 0, 2: 1, 3: 0, 4: 0, 5: 0}  # sorted names: airplane 0, cat 1
 
+# ---- parts of a set, labels ----------------------------------------------------------------------
+
+def labelled(image_set):
+    """{name: class}, or label where there are no classes."""
+    classes = image_set.classes or [0]
+    return {image_set.name(i): classes[image_set.labels[i]] for i in range(len(image_set))}
+
+
+def refusal(call, *arguments):
+    """The single line with which a call is refused, begun by `--data SPEC: `, without that."""
+    with pytest.raises(ValueError) as error:
+        call(*arguments)
+    head, _, message = str(error.value).partition(": ")
+    assert head == f"--data {arguments[0]}" and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("train_name, held_out_name", [
+    ("train", "validation"), ("train", "valid"), ("train", "dev"), ("train", "Val"),
+    ("train2017", "val2017"), ("training_set", "test_set"), ("Training", "Test"),
+    ("train-images", "eval"), ("trainval", "test"), ("TRAIN 256", "Validation Set (1)"),
+])
+@pytest.mark.parametrize("deeper", ["", "training_set/"])
+def test_parts_are_understood_by_their_usual_names(tmp_path, train_name, held_out_name, deeper):
+    """Classes are those inside the training part, be it nested once more; the other is held out."""
+    names = [f"{part}/{deeper}{c}/{i}.png"
+             for part in (train_name, held_out_name) for c in ("b", "a") for i in range(2)]
+    for image_set, part in zip(open_data(make_zip(tmp_path / "x.zip", names), 8),
+                               (train_name, held_out_name)):
+        assert image_set.classes == ["a", "b"] and len(image_set) == 4
+        for name, label in labelled(image_set).items():
+            assert name.split("/")[0] == part and name.split("/")[-2] == label
+
+
+TINY_IMAGENET = [f"tiny-imagenet-200/train/{c}/images/{c}_{i}.JPEG"
+                 for c in ("n02", "n01") for i in range(3)]
+TINY_IMAGENET += [f"tiny-imagenet-200/{part}/images/{i}.JPEG"
+                  for part in ("val", "test") for i in range(4)]
+IMAGENET = [f"ILSVRC/Data/CLS-LOC/train/{c}/{c}_{i}.JPEG" for c in ("n02", "n01") for i in range(3)]
+IMAGENET += [f"ILSVRC/Data/CLS-LOC/{part}/{i}.JPEG" for part in ("val", "test") for i in range(4)]
+# a class more than in the training part
+DEFECTS = [f"train/{c}/{i}.png" for c in ("n02", "n01") for i in range(3)]
+DEFECTS += [f"test/{c}/{i}.png" for c in ("n01", "n03") for i in range(2)]
+
+
+@pytest.mark.parametrize("names, part, beside", [
+    (TINY_IMAGENET, "val", ["wnids.txt", "val/val_annotations.txt", "train/n01/boxes.txt"]),
+    (IMAGENET, "val", ["../../Annotations/CLS-LOC/val/0.xml", "../../ImageSets/CLS-LOC/val.txt"]),
+    (DEFECTS, "test", []),
+], ids=["tiny-imagenet", "imagenet", "defects"])
+def test_a_held_out_part_without_the_classes_has_no_labels(tmp_path, names, part, beside):
+    """As ImageNet is downloaded: the training part gives the classes, labels outside it are 0."""
+    folder = make_folder(tmp_path, names)
+    for name in beside:
+        path = folder / names[0].partition("train")[0] / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    train, held_out = open_data(folder, 8)
+    assert train.classes == ["n01", "n02"] and len(train) == 6
+    assert all(f"train/{label}/" in name for name, label in labelled(train).items())
+    assert all(f"{part}/" in name for name in names_of(held_out)) and len(held_out) == 4
+    assert not held_out.labels.any()
+
+
+REFUSED_TOPS = [                           # names of pictures, words of the refusal
+    ("train/{} holdout/{}", "'holdout' is no known part"),
+    ("train/{} val/{} unlabeled/{}", "with 'train' at the top, 'unlabeled' is no known part"),
+    ("trainA/{} trainB/{} testA/{} testB/{}", "with 'trainA', 'trainB' at the top, 'testA'"),
+    ("DIV2K_train_HR/{} DIV2K_valid_HR/{}", "with 'DIV2K_train_HR' at the top"),
+    ("bus/{} car/{} train/{}", "'bus' is no known part"),
+    ("train2014/{} train2017/{} val2014/{}", "'train2014' and 'train2017' are the same part"),
+    ("train/{} val/{} dev/{}", "'dev' and 'val' are the same part"),
+    ("train/{} test1/{} test2/{}", "'test1' and 'test2' are the same part"),
+    ("test/{} val/{}", "with 'test', 'val' at the top, none of them is a training part"),
+    ("images/training/{} images/validation/{} annotations/training/{}",
+        "'images/validation' are parts of a set inside"),
+    ("bottle/train/good/{} bottle/test/{} cable/train/good/{} cable/test/{}", "are parts of a set"),
+    ("train/a/{} train/{} val/{}", "images beside class folders (train/0.png and train/a/0.png)"),
+    ("train/{} val/{} {}", "images beside class folders"),
+]
+
+
+@pytest.mark.parametrize("names, words", REFUSED_TOPS)
+def test_parts_that_are_not_understood_are_refused_by_name(tmp_path, names, words):
+    """They become no classes; nor does `pack` write a set that no training script would open."""
+    names = [name.format(f"{i}.png") for name in names.split() for i in range(2)]
+    archive = make_zip(tmp_path / "x.zip", names)
+    assert words in refusal(open_data, archive, 8)
+    assert words in refusal(pack, archive, 8, tmp_path / "y.zip")
+    assert os.listdir(tmp_path) == ["x.zip"]
+
+
+@pytest.mark.parametrize("classes", [
+    "sandals strainer trainers", "a b bullet_train c d e f g h i train_station", "a b test",
+    "train airplane automobile bird cat deer dog frog horse ship truck",
+])
+def test_a_class_may_remind_of_a_train(tmp_path, classes):
+    """Trainers are shoes; where there are many folders, a train is a vehicle."""
+    classes = sorted(classes.split())
+    names = [f"{c}/{i}.png" for c in classes for i in range(2)]
+    assert open_data(make_zip(tmp_path / "x.zip", names), 8)[0].classes == classes
+
+
+def with_labels(folder, names, labels, place="dataset.json"):
+    """A folder of these pictures with a dataset.json; labels: its text, or {name: class}."""
+    make_folder(folder, names)
+    text = labels if isinstance(labels, str) else json.dumps(dict(labels=[*labels.items()]))
+    (folder / place).write_text(text)
+    return folder
+
+
+def as_zip(folder):
+    """The same files in a zip beside the folder."""
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.*")):
+            archive.write(file, file.relative_to(folder).as_posix())
+    return path
+
+
+SHARDED = [f"{i // 5:05d}/img{i:08d}.png" for i in range(11)]
+LABELS = {name: 3 * i % 7 for i, name in enumerate(SHARDED)}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("inside", ["", "images/"])
+def test_labels_come_from_dataset_json(tmp_path, capsys, inside, kind):
+    """As StyleGAN, EDM and, beside its latents, REPA prepare their sets: folders are shards."""
+    names = [inside + name for name in SHARDED]
+    folder = with_labels(tmp_path / "set", names, LABELS, f"{inside}dataset.json")
+    if inside:
+        (folder / "vae-sd" / "00000").mkdir(parents=True)
+        (folder / "vae-sd" / "00000" / "img-mean-std-00000000.npy").touch()
+        (folder / "vae-sd" / "dataset.json").write_text("{}")
+    for image_set in open_data(as_zip(folder) if kind == "zip" else folder, 8):
+        assert image_set.classes == ["0", "1", "2", "3", "4", "5", "6"]
+        for i in range(len(image_set)):
+            assert image_set[i][1] == LABELS[image_set.name(i).removeprefix(inside)]
+    assert "shards" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names, tables, classes, labels", [
+    (SHARDED, {"": '{"labels": null}'}, [], [0]),
+    (SHARDED[:4], {"": {name: 2 for name in SHARDED}}, ["0", "1", "2"], [2]),  # one shard; spare
+    (SHARDED, {"": {name.replace("/", "\\"): 1 for name in SHARDED}}, ["0", "1"], [1]),
+    (["a/0.png", "1.png"], {"": {"a/0.png": 1, "1.png": 1}}, ["0", "1"], [1]),
+    (["train/0/a.png", "train/1/b.png", "val/0/c.png"], {"train/": {"0/a.png": 1, "1/b.png": 1},
+        "val/": {"0/c.png": 0}}, ["0", "1"], [1]),
+    (["train/a.png", "val/b.png"], {"": {"train/a.png": 1, "val/b.png": 9}}, ["0", "1"], [1]),
+], ids=["null", "one-shard", "windows", "beside-folders", "parts", "above-parts"])
+def test_where_and_how_dataset_json_is_found(tmp_path, names, tables, classes, labels):
+    """Null is unlabelled; names count from its own folder, which lies around the pictures."""
+    folder = make_folder(tmp_path / "set", names)
+    for place, table in tables.items():
+        with_labels(folder, [], table, f"{place}dataset.json")
+    train, held_out = open_data(folder, 8)
+    assert train.classes == held_out.classes == classes and set(train.labels) == set(labels)
+    if "val/b.png" in names or "val/0/c.png" in names:
+        assert held_out.labels.tolist() == [0]
+
+
+@pytest.mark.parametrize("table, words", [
+    ({name: 0 for name in SHARDED[1:]}, "no label for 1 of 11 images, beginning with "
+        "'00000/img00000000.png'"),
+    ('{"labels": [["00000/img', "neither"), ("{}", "neither"), ("[]", "neither"), ("", "neither"),
+    ('{"labels": 3}', "neither"), ('{"labels": [[1, 2]]}', "neither"),
+    ({name: -1 for name in SHARDED}, "-1 is no class number"),
+    ({name: "cat" for name in SHARDED}, "'cat' is no class number"),
+    ({name: [0.1, 0.2] for name in SHARDED}, "[0.1, 0.2] is no class number"),
+    ({name: True for name in SHARDED}, "True is no class number"),
+    ({name: 10 ** 9 for name in SHARDED}, "1000000000 is no class number"),
+])
+def test_a_dataset_json_that_does_not_fit_is_refused(tmp_path, table, words):
+    """Nothing is guessed from the shards instead; pack says so, too, and writes nothing."""
+    folder = with_labels(tmp_path / "set", SHARDED, table)
+    message = refusal(open_data, folder, 8)
+    assert message.startswith("dataset.json") and words in message
+    assert refusal(pack, as_zip(folder), 8, tmp_path / "y.zip") == message
+    assert not (tmp_path / "y.zip").exists()
+
+
+@pytest.mark.parametrize("names, said", [
+    ([f"{k:05d}/{i}.png" for k in range(3) for i in range(4)], "the folders 00000 .. 00002 have"),
+    ([f"train/{k}/{i}.png" for k in (3, 7) for i in range(4)] + ["val/0.png"], "3 .. 7 have"),
+    (["8/a.png", "9/b.png", "10/c.png"], ""),
+    (["a/0.png", "b/1.png"], ""), (["0.png", "1.png"], ""),
+])
+def test_numbered_folders_are_said_to_be_classes(tmp_path, capsys, names, said):
+    """For they may be shards whose dataset.json was lost. One line on stderr."""
+    folder = make_folder(tmp_path / "set", names)
+    open_data(folder, 8)
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == bool(said)
+    assert not said or error.startswith(f"--data {folder}: ") and "taken as classes" in error
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_what_is_left_out_is_counted_in_one_line(tmp_path, capsys, monkeypatch, kind):
+    """Empty class folders and files that no picture's name ends like; hidden ones do not count."""
+    folder = make_folder(tmp_path / "set", ["a/0.png", "b/1.png"])
+    for name in ("a/2", "a/.DS_Store", "b/3.HEIC", "b/4.heic", "notes.txt"):
+        (folder / name).write_bytes(b"")
+    for name in ("c", "d/e", "__MACOSX/x", ".cache"):
+        (folder / name).mkdir(parents=True)
+    spec = folder
+    if kind == "zip":
+        spec = tmp_path / "set.zip"
+        with zipfile.ZipFile(spec, "w") as archive:
+            for path in sorted(folder.rglob("*")):
+                archive.write(path, path.relative_to(folder).as_posix())
+    assert open_data(spec, 8)[0].classes == ["a", "b"]
+    line = capsys.readouterr().err
+    assert line == (f"--data {spec}: left out: 4 file(s) that are no pictures by name (2 '.heic', "
+                    "1 '.txt', 1 without a suffix) and 2 folder(s) without a picture ('c', 'd')\n")
+    monkeypatch.setenv("RANK", "1")
+    open_data(spec, 8)
+    assert capsys.readouterr().err == ""   # once for all processes
+
+
+def test_jpegs_of_any_suffix_are_pictures(tmp_path):
+    """.jfif and .jpe, as browsers and old programs write them."""
+    for i, suffix in enumerate((".jfif", ".JPE", ".jpg")):
+        Image.fromarray(picture(i)).save(tmp_path / f"{i}{suffix}", "JPEG")
+    assert sum(map(len, open_data(tmp_path, 8))) == 3
+
+
+# ---- zips that Windows made ----------------------------------------------------------------------
+
+WINDOWS = [f"set\\{part}\\{c}\\{i}.png"
+           for part in ("train", "val") for c in ("b", "a") for i in range(2)]
+
+
+def test_backslashes_in_a_zip_separate_folders(tmp_path):
+    """Split, classes and pictures are those of the same zip with slashes."""
+    backward = make_zip(tmp_path / "b.zip", [*WINDOWS, "__MACOSX\\set\\x.png"])
+    forward = make_zip(tmp_path / "f.zip", [name.replace("\\", "/") for name in WINDOWS])
+    for a, b in zip(open_data(backward, 8), open_data(forward, 8)):
+        assert names_of(a) == names_of(b) and len(a) == 4 and a.classes == ["a", "b"]
+        assert a.labels.tolist() == b.labels.tolist()
+        assert all(torch.equal(a[i][0], b[i][0]) for i in range(4))
+
+
+def test_a_backslash_may_be_a_letter(tmp_path):
+    """Elsewhere than on Windows it is one; by its own word a zip is from there, or from here."""
+    names = ["a\\0.png", "b/1.png", "b/2.png"]
+    path = make_zip(tmp_path / "x.zip", names)
+    assert "images beside class folders" in refusal(open_data, path, 8)
+    made_on_unix, made_on_windows = b"\x14\x03\x14\x00", b"\x14\x00\x14\x00"
+    raw = path.read_bytes()
+    assert raw.count(made_on_unix) == 3
+    path.write_bytes(raw.replace(made_on_unix, made_on_windows))
+    assert open_data(path, 8)[0].classes == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["..\\a.png", "\\a\\b.png", "C:\\a\\b.png", "a\\..\\..\\b.png"])
+def test_unsafe_names_with_backslashes_are_refused(tmp_path, name):
+    """Though nothing is ever extracted."""
+    path = make_zip(tmp_path / "x.zip", [name, "c\\d.png"])
+    assert f"unsafe name {name!r}" in refusal(open_data, path, 8)
+
+
+def test_a_folder_of_names_with_backslashes_is_refused(tmp_path):
+    """A tool that unpacks such a zip without understanding it leaves a flat folder."""
+    assert "give the zip itself" in refusal(open_data, make_folder(tmp_path, WINDOWS), 8)
+
 # ---- the stream ----------------------------------------------------------------------------------
 
 def test_every_epoch_holds_every_index_once():
@@ -482,6 +752,17 @@ def test_packing_changes_no_pixel_name_or_original(tmp_path, workers):
             assert torch.equal(a[i][0], b[i][0]) and a[i][1:] == b[i][1:]
 
 
+@pytest.mark.parametrize("table", [LABELS, '{"labels": null}'], ids=["labels", "null"])
+def test_packing_keeps_a_dataset_json(tmp_path, table):
+    """Or the shards would become classes."""
+    folder = with_labels(tmp_path / "set", ["wrapper/" + name for name in SHARDED], table,
+                         "wrapper/dataset.json")
+    pack(folder, 8, tmp_path / "x.zip")
+    for a, b in zip(open_data(folder, 8), open_data(tmp_path / "x.zip", 8)):
+        assert [name.replace(".png", ".bmp") for name in names_of(a)] == names_of(b)
+        assert a.classes == b.classes and a.labels.tolist() == b.labels.tolist()
+
+
 def test_packed_built_in_pictures_are_the_built_in_pictures(tmp_path):
     """pack without --data stores images 0 .. count-1, and twice the same bytes."""
     assert pack("", 17, tmp_path / "x.zip", count=11) == (11, 0)
@@ -515,6 +796,7 @@ def test_pack_leaves_bad_files_out_and_stops_past_one_percent(corrupted, tmp_pat
     (["--out", "y.zip", "--data", "nowhere"], "no such"),
     (["--out", "old.zip", "--data", "old.zip", "--overwrite"], "is the set itself"),
     (["--out", "y.zip", "--data", "twins"], "2 images would become a.bmp"),
+    (["--out", "y.zip", "--data", "one"], "a single image"),
 ])
 def test_pack_refuses_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments,
                                                     words):
@@ -522,6 +804,7 @@ def test_pack_refuses_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     make_zip(tmp_path / "old.zip", ["a.png", "b.png"])
     make_folder(tmp_path / "twins", ["a.png", "a.jpg"])
+    make_folder(tmp_path / "one", ["a.png"])
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.*")}
     monkeypatch.setattr("sys.argv", ["data.py", "pack", "--workers", "0", *arguments])
     with pytest.raises(SystemExit) as stop:

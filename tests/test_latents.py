@@ -4,13 +4,16 @@ what is interrupted leaves nothing.
 """
 import json
 import os
+import shutil
+import zipfile
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import latents
-from data import stream_entries
+from data import open_data, stream_entries, take
 from latents import LatentCache, autoencoder_hash, build_cache, images_hash
 from leaves import DeadLeaves
 from vae import AEConfig, AutoencoderKL
@@ -95,6 +98,112 @@ def test_hashes_see_weights_and_images_but_not_statistics():
     assert len({images_hash(DeadLeaves(16, n, seed=s, first=f)) for n, s, f in sets}) == 4
 
 
+def write_pictures(folder, seed=0, suffix=".png", spot=0):
+    """Noise, three pictures a/0 .. a/2 and three b/3 .. b/5, with one grey pixel in the middle."""
+    rng = np.random.default_rng(seed)
+    for i in range(6):
+        path = folder / "ab"[i // 3] / f"{i}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)
+        pixels[64, 64] = spot
+        options = dict(compress_level=0) if suffix == ".png" else {}
+        Image.fromarray(pixels).save(path, **options)
+    return folder
+
+
+def zipped(folder):
+    """The same files in a zip, below a folder around everything."""
+    path = folder.with_name(f"{folder.name}.zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.*")):
+            archive.write(file, f"wrapper/{file.relative_to(folder).as_posix()}")
+    return path
+
+
+def hash_of(spec):
+    return images_hash(open_data(spec, 16)[0])
+
+
+@pytest.mark.parametrize("form", [lambda folder: folder, zipped], ids=["folder", "zip"])
+def test_cats_are_not_dogs(tmp_path, form):
+    """Two sets of the same names and labels share neither cache nor statistics."""
+    cats, dogs = (form(write_pictures(tmp_path / name, seed))
+                  for seed, name in enumerate(("cats", "dogs")))
+    assert hash_of(cats) != hash_of(dogs)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".gif", ".bmp", ".ppm", ".tif"])
+def test_a_picture_replaced_in_place_is_seen(tmp_path, suffix):
+    """By one of the same size and time; uncompressed files differ here in three bytes alone."""
+    old = write_pictures(tmp_path / "old", suffix=suffix)
+    compressed = suffix in (".jpg", ".webp", ".gif")
+    new = write_pictures(tmp_path / "new", seed=int(compressed), suffix=suffix, spot=255)
+    train, _ = open_data(old, 16)
+    before, name = images_hash(train), train.name(2)
+    content, status = (new / name).read_bytes(), (old / name).stat()
+    assert abs(len(content) - status.st_size) < 1500 and status.st_size > 2 ** 13
+    (old / name).write_bytes(content[:status.st_size].ljust(status.st_size, b"\0"))
+    os.utime(old / name, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert hash_of(old) != before
+
+
+@pytest.mark.parametrize("form", [lambda folder: folder, zipped], ids=["folder", "zip"])
+def test_a_set_stays_the_same_wherever_it_lies(tmp_path, monkeypatch, form):
+    """A copy, a link, a folder around it, a time, another spelling of the path change no hash."""
+    spec = form(write_pictures(tmp_path / "set"))
+    before = hash_of(spec)
+    os.utime(spec if spec.is_file() else spec / "a" / "0.png", (0, 0))
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    copy = tmp_path / "x" / "y" / f"copy{spec.suffix}"
+    (shutil.copytree if spec.is_dir() else shutil.copy)(spec, copy)
+    link = tmp_path / f"link{spec.suffix}"
+    link.symlink_to(spec)
+    monkeypatch.chdir(tmp_path / "x")
+    spellings = [spec, str(spec), copy, link, f"../{spec.name}", f"y/./copy{spec.suffix}"]
+    if spec.is_dir():
+        spellings += [tmp_path / "x", f"{tmp_path}/x/y//copy/"]
+    assert {hash_of(spelling) for spelling in spellings} == {before}
+
+
+def test_the_hash_of_images_sees_labels_and_choice(tmp_path):
+    """The same pictures under the same names with other labels, or fewer of them."""
+    folder, hashes = write_pictures(tmp_path / "set"), set()
+    for label in (0, 1):
+        names = [f"{path.parent.name}/{path.name}" for path in sorted(folder.rglob("*.png"))]
+        table = dict(labels=[[name, label] for name in names])
+        (folder / "dataset.json").write_text(json.dumps(table))
+        train, held_out = open_data(folder, 16)
+        hashes |= {images_hash(train), images_hash(held_out), images_hash(take(train, [0, 2, 3]))}
+    assert len(hashes) == 6
+
+
+def test_the_hash_of_cifar10_is_that_of_its_pixels(monkeypatch):
+    """One grey level in one of them changes it, and nothing else does."""
+    class Fake:
+        classes, url, change = ["cat", "airplane"], "", 0
+
+        def __init__(self, root, train=True, download=False):
+            self.data = np.random.default_rng(train).integers(0, 255, (6, 32, 32, 3), np.uint8)
+            self.data[3, 16, 16, 1] += self.change
+            self.targets = [0, 1, 0, 1, 1, 1]
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
+    before = hash_of("cifar10")
+    assert hash_of("cifar10") == before
+    Fake.change = 1
+    assert hash_of("cifar10") != before
+
+
+def test_what_is_no_file_neither_blocks_nor_breaks_the_hash(tmp_path):
+    """A pipe nobody writes to, a link to nowhere, a terabyte of zeros: skipped later, by name."""
+    folder = write_pictures(tmp_path)
+    os.mkfifo(folder / "a" / "pipe.png")
+    (folder / "b" / "link.png").symlink_to("nowhere.png")
+    (folder / "b" / "sparse.png").touch()
+    os.truncate(folder / "b" / "sparse.png", 2 ** 40)
+    assert hash_of(folder) == hash_of(folder)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_interrupted_encoding_leaves_nothing_behind(tmp_path, monkeypatch, error):
     """An exception in the middle: neither the cache nor its temporary folder is there."""
@@ -118,6 +227,15 @@ def test_no_room_is_an_error_before_encoding(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+def test_no_folder_is_an_error_before_encoding(tmp_path):
+    """Where none can be made, here below a file: one line as on a full disk, nothing else."""
+    (tmp_path / "cache").touch()
+    words = r"^--cache .*cache/in/it/cache: needs .* \(Not a directory\)"
+    with pytest.raises(OSError, match=words):
+        build(tmp_path / "cache" / "in" / "it", progress=lambda n: pytest.fail("encoded"))
+    assert os.listdir(tmp_path) == ["cache"]
+
+
 def test_diverged_latents_do_not_become_infinite(tmp_path, monkeypatch):
     """A mean beyond float16 stops the encoding and says why."""
     encode = AutoencoderKL.encode
@@ -127,7 +245,7 @@ def test_diverged_latents_do_not_become_infinite(tmp_path, monkeypatch):
         posterior.mean = posterior.mean + 1e6
         return posterior
     monkeypatch.setattr(AutoencoderKL, "encode", huge)
-    with pytest.raises(ValueError, match="does not fit the cache's float16"):
+    with pytest.raises(ValueError, match="^--cache .* does not fit the cache's float16"):
         build(tmp_path)
 
 

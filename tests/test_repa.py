@@ -1,4 +1,7 @@
-"""What repa.py promises: the filters against scipy, the spectrum of what they leave, the loss, the projectors, and torch.hub's real path."""
+"""
+What repa.py promises: the filters against scipy, the spectrum of what they leave, the loss, the
+projectors, and torch.hub's real path.
+"""
 import os
 import urllib.error
 import warnings
@@ -9,20 +12,34 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from repa import DOG_SIGMAS, ENCODERS, REPA_KINDS, REPOSITORY, Encoder, Projector, alignment_loss, filter_target, load_encoder
+from repa import (
+    DOG_SIGMAS,
+    ENCODERS,
+    REPA_KINDS,
+    REPOSITORY,
+    Encoder,
+    Projector,
+    alignment_loss,
+    filter_target,
+    load_encoder,
+)
 from spectral import directional_energy, dog, rmsc
 
 close = torch.testing.assert_close
 GRID = (9, 14)
 
 
-def on_grid(tokens, grid=GRID):                                                            # (B, T, D) -> (B, h, w, D)
+def on_grid(tokens, grid=GRID):                            # (B, T, D) -> (B, h, w, D)
     return tokens.unflatten(1, grid)
 
 
 def smooth_features(B=3, D=24, grid=(16, 20)):
-    """Smooth in space, with a common offset five times as strong: what raw DINOv2 tokens look like to a cosine."""
-    x = ndimage.gaussian_filter(torch.randn(B, *grid, D, dtype=torch.float64).numpy(), (0, 2, 2, 0), mode="mirror")
+    """
+    Smooth in space, with a common offset five times as strong: what raw DINOv2 tokens look like to
+    a cosine.
+    """
+    x = torch.randn(B, *grid, D, dtype=torch.float64).numpy()
+    x = ndimage.gaussian_filter(x, (0, 2, 2, 0), mode="mirror")
     return (torch.from_numpy(x / x.std()) + 5 * torch.randn(D)).flatten(1, 2).float()
 
 
@@ -40,78 +57,107 @@ def test_none_and_spnorm_by_their_formulas():
     assert torch.equal(filter_target(tokens, "none", GRID), tokens)
     x = on_grid(tokens).double().numpy()
     expected = (x - 0.6 * x.mean((1, 2), keepdims=True)) / x.std((1, 2), keepdims=True)
-    close(on_grid(filter_target(tokens, "spnorm", GRID)).double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+    result = on_grid(filter_target(tokens, "spnorm", GRID)).double()
+    close(result, torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_dog_equals_scipy():
-    """Eq. 6 by scipy's Gaussian with the same boundary (abc|ba), then the std over the tokens; other sigmas give another answer."""
+    """
+    Eq. 6 by scipy's Gaussian with the same boundary (abc|ba), then the std over the tokens; other
+    sigmas give another answer.
+    """
     tokens = torch.randn(2, 126, 5)
+    x = on_grid(tokens).double().numpy()
     for sigmas in (DOG_SIGMAS, (0.75, 2.0)):
-        blur = [ndimage.gaussian_filter(on_grid(tokens).double().numpy(), (0, s, s, 0), mode="mirror", truncate=4.0) for s in sigmas]
-        x = blur[0] - blur[1]
-        expected = torch.from_numpy(x / x.std((1, 2), keepdims=True))
-        close(on_grid(filter_target(tokens, "dog", GRID, *sigmas)).double(), expected, rtol=1e-3, atol=1e-4)
+        narrow, wide = (
+            ndimage.gaussian_filter(x, (0, s, s, 0), mode="mirror", truncate=4.0) for s in sigmas)
+        band = narrow - wide
+        expected = torch.from_numpy(band / band.std((1, 2), keepdims=True))
+        result = on_grid(filter_target(tokens, "dog", GRID, *sigmas)).double()
+        close(result, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_dog_kills_constants_everywhere_and_ramps_away_from_the_border():
-    """Without DC gain a constant vanishes also at the border; symmetric kernels let no slope through, but a mirrored border is a kink."""
+    """
+    Without DC gain a constant vanishes also at the border; symmetric kernels let no slope through,
+    but a mirrored border is a kink.
+    """
     grid = (40, 50)
-    assert filter_target(torch.full((1, 2000, 1), 7.0).double(), "dog", grid).abs().max() < 1e-6
+    constant = torch.full((1, 2000, 1), 7.0).double()
+    assert filter_target(constant, "dog", grid).abs().max() < 1e-6
     tokens = torch.randn(1, 2000, 3).double()
     close(filter_target(tokens + 7, "dog", grid), filter_target(tokens, "dog", grid))
     y, x = torch.meshgrid(torch.arange(40.0), torch.arange(50.0), indexing="ij")
     ramp = (0.3 * y - 0.2 * x + 1).reshape(1, 2000, 1)
     out = on_grid(filter_target(ramp, "dog", grid), grid)[0, :, :, 0]
-    margin = 10                                                                            # 4 sigma2: the longer kernel's radius
+    margin = 10                                            # 4 sigma2: the longer kernel's radius
     assert out[margin:-margin, margin:-margin].abs().max() < 1e-3
-    assert out[0].abs().max() > 1                                                          # and it was not zero everywhere
+    assert out[0].abs().max() > 1                          # and it was not zero everywhere
 
 
 def test_dog_of_a_channel_is_a_unit_std_and_norm_std_sets_it():
-    """After the filter every channel has the std norm_std over the tokens, whatever its scale was; no cosine sees norm_std."""
+    """
+    After the filter every channel has the std norm_std over the tokens, whatever its scale was; no
+    cosine sees norm_std.
+    """
     tokens = torch.randn(2, 126, 5) * torch.tensor([0.1, 1, 5, 30, 200])
-    one, half = filter_target(tokens, "dog", GRID), filter_target(tokens, "dog", GRID, norm_std=0.5)
+    one = filter_target(tokens, "dog", GRID)
+    half = filter_target(tokens, "dog", GRID, norm_std=0.5)
     close(one.std(1, correction=0), torch.ones(2, 5), rtol=1e-3, atol=0)
     close(half.std(1, correction=0), torch.full((2, 5), 0.5), rtol=1e-3, atol=0)
     close(alignment_loss(tokens, half), alignment_loss(tokens, one))
 
 
 def test_default_sigmas_pass_the_layout_band():
-    """The numbers of filter_target's docstring, from cosines on a long grid: zero at DC, peak 0.59 at u = 4.3, half at 1.9 and 7.9."""
-    n, period = 16, np.arange(0, 16, 0.05)                                                 # u of a 16-token side, u / 32 cycles per token
+    """
+    The numbers of filter_target's docstring, from cosines on a long grid: zero at DC, peak 0.59 at
+    u = 4.3, half at 1.9 and 7.9.
+    """
+    n, u = 16, np.arange(0, 16, 0.05)                      # 16-token side: u / 32 cycles per token
     x = np.arange(-40, 41)
-    waves = torch.from_numpy(np.cos(2 * np.pi * period[:, None] / (2 * n) * x)).float()    # (U, 81): one row a frequency
-    gain = dog(waves[:, None, None].expand(-1, 1, 3, -1), *DOG_SIGMAS)[:, 0, 1, 40].numpy()  # at the crest, far from the border
+    waves = np.cos(2 * np.pi * u[:, None] / (2 * n) * x)   # (U, 81): one row a frequency
+    waves = torch.from_numpy(waves).float()[:, None, None].expand(-1, 1, 3, -1)
+    gain = dog(waves, *DOG_SIGMAS)[:, 0, 1, 40].numpy()    # at the crest, far from the border
     assert abs(gain[0]) < 1e-6
-    assert gain.max() == pytest.approx(0.59, abs=0.005) and period[gain.argmax()] == pytest.approx(4.3, abs=0.1)
-    passed = period[gain >= gain.max() / 2]
-    assert passed.min() == pytest.approx(1.95, abs=0.06) and passed.max() == pytest.approx(7.93, abs=0.06)
+    assert gain.max() == pytest.approx(0.59, abs=0.005)
+    assert u[gain.argmax()] == pytest.approx(4.3, abs=0.1)
+    passed = u[gain >= gain.max() / 2]
+    assert passed.min() == pytest.approx(1.95, abs=0.06)
+    assert passed.max() == pytest.approx(7.93, abs=0.06)
 
 
 def test_filters_raise_the_contrast_of_smooth_features():
-    """Sec. 3.5: a common offset makes all directions alike; spnorm takes most of it away, DoG all."""
+    """Sec. 3.5: a common offset makes directions alike; spnorm takes most of it away, DoG all."""
     tokens = smooth_features()
-    raw, spnorm, band = (rmsc(filter_target(tokens, kind, (16, 20))) for kind in ("none", "spnorm", "dog"))
+    raw, spnorm, band = (
+        rmsc(filter_target(tokens, kind, (16, 20))) for kind in ("none", "spnorm", "dog"))
     assert (spnorm > 1.3 * raw).all() and (band > 2 * raw).all() and (band > spnorm).all()
 
 
 @pytest.mark.parametrize("kind", ["none", "spnorm", "dog"])
 def test_rmsc_of_filtered_tokens_is_the_energy_outside_dc(kind):
-    """Prop. 3.2 holds for every target: RMSC^2 is the directional energy without the DC term, over T."""
+    """Prop. 3.2 for every target: RMSC^2 is the directional energy without the DC term, over T."""
     tokens = filter_target(smooth_features(), kind, (16, 20))
     energy = directional_energy(tokens)
     close(rmsc(tokens) ** 2, energy[:, 1:].sum(1) / energy.shape[1], rtol=1e-4, atol=1e-5)
 
 
 def test_filter_sees_the_grid_row_major():
-    """The same tokens on a transposed grid are other neighbours, hence another DoG; spnorm asks for no neighbours."""
+    """
+    The same tokens on a transposed grid are other neighbours, hence another DoG; spnorm asks for no
+    neighbours.
+    """
     tokens = torch.randn(2, 126, 5)
-    assert not torch.allclose(filter_target(tokens, "dog", (9, 14)), filter_target(tokens, "dog", (14, 9)), atol=0.1)
-    close(filter_target(tokens, "spnorm", (9, 14)), filter_target(tokens, "spnorm", (14, 9)))
+    dogs = [filter_target(tokens, "dog", grid) for grid in ((9, 14), (14, 9))]
+    assert not torch.allclose(*dogs, atol=0.1)
+    close(*[filter_target(tokens, "spnorm", grid) for grid in ((9, 14), (14, 9))])
 
 
 def test_filters_are_float32_under_bf16_and_finite_without_structure():
-    """bf16 features under autocast are filtered in float32; constant features and a single token divide by no zero."""
+    """
+    bf16 features under autocast are filtered in float32; constant features and a single token
+    divide by no zero.
+    """
     tokens = torch.randn(2, 126, 5).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         out = filter_target(tokens, "dog", GRID)
@@ -122,18 +168,22 @@ def test_filters_are_float32_under_bf16_and_finite_without_structure():
         assert filter_target(torch.ones(1, 1, 2), kind, (1, 1)).isfinite().all()
 
 
-def test_filter_refuses_what_it_cannot_do():
+@pytest.mark.parametrize("arguments, match", [
+    (("dog", (9, 13)), "9x13"), (("lowpass", GRID), "lowpass"), (("dog", GRID, 2.0, 1.0), "sigma1")])
+def test_filter_refuses_what_it_cannot_do(arguments, match):
     """A grid that does not hold the tokens, an unknown kind, sigmas out of order: one line each."""
-    for arguments, match in ((("dog", (9, 13)), "9x13"), (("lowpass", GRID), "lowpass"), (("dog", GRID, 2.0, 1.0), "sigma1")):
-        with pytest.raises(ValueError, match=match) as error:
-            filter_target(torch.randn(1, 126, 2), *arguments)
-        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=match) as error:
+        filter_target(torch.randn(1, 126, 2), *arguments)
+    assert "\n" not in str(error.value)
 
 
 # ---- loss
 
 def test_alignment_loss_is_minus_the_mean_cosine():
-    """-1 with itself at any scale, +1 with the opposite; the mean over tokens and batch of what the formula says; float32 from bf16."""
+    """
+    -1 with itself at any scale, +1 with the opposite; the mean over tokens and batch of what the
+    formula says; float32 from bf16.
+    """
     a, b = torch.randn(3, 126, 7), torch.randn(3, 126, 7)
     close(alignment_loss(a, 5 * a), torch.tensor(-1.0))
     close(alignment_loss(a, -a), torch.tensor(1.0))
@@ -143,22 +193,26 @@ def test_alignment_loss_is_minus_the_mean_cosine():
     assert loss.dtype == torch.float32
     close(loss, alignment_loss(a.bfloat16().float(), b))
     with pytest.raises(ValueError, match="differ in shape"):
-        alignment_loss(a, b[:, :1])                                                        # would broadcast
+        alignment_loss(a, b[:, :1])                        # would broadcast
 
 
 def test_gradient_goes_to_the_projection_only():
-    """A filtered target of the encoder carries no graph, and a target that does gets no gradient."""
+    """
+    A filtered target of the encoder carries no graph, and a target that does gets no gradient.
+    """
     encoder, images = random_encoder(), torch.rand(2, 3, 32, 48, requires_grad=True)
     raw = encoder(images, (4, 6))
     target = filter_target(raw, "dog", (4, 6))
-    assert not raw.requires_grad and not target.requires_grad and not raw.is_inference()   # an inference tensor cannot be saved for backward
-    projected, free = torch.randn(2, 24, 64, requires_grad=True), torch.randn(2, 24, 64, requires_grad=True)
-    for one in (target, free, raw):
-        alignment_loss(projected, one).backward()
+    assert not raw.requires_grad and not target.requires_grad
+    assert not raw.is_inference()           # an inference tensor cannot be saved for backward
+    projected = torch.randn(2, 24, 64, requires_grad=True)
+    free = torch.randn(2, 24, 64, requires_grad=True)
+    total = lambda x: sum(alignment_loss(x, one) for one in (target, free, raw))
+    before = total(projected)
+    before.backward()
     assert projected.grad.abs().sum() > 0 and free.grad is None and images.grad is None
     assert all(p.grad is None and not p.requires_grad for p in encoder.parameters())
-    before = sum(alignment_loss(projected, one) for one in (target, free, raw))
-    assert sum(alignment_loss(projected - 50 * projected.grad, one) for one in (target, free, raw)) < before
+    assert total(projected - 50 * projected.grad) < before
 
 
 # ---- projector
@@ -166,21 +220,26 @@ def test_gradient_goes_to_the_projection_only():
 def test_projector_shapes_and_parameters():
     """mlp: three linear layers of width 2048; conv: 3x3 weights and a bias."""
     mlp, conv = Projector("mlp", 12, 20), Projector("conv", 12, 20)
-    assert sum(p.numel() for p in mlp.parameters()) == 12 * 2048 + 2048 + 2048 * 2048 + 2048 + 2048 * 20 + 20
-    assert sum(p.numel() for p in conv.parameters()) == 12 * 20 * 9 + 20
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    assert size(mlp) == 12 * 2048 + 2048 + 2048 * 2048 + 2048 + 2048 * 20 + 20
+    assert size(conv) == 12 * 20 * 9 + 20
     tokens = torch.randn(2, 126, 12)
     assert mlp(tokens, GRID).shape == conv(tokens, GRID).shape == (2, 126, 20)
-    assert {kind for _, kind in REPA_KINDS.values()} == {"mlp", "conv"} and set(REPA_KINDS) == {"repa", "irepa", "dog"}
+    assert {kind for _, kind in REPA_KINDS.values()} == {"mlp", "conv"}
+    assert set(REPA_KINDS) == {"repa", "irepa", "dog"}
 
 
-def test_mlp_sees_one_token_and_conv_its_neighbours():
-    """The gradient of output token (4, 7): one input token for mlp, the 3x3 around it on the row-major grid for conv."""
-    for kind, reach in (("mlp", 0), ("conv", 1)):
-        tokens = torch.randn(1, 126, 6, requires_grad=True)
-        on_grid(Projector(kind, 6, 5, hidden=8)(tokens, GRID))[0, 4, 7].sum().backward()
-        seen = torch.zeros(GRID, dtype=torch.bool)
-        seen[4 - reach:5 + reach, 7 - reach:8 + reach] = True
-        assert torch.equal(on_grid(tokens.grad)[0].abs().sum(-1) > 0, seen)
+@pytest.mark.parametrize("kind, reach", [("mlp", 0), ("conv", 1)])
+def test_mlp_sees_one_token_and_conv_its_neighbours(kind, reach):
+    """
+    The gradient of output token (4, 7): one input token for mlp, the 3x3 around it on the row-major
+    grid for conv.
+    """
+    tokens = torch.randn(1, 126, 6, requires_grad=True)
+    on_grid(Projector(kind, 6, 5, hidden=8)(tokens, GRID))[0, 4, 7].sum().backward()
+    seen = torch.zeros(GRID, dtype=torch.bool)
+    seen[4 - reach:5 + reach, 7 - reach:8 + reach] = True
+    assert torch.equal(on_grid(tokens.grad)[0].abs().sum(-1) > 0, seen)
 
 
 def test_projector_refuses_other_tokens():
@@ -205,40 +264,50 @@ class MeanColour(torch.nn.Module):
 
     def forward_features(self, x):
         self.seen = x
-        return {"x_norm_patchtokens": self.dropout(F.avg_pool2d(x, self.patch)).flatten(2).transpose(1, 2)}
+        tokens = self.dropout(F.avg_pool2d(x, self.patch)).flatten(2).transpose(1, 2)
+        return {"x_norm_patchtokens": tokens}
 
 
 def test_encoder_normalises_then_resizes():
-    """ImageNet statistics of images in [0, 1], then bicubic to 14 px a token; tokens row-major, H != W, float32 from bf16 images."""
+    """
+    ImageNet statistics of images in [0, 1], then bicubic to 14 px a token; tokens row-major,
+    H != W, float32 from bf16 images.
+    """
     from torchvision.transforms.functional import normalize
     encoder, images = Encoder(MeanColour(), width=3).train(), torch.rand(2, 3, 32, 48) * 2 - 1
     tokens = encoder(images, (4, 6))
     x = normalize((images + 1) / 2, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     x = F.interpolate(x, (56, 84), mode="bicubic")
     close(encoder.network.seen, x)
-    close(tokens, F.avg_pool2d(x, 14).flatten(2).transpose(1, 2))                          # no dropout: train() leaves it in eval mode
+    # no dropout: train() leaves it in eval mode
+    close(tokens, F.avg_pool2d(x, 14).flatten(2).transpose(1, 2))
     assert tokens.shape == (2, 24, 3)
     with torch.autocast("cpu", torch.bfloat16):
         assert encoder(images.bfloat16(), (4, 6)).dtype == torch.float32
         small = random_encoder()
         tokens = small(images, (4, 6))
-    with torch.no_grad():
-        close(tokens, small.network.forward_features(x)["x_norm_patchtokens"], rtol=0, atol=1e-4)  # the network in bf16: on CUDA only
+    with torch.no_grad():                                  # the network in bf16: on CUDA only
+        expected = small.network.forward_features(x)["x_norm_patchtokens"]
+    close(tokens, expected, rtol=0, atol=1e-4)
 
 
-def test_encoder_refuses_a_wrong_grid_or_width():
+@pytest.mark.parametrize("patch, width, grid, match", [
+    (14, 3, (6, 4), "32x48 does not fit a token grid of 6x4"),
+    (14, 768, (4, 6), "24 tokens of width 768, the network gave 24 of width 3"),
+    (7, 3, (4, 6), "the network gave 96")])
+def test_encoder_refuses_a_wrong_grid_or_width(patch, width, grid, match):
     """A transposed grid, a network of another width, one of another patch size: one line each."""
-    images = torch.rand(1, 3, 32, 48)
-    for encoder, grid, match in ((Encoder(MeanColour(), 3), (6, 4), "32x48 does not fit a token grid of 6x4"),
-                                 (Encoder(MeanColour(), 768), (4, 6), "24 tokens of width 768, the network gave 24 of width 3"),
-                                 (Encoder(MeanColour(patch=7), 3), (4, 6), "the network gave 96")):
-        with pytest.raises(ValueError, match=match) as error:
-            encoder(images, grid)
-        assert "\n" not in str(error.value)
+    encoder = Encoder(MeanColour(patch), width)
+    with pytest.raises(ValueError, match=match) as error:
+        encoder(torch.rand(1, 3, 32, 48), grid)
+    assert "\n" not in str(error.value)
 
 
 def test_random_encoder_is_always_the_same_and_says_that_it_teaches_nothing():
-    """Same weights whatever the global seed, the global generator untouched, a loud warning; it sees where things are."""
+    """
+    Same weights whatever the global seed, the global generator untouched, a loud warning; it sees
+    where things are.
+    """
     torch.manual_seed(1)
     before = torch.get_rng_state()
     with pytest.warns(UserWarning, match="NOTHING"):
@@ -248,7 +317,8 @@ def test_random_encoder_is_always_the_same_and_says_that_it_teaches_nothing():
     images = torch.rand(2, 3, 32, 48) * 2 - 1
     tokens = first(images, (4, 6))
     assert torch.equal(tokens, random_encoder()(images, (4, 6)))
-    assert tokens.shape == (2, 24, first.width) and first.width == 64 and tokens.std(1).mean() > 0.1
+    assert tokens.shape == (2, 24, first.width) and first.width == 64
+    assert tokens.std(1).mean() > 0.1
     assert not torch.allclose(tokens, first(images.flip(-1), (4, 6)), atol=1e-2)
 
 
@@ -256,7 +326,8 @@ def test_unknown_encoder_lists_the_known():
     """ValueError with all the names; eight of them, widths by size."""
     with pytest.raises(ValueError, match="dinov2_vitg14_reg"):
         load_encoder("dinov3_vitb16", source="random")
-    assert ENCODERS["dinov2_vits14"] == 384 and ENCODERS["dinov2_vitl14_reg"] == 1024 and len(ENCODERS) == 8
+    assert len(ENCODERS) == 8
+    assert ENCODERS["dinov2_vits14"] == 384 and ENCODERS["dinov2_vitl14_reg"] == 1024
 
 
 # ---- torch.hub
@@ -285,7 +356,7 @@ def dinov2_vitb14_reg(pretrained=True):
 
 @pytest.fixture
 def offline_hub(tmp_path, monkeypatch):
-    """An empty TORCH_HOME, a clone, and no network; requested lists the URLs that were asked for."""
+    """An empty TORCH_HOME, a clone, and no network; requested: the URLs that were asked for."""
     def offline(request, *args, **kwargs):
         requested.append(getattr(request, "full_url", request))
         raise urllib.error.URLError("no route")
@@ -299,46 +370,62 @@ def offline_hub(tmp_path, monkeypatch):
     return tmp_path, requested
 
 
-@pytest.mark.parametrize("name, file", [("dinov2_vits14", "dinov2_vits14_pretrain.pth"),
-                                        ("dinov2_vitb14_reg", "dinov2_vitb14_reg4_pretrain.pth")])
+@pytest.mark.parametrize("name, file", [
+    ("dinov2_vits14", "dinov2_vits14_pretrain.pth"),
+    ("dinov2_vitb14_reg", "dinov2_vitb14_reg4_pretrain.pth")])
 def test_torch_hub_with_a_clone_and_planted_weights(offline_hub, name, file):
-    """torch.hub's real path: code from the clone, or from the hub's copy of the pinned commit; weights from TORCH_HOME, no network."""
-    hub, requested = offline_hub
-    weights = {"colours.weight": torch.randn(ENCODERS[name], 3), "colours.bias": torch.randn(ENCODERS[name])}
-    torch.save(weights, hub / "home" / "hub" / "checkpoints" / file)
-    encoder, images = load_encoder(name, source=str(hub / "clone")), torch.rand(2, 3, 32, 48)
-    close(encoder.network.colours.weight, weights["colours.weight"], rtol=0, atol=0, check_stride=False)
+    """
+    torch.hub's real path: code from the clone, or from the hub's copy of the pinned commit; weights
+    from TORCH_HOME, no network.
+    """
+    home, requested = offline_hub
+    hub, clone, width = home / "home" / "hub", home / "clone", ENCODERS[name]
+    weights = {"colours.weight": torch.randn(width, 3), "colours.bias": torch.randn(width)}
+    torch.save(weights, hub / "checkpoints" / file)
+    encoder, images = load_encoder(name, source=str(clone)), torch.rand(2, 3, 32, 48)
+    colours = encoder.network.colours.weight
+    close(colours, weights["colours.weight"], rtol=0, atol=0, check_stride=False)
     tokens = encoder(images, (4, 6))
-    assert tokens.shape == (2, 24, encoder.width) and encoder.width == ENCODERS[name]
+    assert tokens.shape == (2, 24, encoder.width) and encoder.width == width
     assert not any(p.requires_grad for p in encoder.parameters())
-    (hub / "clone").rename(hub / "home" / "hub" / REPOSITORY.replace("/", "_").replace(":", "_"))
+    clone.rename(hub / REPOSITORY.replace("/", "_").replace(":", "_"))
     close(load_encoder(name)(images, (4, 6)), tokens)
     assert requested == []
 
 
 def test_without_network_one_line_says_what_goes_where(offline_hub):
-    """No code and no weights, or code without weights: URL, place and flag, in one line. The pinned commit is asked for at once."""
-    hub, requested = offline_hub
-    for source in (None, str(hub / "clone")):
+    """
+    No code and no weights, or code without weights: URL, place and flag, in one line. The pinned
+    commit is asked for at once.
+    """
+    home, requested = offline_hub
+    file = "dinov2_vitb14_reg4_pretrain.pth"
+    for source in (None, str(home / "clone")):
         with pytest.raises(FileNotFoundError) as error:
             load_encoder("dinov2_vitb14_reg", source)
         message = str(error.value)
-        assert "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth" in message
-        assert os.path.join("home", "hub", "checkpoints", "dinov2_vitb14_reg4_pretrain.pth") in message
-        assert "--encoder_source DIR" in message and "no route" in message and "\n" not in message
+        assert f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/{file}" in message
+        assert os.path.join("home", "hub", "checkpoints", file) in message
+        assert "--encoder_source DIR" in message and "no route" in message
+        assert "\n" not in message
     commit = REPOSITORY.split(":")[1]
-    assert len(commit) == 40 and commit in requested[0] and len(requested) == 2            # no look for a branch: a commit is none
-    assert requested[1].endswith("dinov2_vitb14_reg4_pretrain.pth")
+    # no look for a branch: a commit is none
+    assert len(commit) == 40 and commit in requested[0] and len(requested) == 2
+    assert requested[1].endswith(file)
 
 
 def test_wrong_clone_or_wrong_weights_are_named(offline_hub):
-    """A folder without hubconf.py, a clone without this encoder, the weights of another network: one line each."""
-    hub, _ = offline_hub
+    """
+    A folder without hubconf.py, a clone without this encoder, the weights of another network: one
+    line each.
+    """
+    home, _ = offline_hub
     with pytest.raises(FileNotFoundError, match="hubconf.py"):
-        load_encoder(source=str(hub / "home"))
+        load_encoder(source=str(home / "home"))
     with pytest.raises(ValueError, match="Cannot find callable dinov2_vitl14"):
-        load_encoder("dinov2_vitl14", source=str(hub / "clone"))
-    torch.save({"colours.weight": torch.zeros(5, 3)}, hub / "home" / "hub" / "checkpoints" / "dinov2_vits14_pretrain.pth")
+        load_encoder("dinov2_vitl14", source=str(home / "clone"))
+    file = home / "home" / "hub" / "checkpoints" / "dinov2_vits14_pretrain.pth"
+    torch.save({"colours.weight": torch.zeros(5, 3)}, file)
     with pytest.raises(ValueError, match="dinov2_vits14_pretrain.pth.*colours.bias") as error:
-        load_encoder("dinov2_vits14", source=str(hub / "clone"))
+        load_encoder("dinov2_vits14", source=str(home / "clone"))
     assert "\n" not in str(error.value)

@@ -71,7 +71,7 @@ def small_networks(monkeypatch):
 
 # Every term of the loss with a weight of its own; step 0 has no discriminator yet. EQ-VAE decodes
 # to as little as a quarter of the size, and the discriminator needs 24 pixels.
-WEIGHTS = dict(lpips=0.3, esm=0.5, kl=0.02, align=0.4, gan=0.7)
+WEIGHTS = dict(lpips=0.3, esm=0.5, kl=0.02, vf=0.4, uae=0.6, gan=0.7)
 EVERYTHING = ["--gan_start", 1, "--gan_every_step", "--encoder_source", "random", "--steps", 3]
 for term, weight in WEIGHTS.items():
     EVERYTHING += [f"--{term}_weight", weight]
@@ -84,24 +84,29 @@ for term, weight in WEIGHTS.items():
     [*EVERYTHING, "--reg", "esm", "kl", "eq", "uae", "--image_size", 96]])
 def test_a_terms_weight_and_value_are_stated_once(flags, tmp_path, monkeypatch):
     """
-    The logged loss is the sum of the logged terms, times their flags' weights and, for alignment
-    and GAN, the logged adaptive ratios: nothing is in it that is not in the log, nor another way.
+    The logged loss is the sum of the logged terms, times their flags' weights and, for VA-VAE and
+    GAN, the logged adaptive ratios: nothing is in it that is not in the log, nor another way.
     """
     small_networks(monkeypatch)
     log = train(tmp_path, *flags, monkeypatch=monkeypatch)
     lines = [line for line in log if "loss" in line]
     assert len(lines) == 3
+    weights = {"l1": 1.0, "esm": WEIGHTS["esm"]}
+    ratios = {"align"} if "vf" in flags else set()
+    everything = "kl" in flags
+    if everything:
+        align = "vf" if "vf" in flags else "uae"
+        weights |= dict(lpips=WEIGHTS["lpips"], kl=WEIGHTS["kl"], align=WEIGHTS[align])
     for line in lines:
-        named = {"l1", "esm"}
-        if "vf" in flags or "uae" in flags:
-            named |= {"lpips", "kl", "align", *(["gan"] if line["step"] > 0 else [])}
-        ratios = {f"{name}_weight" for name in named & {"align", "gan"}}
-        others = line.keys() - named - ratios
-        assert others - {"disc", "disc_grad_norm"} == {"step", "loss", "grad_norm"}
-        loss = line["l1"]
-        for name in named - {"l1"}:
+        if everything and line["step"] == 1:               # the discriminator begins
+            weights["gan"] = WEIGHTS["gan"]
+            ratios.add("gan")
+        logged = line.keys() - {"step", "loss", "grad_norm", "disc", "disc_grad_norm"}
+        assert logged == weights.keys() | {f"{name}_weight" for name in ratios}
+        loss = 0.0
+        for name, weight in weights.items():
             assert line[name] != 0
-            loss += WEIGHTS[name] * line.get(f"{name}_weight", 1.0) * line[name]
+            loss += weight * line.get(f"{name}_weight", 1.0) * line[name]
         assert line["loss"] == pytest.approx(loss, rel=1e-5)
 
 
@@ -115,12 +120,13 @@ def plain_loss(nets, images, noise, pair, reg, gan):
         grid = latents.shape[-2:]
         cells = nets.projection(latents.flatten(2).transpose(1, 2))
         features = nets.encoder(images, grid)
-        if "vf" in reg:
-            align = losses.vf_loss(cells, features)
+        if "uae" in reg:
+            align = losses.low_freq_align_loss(cells, features, grid)
+            loss = loss + WEIGHTS["uae"] * align
         else:
-            align = losses.low_freq_align_loss(cells, features, grid, 0.25)
-        ratio = losses.adaptive_weight(rec, align, nets.ae.encoder.conv_out.weight)
-        loss = loss + WEIGHTS["align"] * ratio * align
+            align = losses.vf_loss(cells, features)
+            ratio = losses.adaptive_weight(rec, align, nets.ae.encoder.conv_out.weight)
+            loss = loss + WEIGHTS["vf"] * ratio * align
     if gan:
         value = losses.hinge_g_loss(nets.disc(recon))
         ratio = losses.adaptive_weight(rec, value, nets.ae.decoder.conv_out.weight)
@@ -164,7 +170,7 @@ def test_gradients_are_those_of_the_plain_loss(flags, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*untrained")
 @pytest.mark.parametrize("reg, term", [
     ("none", None), ("kl", "kl"), ("esm", "esm"), ("dsm", None), ("se", None), ("eq", "kl"),
-    ("esm dsm", "esm"), ("vf", "kl align align_weight"), ("uae", "align align_weight")])
+    ("esm dsm", "esm"), ("vf", "kl align align_weight"), ("uae", "align")])
 def test_every_method_trains_and_computes_only_its_terms(reg, term, tmp_path, monkeypatch):
     """
     A few steps of each --reg: finite losses, the terms that belong to it and no others, a
@@ -245,7 +251,7 @@ def test_alignment_reaches_the_encoder_and_is_resumed(reg, tmp_path, monkeypatch
     projection is in the checkpoint.
     """
     random = ["--encoder_source", "random"]
-    aligned = ["--reg", reg, "--kl_weight", 0, "--align_weight", 1, *random]
+    aligned = ["--reg", reg, "--kl_weight", 0, f"--{reg}_weight", 1, *random]
     train(tmp_path / "none", "--reg", "none", "--steps", 3, *random, monkeypatch=monkeypatch)
     train(tmp_path / reg, *aligned, "--steps", 3, monkeypatch=monkeypatch)
     a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("none", reg))
@@ -315,7 +321,7 @@ def test_what_saves_memory_or_time_changes_no_number(flag, tmp_path, monkeypatch
     (["--image_size", "31"], "--image_size 31"), (["--image_size", "8"], "--image_size 8"),
     (["--reg", "dsm", "--image_size", "40"], "--reg dsm"), (["--reg", "dsm", "se"], "--reg dsm se"),
     (["--reg", "none", "kl"], "--reg none"), (["--reg", "vf", "uae"], "--reg vf uae"),
-    (["--reg", "uae", "--uae_cutoff", "0"], "--uae_cutoff 0"),
+    (["--reg", "uae", "--uae_weight", "-1"], "--uae_weight -1"),
     (["--reg", "vf", "--encoder", "resnet"], "resnet"), (["--dsm_masks", "0", "15"], "--dsm_masks"),
     (["--gamma", "nan"], "--gamma nan"), (["--gamma", "-1"], "--gamma -1"),
     (["--batch_size", "0"], "--batch_size 0"), (["--lr", "0"], "--lr 0"),
