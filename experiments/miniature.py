@@ -1,32 +1,12 @@
 """
-The paper's claims in miniature: Tables 2, 4, 7 and 8 on CIFAR-10 at 32 px, small enough for two CPU cores.
+The paper's claims in miniature: Tables 2, 4, 7 and 8 on CIFAR-10 at 32 px, small enough for two
+CPU cores. README.md beside this file has the protocol, the results and what they say.
 
-    python -m experiments.miniature run --data cifar10       train and sample everything that is not there yet, then write experiments/results/*.json
-    python -m experiments.miniature collect                  experiments/results/ alone, from the runs that are finished
-    python -m experiments.miniature table                    the README's tables from experiments/results/ alone
-    python -m experiments.miniature figure                   experiments/figures/samples.png: samples of each method from the same noise
-
-Protocol, fixed before its runs, but for what is marked as added.
-    autoencoder   f2d4-tiny (0.17M), 1,000 steps of batch 16, lr 2e-3, L1 only (no LPIPS, no GAN), the weights of Table 5 for each --reg
-    diffusion     SiT-tiny/2 (0.7M), class-conditional, 3,000 steps of batch 32, lr 1e-3, EMA 0.998
-    sampling      2,000 images, Euler-Maruyama 30 steps, no guidance, EMA weights, classes in turn, the same noise for every method
-    seeds         0 and 1, for autoencoder and diffusion together
-    Table 4       on the latents of kl: the target is a small network trained on CIFAR-10's labels (repa.LabelNet), not DINOv2; its
-                  grid has 8x8 tokens, so the DoG's sigmas are half of those for 16x16
-    f = 4         kl and esm once more with f4d4-tiny and SiT-tiny/1, 8x8 latents of 12-fold compression: at f = 2 (3-fold) the latents of kl
-                  are near the flattened target by themselves (ESM divergence 0.06 in earlier runs), so little is left for ESM to mend
-    weight 1      added when seed 0 had shown ESM and KL level in FD-cifar and in the shape of their spectra: esm with --esm_weight 1. At 0.01
-                  and over 1,000 steps instead of 500,000 the term moves the latent's scale and little else. For the same reason Table 7 is run
-                  at weight 1, which was decided before its first run. 9,000 diffusion steps for kl and esm were planned then, and not run
-    measured      PSNR of held-out images; exponent of the latents' PSD; ESM divergence (gamma 1) of the latents, and (added with weight 1) of
-                  the normalised latents at their best scale; rFD-cifar, of 2,000 held-out images reconstructed; and of the samples FD-cifar,
-                  sliced Wasserstein distance, spectral KL. FD-cifar is the Frechet distance to the training images in the 192 pooled features
-                  of that LabelNet, never to be compared with an FID; rFD-cifar is about what the decoder alone adds to it
-A claim "a below b" counts as agreement with the paper if the means over the seeds are in that order and their gap exceeds the larger spread
-between the seeds of the two; as a contradiction if the reverse does; else as undecided. The claims are CLAIMS below.
-
-Before this protocol there was one with 1,500 autoencoder steps at lr 4e-3, which let the PSNR of a method differ by 2.3 dB between two seeds,
-and a classifier that was not kept. Its seven runs are in the history, at commit 21319f3, and not mixed with these.
+    python -m experiments.miniature run        train and sample what is not there yet, then collect
+    python -m experiments.miniature collect    finished runs into experiments/results/*.json
+    python -m experiments.miniature table      experiments/results/ into the README's tables
+    python -m experiments.miniature figure     experiments/figures/samples.png: samples of each
+                                               method from the same noise
 """
 import argparse
 import collections
@@ -36,6 +16,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import textwrap
 import threading
 
 import numpy as np
@@ -50,81 +31,146 @@ from metrics import Moments, frechet_distance, to_uint8
 from repa import LabelNet
 from weights import load_autoencoder
 
-ROOT = pathlib.Path(__file__).resolve().parent
-RESULTS, LABELNET = ROOT / "results", ROOT / "labelnet.pt"
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent                                         # the scripts
+RESULTS, LABELNET = HERE / "results", HERE / "labelnet.pt"
 SEEDS, AE_STEPS, SIT_STEPS = (0, 1), 1000, 3000
-AE = f"--model f2d4-tiny --steps {AE_STEPS} --batch_size 16 --lr 2e-3 --eval_every 1000 --val_images 1000"
+AE = (f"--model f2d4-tiny --steps {AE_STEPS} --batch_size 16 --lr 2e-3 --eval_every 1000 "
+      "--val_images 1000")
 SIT = f"--steps {SIT_STEPS} --batch_size 32 --ema 0.998 --eval_every 1000"
 GEN = "--num_samples 2000 --steps 30 --batch_size 100 --reference_images 0"
-REPA = "--repa_depth 1 --dog_sigma1 0.5 --dog_sigma2 1.25 --encoder_source experiments/labelnet.pt"
-AUTOENCODERS = {                                                                           # flags of train_ae.py
-    "kl": "--reg kl", "se": "--reg se", "esm": "--reg esm", "dsm": "--reg dsm", "eq": "--reg eq",
-    "kl-f4": "--reg kl --model f4d4-tiny", "esm-f4": "--reg esm --model f4d4-tiny", "esm-w1": "--reg esm --esm_weight 1",
-    "esm-w1-gamma0.6": "--reg esm --esm_weight 1 --gamma 0.6", "esm-w1-gamma1.4": "--reg esm --esm_weight 1 --gamma 1.4",
-    "dsm-0-4-6-8": "--reg dsm --dsm_masks 0 4 6 8", "dsm-0-12-13-14": "--reg dsm --dsm_masks 0 12 13 14",
+REPA = ("--repa_depth 1 --dog_sigma1 0.5 --dog_sigma2 1.25 "
+        "--encoder_source experiments/labelnet.pt")
+AUTOENCODERS = {                                           # flags of train_ae.py
+    "kl": "--reg kl",
+    "se": "--reg se",
+    "esm": "--reg esm",
+    "dsm": "--reg dsm",
+    "eq": "--reg eq --kl_weight 1e-6",                     # the default when it was run
+    "kl-f4": "--reg kl --model f4d4-tiny",
+    "esm-f4": "--reg esm --model f4d4-tiny",
+    "esm-w1": "--reg esm --esm_weight 1",
+    "esm-w1-gamma0.6": "--reg esm --esm_weight 1 --gamma 0.6",
+    "esm-w1-gamma1.4": "--reg esm --esm_weight 1 --gamma 1.4",
+    "dsm-0-4-6-8": "--reg dsm --dsm_masks 0 4 6 8",
+    "dsm-0-12-13-14": "--reg dsm --dsm_masks 0 12 13 14",
 }
-VARIANTS = {                                                                               # run: its autoencoder, flags of train_diffusion.py
-    "kl-f4": ("kl-f4", "--model SiT-tiny/1"), "esm-f4": ("esm-f4", "--model SiT-tiny/1"),
-    **{f"kl-{kind}": ("kl", f"--repa {kind} {REPA}") for kind in ("repa", "irepa", "dog")},
+VARIANTS = {                               # run: its autoencoder, flags of train_diffusion.py
+    "kl-f4": ("kl-f4", "--model SiT-tiny/1"),
+    "esm-f4": ("esm-f4", "--model SiT-tiny/1"),
+    "kl-repa": ("kl", f"--repa repa {REPA}"),
+    "kl-irepa": ("kl", f"--repa irepa {REPA}"),
+    "kl-dog": ("kl", f"--repa dog {REPA}"),
 }
-TABLES = {"Table 2": ["kl", "se", "eq", "esm", "esm-w1", "dsm"], "Table 2 at f = 4": ["kl-f4", "esm-f4"],
-          "Table 7": ["kl", "esm-w1-gamma0.6", "esm-w1", "esm-w1-gamma1.4"],
-          "Table 8": ["dsm-0-4-6-8", "dsm", "dsm-0-12-13-14"], "Table 4": ["kl", "kl-repa", "kl-irepa", "kl-dog"]}
-COLUMNS = {"psnr": ("PSNR, dB", 2), "rFD_cifar": ("rFD-cifar", 2), "esm": ("ESM divergence", 3), "esm_shape": ("normalised, best scale", 3),
-           "alpha": ("exponent of the PSD", 2), "FD_cifar": ("FD-cifar", 2), "SWD_32px": ("SWD 32 px", 1), "spectral_KL": ("spectral KL", 4)}
-CLAIMS = [                                                                                 # (number, the run with the smaller one, the other)
-    ("esm", "esm", "kl"), ("alpha", "kl", "se"), ("alpha", "kl", "eq"), ("alpha", "kl", "dsm"),   # spectra; smoother latents are steeper
-    ("FD_cifar", "dsm", "se"), ("FD_cifar", "dsm", "kl"), ("FD_cifar", "se", "kl"), ("FD_cifar", "esm", "kl"),  # Table 2
-    ("FD_cifar", "esm-w1", "kl"), ("FD_cifar", "esm-f4", "kl-f4"),
-    ("FD_cifar", "esm-w1", "esm-w1-gamma0.6"), ("FD_cifar", "esm-w1", "esm-w1-gamma1.4"),  # Table 7
-    ("FD_cifar", "dsm", "dsm-0-4-6-8"), ("FD_cifar", "dsm", "dsm-0-12-13-14"),             # Table 8
-    ("FD_cifar", "kl-repa", "kl"), ("FD_cifar", "kl-irepa", "kl-repa"), ("FD_cifar", "kl-dog", "kl-irepa")]  # Table 4
-LOCKS = collections.defaultdict(threading.Lock)                                            # several runs share an autoencoder and its cache
+TABLES = {
+    "Table 2": ["kl", "se", "eq", "esm", "esm-w1", "dsm"],
+    "Table 2 at f = 4": ["kl-f4", "esm-f4"],
+    "Table 7": ["kl", "esm-w1-gamma0.6", "esm-w1", "esm-w1-gamma1.4"],
+    "Table 8": ["dsm-0-4-6-8", "dsm", "dsm-0-12-13-14"],
+    "Table 4": ["kl", "kl-repa", "kl-irepa", "kl-dog"],
+}
+COLUMNS = {                                                # number: its heading, its digits
+    "psnr": ("PSNR, dB", 2), "rFD_cifar": ("rFD-cifar", 2), "esm": ("ESM divergence", 3),
+    "esm_shape": ("normalised, best scale", 3), "alpha": ("exponent of the PSD", 2),
+    "FD_cifar": ("FD-cifar", 2), "SWD_32px": ("SWD 32 px", 1), "spectral_KL": ("spectral KL", 4),
+}
+CLAIMS = [                                 # (number, the run with the smaller one, the other)
+    ("esm", "esm", "kl"),
+    ("alpha", "kl", "se"),                                 # smoother latents are steeper
+    ("alpha", "kl", "eq"),
+    ("alpha", "kl", "dsm"),
+    ("FD_cifar", "dsm", "se"),                             # Table 2
+    ("FD_cifar", "dsm", "kl"),
+    ("FD_cifar", "se", "kl"),
+    ("FD_cifar", "esm", "kl"),
+    ("FD_cifar", "esm-w1", "kl"),
+    ("FD_cifar", "esm-f4", "kl-f4"),
+    ("FD_cifar", "esm-w1", "esm-w1-gamma0.6"),             # Table 7
+    ("FD_cifar", "esm-w1", "esm-w1-gamma1.4"),
+    ("FD_cifar", "dsm", "dsm-0-4-6-8"),                    # Table 8
+    ("FD_cifar", "dsm", "dsm-0-12-13-14"),
+    ("FD_cifar", "kl-repa", "kl"),                         # Table 4
+    ("FD_cifar", "kl-irepa", "kl-repa"),
+    ("FD_cifar", "kl-dog", "kl-irepa"),
+]
+LOCKS = collections.defaultdict(threading.Lock)            # several runs share an autoencoder
 MARKS = "<!-- miniature.py table -->", "<!-- end of miniature.py table -->"
 
 
+# --------------------------------------------------------------------------------------------------
+# Training and sampling
+
 def plan():
     """The runs in order of importance, (name, seed): Table 2 with all seeds, then the rest."""
-    rest = [name for names in TABLES.values() for name in names if name not in TABLES["Table 2"]]
-    return [(name, seed) for names in (TABLES["Table 2"], rest) for seed in SEEDS for name in names]
+    first = TABLES["Table 2"]
+    rest = [name for names in TABLES.values() for name in names if name not in first]
+    return [(name, seed) for names in (first, rest) for seed in SEEDS for name in names]
+
+
+def folders(name, seed, out):
+    """Where a run lies: (autoencoder, latent cache, diffusion model); runs share the first two."""
+    autoencoder, _ = VARIANTS.get(name, (name, ""))
+    shared = f"{autoencoder}-s{seed}"
+    return out / "ae" / shared, out / "latents" / shared, out / "diffusion" / f"{name}-s{seed}"
 
 
 def commands(name, seed, data, out):
-    """The three commands of a run, each a list of words; each continues where an earlier call was stopped."""
+    """
+    The three commands of a run, each a list of words; each continues where an earlier call was
+    stopped.
+    """
     autoencoder, flags = VARIANTS.get(name, (name, ""))
-    ae, sit = out / "ae" / f"{autoencoder}-s{seed}", out / "diffusion" / f"{name}-s{seed}"
-    return [f"train_ae.py --preset quick {AE} {AUTOENCODERS[autoencoder]} --data {data} --seed {seed} --out {ae} --resume".split(),
-            f"train_diffusion.py --preset quick --ae {ae}/ckpt.pt {SIT} {flags} --seed {seed} --out {sit} --cache {out}/latents/{ae.name} "
-            "--resume".split(),
-            f"evaluate.py gen --preset quick --ckpt {sit}/ckpt.pt {GEN} --results {sit}/gen.jsonl".split()]
+    ae, cache, sit = folders(name, seed, out)
+    lines = (
+        f"train_ae.py --preset quick {AE} {AUTOENCODERS[autoencoder]} --data {data} --seed {seed} "
+        f"--out {ae} --resume",
+        f"train_diffusion.py --preset quick --ae {ae}/ckpt.pt {SIT} {flags} --seed {seed} "
+        f"--out {sit} --cache {cache} --resume",
+        f"evaluate.py gen --preset quick --ckpt {sit}/ckpt.pt {GEN} --results {sit}/gen.jsonl",
+    )
+    return [line.split() for line in lines]
+
+
+def from_anywhere(word):
+    """A word of a command; if it names a file of the project, by its full path."""
+    ours = word.endswith(".py") or word == "experiments/labelnet.pt"
+    return str(ROOT / word) if ours else word
 
 
 def trained(folder, stage):
     """Steps that the run in a folder has behind it; 0 if there is none."""
-    return runtime.load_checkpoint(folder / "ckpt.pt", stage)["step"] if (folder / "ckpt.pt").exists() else 0
+    path = folder / "ckpt.pt"
+    return runtime.load_checkpoint(path, stage)["step"] if path.exists() else 0
 
 
 def run_one(name, seed, data, out):
     """
-    One autoencoder, one diffusion model, its samples, as far as they are not there; what the scripts print goes to output.txt of the run.
-    raises   ValueError for a run of other flags, a script that failed, or one that was stopped by a signal before its last step
+    One autoencoder, one diffusion model, its samples, as far as they are not there; what the
+    scripts print goes to output.txt of the run.
+    raises   ValueError for a run of other flags, a script that failed, or one that was stopped by a
+             signal before its last step
     """
     words = commands(name, seed, data, out)
-    ae, sit, cache = (pathlib.Path(words[i][words[i].index(flag) + 1]) for i, flag in ((0, "--out"), (1, "--out"), (1, "--cache")))
-    asked = "\n".join(" ".join(["python", *command]) for command in words) + "\n"
+    ae, cache, sit = folders(name, seed, out)
+    asked = "".join(f"python {' '.join(command)}\n" for command in words)
     note = sit / "commands.txt"
     if note.exists() and note.read_text() != asked:
-        raise ValueError(f"{sit}: was made by other commands, see commands.txt there; name another --out")
+        raise ValueError(f"{sit}: was made by other commands, see commands.txt there; name "
+                         "another --out")
     sit.mkdir(parents=True, exist_ok=True)
     note.write_text(asked)
 
     def call(command, folder=None, stage=None, steps=0):
         if folder and trained(folder, stage) == steps:
             return
-        with open(sit / "output.txt", "a") as file:                                        # one thread each: the runs share the cores
-            done = subprocess.run([sys.executable, *command], stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        found = [from_anywhere(word) for word in command]
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}                  # runs share the cores
+        with open(sit / "output.txt", "a") as file:
+            done = subprocess.run([sys.executable, *found], stdout=file, stderr=file,
+                                  env=one_thread)
         if done.returncode or folder and trained(folder, stage) < steps:
-            raise ValueError(f"{name}-s{seed}: {command[0]} did not reach its end, see {sit}/output.txt; the same command continues")
+            raise ValueError(f"{name}-s{seed}: {command[0]} did not reach its end, see "
+                             f"{sit}/output.txt; the same command continues")
 
     train_ae, train_diffusion, gen = words
     with LOCKS[ae.name]:
@@ -137,10 +183,14 @@ def run_one(name, seed, data, out):
 
 
 def run_all(data, out, jobs):
-    """Every run of the plan, `jobs` at a time. One that fails does not stop the others; Ctrl-C does. returns what went wrong, as lines."""
+    """
+    Every run of the plan, `jobs` at a time. One that fails does not stop the others; Ctrl-C does.
+    returns  what went wrong, as lines
+    """
     failed, pool = [], concurrent.futures.ThreadPoolExecutor(jobs)
     try:
-        for future in concurrent.futures.as_completed([pool.submit(run_one, *job, data, out) for job in plan()]):
+        futures = [pool.submit(run_one, name, seed, data, out) for name, seed in plan()]
+        for future in concurrent.futures.as_completed(futures):
             if error := future.exception():
                 failed.append(str(error))
     finally:
@@ -148,37 +198,48 @@ def run_all(data, out, jobs):
     return failed
 
 
+# --------------------------------------------------------------------------------------------------
+# The network of FD-cifar
+
 def train_labelnet(data, path=LABELNET, steps=6000, batch_size=64, seed=0):
     """
-    Train the LabelNet on the training images' classes; writes its weights (float16) and the accuracy on the held-out images. The file is
-    part of the project, since distances in the features of another network, even one trained alike, are other numbers. No-op if it is there.
+    Train the LabelNet on the training images' classes; writes its weights (float16) and the
+    accuracy on the held-out images. The file is part of the project, since distances in the
+    features of another network, even one trained alike, are other numbers. No-op if it is there.
     """
     if path.exists():
         return
     train_set, val_set = open_data(data, 32, val_images=5000)
+    num_classes = len(train_set.classes)
     torch.manual_seed(seed)
-    net = LabelNet(num_classes=len(train_set.classes)).train()
+    net = LabelNet(num_classes).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _, (images, labels, _) in zip(range(steps), train_batches(train_set, batch_size, seed=seed)):
+    batches = train_batches(train_set, batch_size, seed=seed)
+    for _, (images, labels, _) in zip(range(steps), batches):
         loss = F.cross_entropy(net(images), labels, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    weights = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in net.state_dict().items()}
+    weights = {name: tensor.half() if tensor.is_floating_point() else tensor
+               for name, tensor in net.state_dict().items()}
     net.load_state_dict(weights)
     net.eval()
     with torch.no_grad():
-        right = [(net(images).argmax(1) == labels) for images, labels, _ in val_batches(val_set, 250)]
-    accuracy = torch.cat(right).float().mean().item()
-    runtime.save_checkpoint(path, dict(stage="labelnet", model=weights, num_classes=len(train_set.classes), accuracy=accuracy,
-                                       steps=steps, batch_size=batch_size, seed=seed))
+        right = [net(images).argmax(1) == labels for images, labels, _ in val_batches(val_set, 250)]
+    runtime.save_checkpoint(path, dict(
+        stage="labelnet", model=weights, num_classes=num_classes,
+        accuracy=torch.cat(right).float().mean().item(), steps=steps, batch_size=batch_size,
+        seed=seed))
 
+
+# --------------------------------------------------------------------------------------------------
+# Measuring
 
 @torch.no_grad()
 def pooled_moments(net, batches):
-    """Mean and covariance of the pooled features over batches of images (b, 3, 32, 32) in [-1, 1]."""
+    """Mean, covariance of the pooled features over batches of images (b, 3, 32, 32) in [-1, 1]."""
     moments = Moments(net.width)
     for images in batches:
         moments.add(net.pooled(images))
@@ -187,7 +248,10 @@ def pooled_moments(net, batches):
 
 @torch.no_grad()
 def reconstructions(ae, images, batch_size=100):
-    """Images (N, 3, H, W) through the autoencoder, by the posterior's mode, rounded as a PNG would: batches (b, 3, H, W) in [-1, 1]."""
+    """
+    Images (N, 3, H, W) through the autoencoder, by the posterior's mode, rounded as a PNG would:
+    batches (b, 3, H, W) in [-1, 1].
+    """
     for x in images.split(batch_size):
         yield to_uint8(ae.decode(ae.encode(x).mode())).float() / 127.5 - 1
 
@@ -195,99 +259,188 @@ def reconstructions(ae, images, batch_size=100):
 @torch.no_grad()
 def divergences(ae, images):
     """
-    ESM divergence (gamma 1, nats) of the latents of images (N, 3, H, W), and of the normalised latents at the best of scales from 1/8 to 54.
-    log(1 + P) sees the latent's scale and the diffusion model does not, for it normalises: the second is what is left for the latter.
+    ESM divergence (gamma 1, nats) of the latents of images (N, 3, H, W), and of the normalised
+    latents at the best of scales from 1/8 to 54. log(1 + P) sees the latent's scale and the
+    diffusion model does not, for it normalises: the second is what is left for the latter.
     """
     latents = encode_all(ae, images, 100, seed=0)
-    best = min(esm_loss(images, scale * ae.normalize(latents)).item() for scale in 2 ** torch.arange(-3, 6, 0.25))
+    scales = 2 ** torch.arange(-3, 6, 0.25)
+    best = min(esm_loss(images, scale * ae.normalize(latents)).item() for scale in scales)
     return esm_loss(images, latents).item(), best
 
 
+def load_logs(ae, sit):
+    """{stage: lines of its log.jsonl}, and the last line of gen.jsonl; ValueError if unfinished."""
+    read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
+    logs = dict(ae=read(ae / "log.jsonl"), diffusion=read(sit / "log.jsonl"))
+    gen = read(sit / "gen.jsonl")[-1]
+    if logs["ae"][-1]["step"] != AE_STEPS or gen["step"] != SIT_STEPS:
+        raise ValueError(f"{sit}: samples of a run that was not finished; remove its folder")
+    return logs, gen
+
+
+def loss_curve(lines):
+    """[step, loss] of every tenth line of a log that has one."""
+    return [[line["step"], round(line["loss"], 4)] for line in lines if "loss" in line][::10]
+
+
+def measure(net, ae, sit, held_out, reference):
+    """
+    A finished run's numbers, loss curves, commands and hardware, as a dict.
+    held_out   images (N, 3, 32, 32) in [-1, 1]
+    reference  pooled_moments of the training images
+    """
+    logs, gen = load_logs(ae, sit)
+    samples = np.load(sit / "samples" / "samples.npz")["arr_0"]             # (N, 32, 32, 3) uint8
+    samples = torch.from_numpy(samples).movedim(-1, 1)                      # (N, 3, 32, 32)
+    distance = lambda batches: frechet_distance(*pooled_moments(net, batches), *reference)
+    last = logs["ae"][-1]
+    numbers = {key.removeprefix("val_"): last[key] for key in last if key != "step"}
+    numbers |= {key: gen[key] for key in gen if key.startswith(("SWD", "spectral"))}
+    network = load_autoencoder(ae / "ckpt.pt")
+    # anew: the log's "esm" is for the gamma of the run
+    numbers["esm"], numbers["esm_shape"] = divergences(network, held_out[::4])
+    numbers["rFD_cifar"] = distance(reconstructions(network, held_out))
+    numbers["FD_cifar"] = distance((samples / 127.5 - 1).split(500))
+    return dict(
+        samples=len(samples), numbers=numbers,
+        loss_curve={stage: loss_curve(lines) for stage, lines in logs.items()},
+        commands=(sit / "commands.txt").read_text().splitlines(),
+        **{key: gen[key] for key in ("commit", "hardware", "torch", "time")})
+
+
 def collect(out):
-    """experiments/results/NAME-sSEED.json for every finished run: its commands, hardware, commit, final numbers and loss curves."""
+    """
+    experiments/results/NAME-sSEED.json for every finished run that has none: its commands,
+    hardware, commit, final numbers and loss curves.
+    """
     checkpoint = torch.load(LABELNET, weights_only=True)
     net = LabelNet(checkpoint["num_classes"]).eval()
     net.load_state_dict(checkpoint["model"])
     reference = None
-    RESULTS.mkdir(parents=True, exist_ok=True)
     for name, seed in plan():
-        autoencoder, _ = VARIANTS.get(name, (name, ""))
-        ae, sit, path = out / "ae" / f"{autoencoder}-s{seed}", out / "diffusion" / f"{name}-s{seed}", RESULTS / f"{name}-s{seed}.json"
+        path = RESULTS / f"{name}-s{seed}.json"
+        ae, _, sit = folders(name, seed, out)
         if path.exists() or not (sit / "samples" / "samples.npz").exists():
             continue
         if reference is None:
-            train_set, val_set = open_data(runtime.checkpoint_args(ae / "ckpt.pt")["data"], 32, val_images=2000)
+            data = runtime.checkpoint_args(ae / "ckpt.pt")["data"]
+            train_set, val_set = open_data(data, 32, val_images=2000)
             held_out = torch.cat([images for images, _, _ in val_batches(val_set, 500)])
-            reference = pooled_moments(net, (images for images, _, _ in val_batches(train_set, 500)))
+            reference = pooled_moments(net, (x for x, _, _ in val_batches(train_set, 500)))
             unseen = frechet_distance(*pooled_moments(net, held_out.split(500)), *reference)
-        samples = torch.from_numpy(np.load(sit / "samples" / "samples.npz")["arr_0"]).movedim(-1, 1)  # (N, 3, 32, 32) uint8
-        gen = json.loads((sit / "gen.jsonl").read_text().splitlines()[-1])
-        logs = {stage: [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for stage, folder in (("ae", ae), ("diffusion", sit))}
-        if logs["ae"][-1]["step"] != AE_STEPS or gen["step"] != SIT_STEPS:
-            raise ValueError(f"{sit}: samples of a run that was not finished; remove its folder")
-        numbers = {k.removeprefix("val_"): v for k, v in logs["ae"][-1].items() if k != "step"}
-        numbers |= {k: v for k, v in gen.items() if k.startswith(("SWD", "spectral"))}
-        network = load_autoencoder(ae / "ckpt.pt")
-        numbers["esm"], numbers["esm_shape"] = divergences(network, held_out[::4])         # the log's is for the gamma of the run
-        numbers["rFD_cifar"] = frechet_distance(*pooled_moments(net, reconstructions(network, held_out)), *reference)
-        numbers["FD_cifar"] = frechet_distance(*pooled_moments(net, (samples / 127.5 - 1).split(500)), *reference)
-        curve = {stage: [[line["step"], round(line["loss"], 4)] for line in lines if "loss" in line][::10] for stage, lines in logs.items()}
-        result = dict(name=name, seed=seed, samples=len(samples), labelnet_accuracy=checkpoint["accuracy"], FD_cifar_of_held_out_images=unseen,
-                      numbers=numbers, loss_curve=curve, commands=(sit / "commands.txt").read_text().splitlines(),
-                      **{k: gen[k] for k in ("commit", "hardware", "torch", "time")})
-        runtime.write_atomic(path, lambda file: file.write((json.dumps(result) + "\n").encode()))
-        print(f"wrote {path}: FD-cifar {numbers['FD_cifar']:.2f}")
+        result = dict(
+            name=name, seed=seed, labelnet_accuracy=checkpoint["accuracy"],
+            FD_cifar_of_held_out_images=unseen, **measure(net, ae, sit, held_out, reference))
+        line = (json.dumps(result) + "\n").encode()
+        runtime.write_atomic(path, lambda file, line=line: file.write(line))
+        print(f"wrote {path}: FD-cifar {result['numbers']['FD_cifar']:.2f}")
 
+
+# --------------------------------------------------------------------------------------------------
+# Tables and samples
 
 def verdict(results, key, low, high):
-    """The protocol's rule for `low` below `high` in the number `key`, over the seeds that both have."""
-    pairs = [(results[low, seed], results[high, seed]) for seed in SEEDS if (low, seed) in results and (high, seed) in results]
-    if not pairs:
+    """The protocol's rule for `low` below `high` in the number `key`, over seeds that both have."""
+    seeds = [seed for seed in SEEDS if (low, seed) in results and (high, seed) in results]
+    if not seeds:
         return "not run"
-    a, b = ([pair[i]["numbers"][key] for pair in pairs] for i in (0, 1))
-    digits, gap, between_seeds = COLUMNS[key][1], np.mean(b) - np.mean(a), max(np.ptp(a), np.ptp(b))
-    if len(pairs) < 2:
-        return f"one seed, {'as' if gap > 0 else 'against'} the paper (gap {abs(gap):.{digits}f}): undecided"
-    word = "agreement" if gap > between_seeds else "**contradiction**" if gap < -between_seeds else "undecided"
+    a, b = ([results[name, seed]["numbers"][key] for seed in seeds] for name in (low, high))
+    gap, between_seeds = np.mean(b) - np.mean(a), max(np.ptp(a), np.ptp(b))
+    _, digits = COLUMNS[key]
+    if len(seeds) < 2:
+        side = "as" if gap > 0 else "against"
+        return f"one seed, {side} the paper (gap {abs(gap):.{digits}f}): undecided"
+    word = "undecided"
+    if gap > between_seeds:
+        word = "agreement"
+    elif gap < -between_seeds:
+        word = "**contradiction**"
     return f"{word}: gap {gap:+.{digits}f}, spread between seeds {between_seeds:.{digits}f}"
 
 
+def table_row(*cells):
+    """One row of a markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def run_row(name, results):
+    """The row of a run: the numbers of its seeds side by side."""
+    runs = [results[name, seed]["numbers"] for seed in SEEDS if (name, seed) in results]
+    if not runs:
+        return table_row(f"`{name}`", "not run", *[""] * (len(COLUMNS) - 1))
+    cells = []
+    for key, (_, digits) in COLUMNS.items():
+        cells.append(" / ".join(f"{run[key]:.{digits}f}" for run in runs))
+    return table_row(f"`{name}`", *cells)
+
+
 def table():
-    """The README's tables as markdown, from experiments/results/ alone."""
-    results = {(r["name"], r["seed"]): r for r in (json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-s?.json")))}
-    if not results:
-        raise FileNotFoundError(f"{RESULTS}: no results yet; `python -m experiments.miniature run` makes them")
-    one = next(iter(results.values()))
-    lines = [f"{one['samples']:,} samples each; seeds side by side. FD-cifar, rFD-cifar: features of a network with {100 * one['labelnet_accuracy']:.1f}% accuracy "
-             f"on held-out images; 2,000 held-out images themselves have {one['FD_cifar_of_held_out_images']:.2f}. \"Normalised, best scale\": the ESM divergence "
-             f"of the latents as diffusion sees them. Hardware: {', '.join(sorted({r['hardware'] for r in results.values()}))}; commands, logs and versions in `experiments/results/`."]
+    """The tables of the README beside this file as markdown, from experiments/results/ alone."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-s?.json"))]
+    if not found:
+        raise FileNotFoundError(f"{RESULTS}: no results yet; `python -m experiments.miniature run` "
+                                "makes them")
+    results = {(result["name"], result["seed"]): result for result in found}
+    one, hardware = found[0], sorted({result["hardware"] for result in found})
+    lines = textwrap.wrap(
+        f"Each run has {one['samples']:,} samples, and the numbers of its seeds stand side by "
+        "side. FD-cifar and rFD-cifar use the features of a network with "
+        f"{100 * one['labelnet_accuracy']:.1f}% accuracy on held-out images. 2,000 held-out images "
+        f"themselves have an FD-cifar of {one['FD_cifar_of_held_out_images']:.2f}. Hardware: "
+        f"{', '.join(hardware)}. Commands, logs and versions are in `experiments/results/`.", 110)
     for title, names in TABLES.items():
-        lines += ["", f"**{title}** in miniature", "", "| run | " + " | ".join(head for head, _ in COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-        for name in names:
-            runs = [results[name, seed]["numbers"] for seed in SEEDS if (name, seed) in results]
-            cells = [" / ".join(f"{run[key]:.{digits}f}" for run in runs) for key, (_, digits) in COLUMNS.items()]
-            lines.append(f"| `{name}` | " + " | ".join(cells if runs else ["not run"] + [""] * (len(COLUMNS) - 1)) + " |")
-    lines += ["", "| the paper says | here, by the protocol's rule |", "|---|---|"]
-    return "\n".join(lines + [f"| {COLUMNS[key][0]}: `{low}` below `{high}` | {verdict(results, key, low, high)} |" for key, low, high in CLAIMS])
+        lines += ["", f"**{title}** in miniature", ""]
+        lines.append(table_row("run", *[heading for heading, _ in COLUMNS.values()]))
+        lines.append("|---" * (len(COLUMNS) + 1) + "|")
+        lines += [run_row(name, results) for name in names]
+    lines += ["", table_row("the paper says", "here, by the protocol's rule"), "|---|---|"]
+    for key, low, high in CLAIMS:
+        heading, _ = COLUMNS[key]
+        claim = f"{heading}: `{low}` below `{high}`"
+        lines.append(table_row(claim, verdict(results, key, low, high)))
+    return "\n".join(lines)
 
 
 def write_readme(text):
-    """Put the tables between their two marks in README.md."""
-    path = ROOT / "README.md"
-    readme = path.read_text()
-    begin, end = (readme.index(mark) for mark in MARKS)
-    runtime.write_atomic(path, lambda file: file.write((readme[:begin + len(MARKS[0])] + "\n" + text + "\n" + readme[end:]).encode()))
+    """Put the tables between their two marks in the README beside this file."""
+    path = HERE / "README.md"
+    before, rest = path.read_text().split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    page = f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}"
+    runtime.write_atomic(path, lambda file: file.write(page.encode()))
+
+
+def draw_samples(out):
+    """figures/samples.png: ten samples of each run of Table 2, seed 0."""
+    rows = {}
+    for name in TABLES["Table 2"]:
+        path = folders(name, 0, out)[-1] / "samples" / "samples.npz"
+        if path.exists():
+            rows[name] = torch.from_numpy(np.load(path)["arr_0"][:10]).movedim(-1, 1) / 255
+    if not rows:
+        raise FileNotFoundError(f"--out {out}: no samples of seed 0 here yet; "
+                                "`python -m experiments.miniature run` makes them")
+    figure_rows(rows, HERE / "figures" / "samples.png")
+
+
+def get_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    parser.add_argument("command", choices=("run", "collect", "table", "figure"))
+    parser.add_argument("--data", default="cifar10", help="cifar10, or a folder or zip of the same "
+                        "images by class; used by run")
+    parser.add_argument("--out", default="out/miniature", help="folder of the runs")
+    parser.add_argument("--jobs", type=int, default=2,
+                        help="runs at a time, one thread each, > 0")
+    args = runtime.parse_args(parser, {})
+    runtime.need(args.jobs >= 1, f"--jobs {args.jobs}: must be at least 1")
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("command", choices=("run", "collect", "table", "figure"))
-    parser.add_argument("--data", default="cifar10", help="cifar10, or a folder or zip of the same images by class; used by run")
-    parser.add_argument("--out", default="out/miniature", help="folder of the runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each, > 0")
-    args = runtime.parse_args(parser, {})
-    if args.jobs < 1:
-        raise ValueError(f"--jobs {args.jobs}: must be at least 1")
+    args = get_args()
     out, failed = pathlib.Path(args.out), []
     if args.command == "run":
         train_labelnet(args.data)
@@ -299,11 +452,7 @@ def main():
         write_readme(text)
         print(text)
     if args.command == "figure":
-        files = {name: out / "diffusion" / f"{name}-s0" / "samples" / "samples.npz" for name in TABLES["Table 2"]}
-        rows = {name: torch.from_numpy(np.load(path)["arr_0"][:10]).movedim(-1, 1) / 255 for name, path in files.items() if path.exists()}
-        if not rows:
-            raise FileNotFoundError(f"--out {out}: no samples of seed 0 here yet; `python -m experiments.miniature run` makes them")
-        figure_rows(rows, ROOT / "figures" / "samples.png")
+        draw_samples(out)
     if failed:
         raise ValueError("; ".join(failed))
 

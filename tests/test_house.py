@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT
 
 FLOORS = {                                                 # a module stands on the floors below it
-    4: "train_ae train_diffusion evaluate",
+    4: "train_ae train_diffusion evaluate ideas",
     3: "figures latents",
-    2: "losses repa data weights metrics",
+    2: "losses repa data sources weights metrics",
     1: "spectral vae dit runtime leaves",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

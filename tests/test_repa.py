@@ -169,7 +169,8 @@ def test_filters_are_float32_under_bf16_and_finite_without_structure():
 
 
 @pytest.mark.parametrize("arguments, match", [
-    (("dog", (9, 13)), "9x13"), (("lowpass", GRID), "lowpass"), (("dog", GRID, 2.0, 1.0), "sigma1")])
+    (("dog", (9, 13)), "9x13"), (("lowpass", GRID), "lowpass"),
+    (("dog", GRID, 2.0, 1.0), "sigma1")])
 def test_filter_refuses_what_it_cannot_do(arguments, match):
     """A grid that does not hold the tokens, an unknown kind, sigmas out of order: one line each."""
     with pytest.raises(ValueError, match=match) as error:
