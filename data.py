@@ -34,7 +34,6 @@ from tqdm import tqdm
 from leaves import DeadLeaves
 from runtime import one_line_errors, parse_args, write_atomic
 from sources import LABELS_FILE, center_crop, divide, open_source, reason, to_rgb
-from sources import open_picture as open_picture  # until figures.py takes it from sources
 
 LARGEST_SIDE = 2 ** 14    # pixels
 HELD_OUT_FIRST = 2 ** 40  # built-in images from here on are the held-out ones
@@ -125,18 +124,19 @@ def _epoch(n, seed, epoch):
     return rng.permutation(n), rng.random(n) < 0.5
 
 
-def stream_entries(n, start, stop, seed=0):
+def stream_entries(n, start, stop, seed=0, mirror=True):
     """
     Positions start .. stop-1 of the endless training stream over n images, a pure function.
+    mirror   False: the same indices, and nothing is mirrored
     returns  indices (stop-start,) int64, mirrored (stop-start,) bool
     """
     position = np.arange(start, stop)
     indices, mirrored = np.empty(len(position), np.int64), np.empty(len(position), bool)
     for epoch in range(start // n, (stop - 1) // n + 1):
-        order, mirror = _epoch(n, seed, epoch)
+        order, coin = _epoch(n, seed, epoch)
         here = position // n == epoch
         indices[here] = order[position[here] % n]
-        mirrored[here] = mirror[indices[here]]
+        mirrored[here] = coin[indices[here]] & mirror
     return indices, mirrored
 
 
@@ -207,13 +207,14 @@ def _share(batch_size, world):
 
 
 def train_batches(dataset, batch_size, start_step=0, seed=0, rank=0, world=1, workers=0,
-                  device="cpu"):
+                  device="cpu", mirror=True):
     """
     The training stream from start_step on, without an end (so its workers persist).
     batch_size   the GLOBAL batch B; this rank receives b = B / world
+    mirror   whether half of the images come mirrored
     yields   images (b, 3, H, W) float32 in [-1, 1] and labels (b,) int64 on device, indices (b,)
              int64 on the CPU: they look things up in memory maps. Mirrored or not:
-             stream_entries(n, s*B + rank*b, s*B + (rank+1)*b, seed)
+             stream_entries(n, s*B + rank*b, s*B + (rank+1)*b, seed, mirror)
     raises   ValueError at once if B does not divide; while running if this rank has met more than
              1% of unreadable images
     """
@@ -221,7 +222,7 @@ def train_batches(dataset, batch_size, start_step=0, seed=0, rank=0, world=1, wo
 
     def entries():
         starts = itertools.count(start_step * batch_size + rank * b, batch_size)
-        return (stream_entries(n, start, start + b, seed) for start in starts)
+        return (stream_entries(n, start, start + b, seed, mirror) for start in starts)
 
     def batches():
         loaded = _load(dataset, entries, workers, device)

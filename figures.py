@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 
 import runtime
-from data import center_crop, open_data, open_picture, reason, to_rgb, val_batches
+from data import center_crop, open_data, reason, to_rgb, val_batches
 from losses import esm_loss
 from metrics import psnr
 from repa import filter_target, load_encoder
+from sources import open_picture
 from spectral import (
     block_dct2,
     fit_power_law,

@@ -8,7 +8,7 @@ The paper in two figures, drawn from one image.
     --pipeline   Fig. 1: where ESM and DSM enter the training of an autoencoder
 
 Everything is computed by spectral.py from the image that is shown. Only the pipeline's latent is a
-stand-in, the image made 8 times smaller, so that no trained autoencoder is needed.
+stand-in, the image made 4 times smaller, so that no trained autoencoder is needed.
 """
 import argparse
 import math
@@ -43,6 +43,12 @@ GREEN, BLUE, PURPLE = "#2e7d32", "#1f5fa8", "#7b1fa2"      # ESM, DSM, Fig. 9
 def pixels(image):
     """(3, H, W) in [-1, 1] -> (H, W, 3) in [0, 1], as matplotlib takes it."""
     return (image.permute(1, 2, 0) * 0.5 + 0.5).clamp(0, 1)
+
+
+def middle_of(image):
+    """(1, 3, H, W) -> (1, 3, H/2, W/2): where a portrait has its face."""
+    H, W = image.shape[-2:]
+    return image[..., H // 8:H * 5 // 8, W // 4:W * 3 // 4]
 
 
 def show(ax, image, title=""):
@@ -91,12 +97,11 @@ def plot_spectra(axes, image):
 
 def plot_masks(axes, image):
     """Two rows, a column per mask: the mask, and the middle of the image through it."""
-    H, W = image.shape[-2:]
     for n, (above, below) in zip(DSM_MASKS, axes.T):
         mask = triangle_mask(n)
         above.imshow(mask, cmap="Blues", vmin=0, vmax=1.4)
         above.set(title=f"n = {n}: {mask.sum()} of 64 kept", xticks=[], yticks=[])
-        show(below, lowpass(image, n)[0, :, H // 8:H * 5 // 8, W // 4:W * 3 // 4])
+        show(below, middle_of(lowpass(image, n))[0])
 
 
 def plot_quarter(axes, image):
@@ -184,7 +189,7 @@ class Board:
 def draw_esm(board, image, latent, x, y):
     """The two spectra that ESM compares, between the image's row and the latent's."""
     board.box(x, y, 3.6, 2.2, color=GREEN, fill="#e8f5e9")
-    board.text(x, y + 0.93, "ESM (Alg. 1): one spectrum", color=GREEN, weight="bold")
+    board.text(x, y + 0.93, "ESM (Alg. 1): match the spectra", color=GREEN, weight="bold")
     ax = board.ax.inset_axes((x - 1.65, y - 0.85, 3.3, 1.55), transform=board.ax.transData)
     target = spectrum_distribution(match_resolution(image, latent.shape[-2:]), gamma=1.0)[0]
     mine = spectrum_distribution(latent)[0]
@@ -201,7 +206,8 @@ def draw_dsm(board, n, x, y, top, bottom):
     board.box(x, y, 2.5, 2.2, color=BLUE, fill="#e3f2fd")
     board.text(x, y + 0.82, "DSM (Alg. 2):\none mask for both", color=BLUE, weight="bold")
     board.picture(x, y - 0.12, 1.1, triangle_mask(n), cmap="Blues", vmin=0, vmax=1.4)
-    board.text(x, y - 0.88, f"DCT; n = {n}, drawn\nfrom {set(DSM_MASKS)}", fontsize=10)
+    masks = ", ".join(map(str, DSM_MASKS))
+    board.text(x, y - 0.88, f"DCT; n = {n}, drawn\nfrom {{{masks}}}", fontsize=10)
     for row, edge in ((top, y + 1.16), (bottom, y - 1.16)):
         board.arrow((x, edge), (x, row - math.copysign(0.24, row - y)), BLUE)
         board.text(x, row, r"$\odot$", fontsize=26, color=BLUE)
@@ -209,16 +215,16 @@ def draw_dsm(board, n, x, y, top, bottom):
 
 def pipeline(image, n=12):
     """The figure of --pipeline. image (1, 3, H, W) in [-1, 1], H and W multiples of 64."""
-    board = Board(15.6, 7.9)
+    board, image = Board(15.6, 7.9), middle_of(image)
     top, middle, bottom, half = 6.35, 4.05, 1.75, 0.875    # rows; half the side of a picture
-    latent = downsample_dct(image, 8)                      # in the place of an encoder
+    latent = downsample_dct(image, 4)                      # in the place of an encoder
     below = bottom - half - 0.22                           # titles of the lower row
     source, z, dsm, shown, decoder, answer = 1.2, 4.3, 8.0, 10.4, 12.35, 14.4
 
     board.picture(source, top, 2 * half, pixels(image[0]), "image $x$")
     board.arrow((source + half, top), (dsm - 0.25, top))
     board.arrow((dsm + 0.25, top), (answer - half, top))
-    board.picture(answer, top, 2 * half, pixels(lowpass(image, n)[0]), "the target")
+    board.picture(answer, top, 2 * half, pixels(lowpass(image, n)[0]), "masked image")
 
     board.arrow((source, top - half), (source, bottom + 0.52))
     board.box(source, bottom, 1.5, 0.9, "Encoder", fill="#eeeeee")
@@ -229,24 +235,24 @@ def pipeline(image, n=12):
     board.arrow((z + half, bottom), (dsm - 0.25, bottom))
     board.arrow((dsm + 0.25, bottom), (shown - half, bottom))
     board.picture(shown, bottom, 2 * half, pixels(lowpass(latent, n)[0]))
-    board.text(shown, below, "what is decoded")
+    board.text(shown, below, "masked latent")
     board.arrow((shown + half, bottom), (decoder - 0.66, bottom))
     board.box(decoder, bottom, 1.2, 0.9, "Decoder", fill="#eeeeee")
     board.arrow((decoder + 0.66, bottom), (answer - half, bottom))
     board.box(answer, bottom, 2 * half - 0.12, 2 * half - 0.12, r"$\hat{x}$", fontsize=24)
-    board.text(answer, below, "the answer")
+    board.text(answer, below, "reconstruction")
 
     board.arrow((answer, top - half), (answer, middle + 0.56))
     board.arrow((answer, bottom + half), (answer, middle - 0.56))
-    board.box(answer, middle, 2.0, 1.0, "loss: L1 + LPIPS\n+ GAN", fill="#fff3e0")
+    board.box(answer, middle, 2.1, 1.0, "loss:\nL1 + LPIPS + GAN", fill="#fff3e0", fontsize=12)
     board.arrow((source + half, top - half), (z - 1.2, middle + 1.16), GREEN)
     board.arrow((z, bottom + half), (z, middle - 1.16), GREEN)
     draw_esm(board, image, latent, z, middle)
     draw_dsm(board, n, dsm, middle, top, bottom)
     board.text(7.8, 7.65, "Fig. 1: how an autoencoder is trained with ESM, with DSM, or with both",
                fontsize=15)
-    board.text(7.8, 0.2, "Afterwards a diffusion model learns the latents. The latent drawn here is "
-               "the image at an eighth of its size: no network was trained for this figure.",
+    board.text(7.8, 0.2, "Afterwards a diffusion model learns the latents. No network was trained "
+               "for this figure: its latent is the image at a quarter of its size.",
                fontsize=10, color="gray")
     return board.figure
 
@@ -263,8 +269,9 @@ def check(args):
         runtime.need(os.path.isdir(folder), f"--{flag} {path}: no such folder; make it first")
         runtime.need(path.endswith((".png", ".pdf", ".svg")),
                      f"--{flag} {path}: must end in .png, .pdf or .svg")
-    runtime.need(64 <= args.size <= 4096 and args.size % 64 == 0,
-                 f"--size {args.size}: must be a multiple of 64 in 64..4096")
+    cells = 64 if args.pipeline else 8                     # its latent, 1/8 of it, has 8x8 blocks
+    runtime.need(64 <= args.size <= 4096 and args.size % cells == 0,
+                 f"--size {args.size}: must be a multiple of {cells} in 64..4096")
 
 
 def main():
@@ -275,7 +282,8 @@ def main():
     add("--plot", metavar="OUT.png", help="where the figure of the ideas goes")
     add("--pipeline", metavar="OUT.png", help="where the figure of the training goes")
     add("--image", help="an image file (default: a photograph that comes with matplotlib)")
-    add("--size", type=int, default=256, help="pixels a side after a centre crop, of 64 each")
+    add("--size", type=int, default=256, help="pixels a side after a centre crop, a multiple of "
+        "8, for --pipeline of 64")
     args = runtime.parse_args(parser, {})
     check(args)
     file = args.image or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)

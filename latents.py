@@ -208,7 +208,8 @@ class LatentCache:
         moments = torch.from_numpy(self.moments[indices, mirrored.astype(np.int64)])
         return Posterior(*moments.to(device).float().chunk(2, dim=1))  # from (b, 2C, h, w) float16
 
-    def batches(self, batch_size, start_step=0, seed=0, rank=0, world=1, device="cpu"):
+    def batches(self, batch_size, start_step=0, seed=0, rank=0, world=1, device="cpu",
+                mirror=True):
         """
         The endless stream of data.py over the cache from start_step; a thread reads a batch ahead.
         batch_size  the GLOBAL batch; this rank receives b = batch_size / world
@@ -219,7 +220,7 @@ class LatentCache:
 
         def read(step):
             start = step * batch_size + rank * b
-            positions, mirrored = stream_entries(len(self), start, start + b, seed)
+            positions, mirrored = stream_entries(len(self), start, start + b, seed, mirror)
             indices = self.rows[positions]
             moments = torch.from_numpy(self.moments[indices, mirrored.astype(np.int64)])
             tensors = moments, torch.from_numpy(self.labels[indices])

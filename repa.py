@@ -51,13 +51,17 @@ class Encoder(nn.Module):
     forward(images, grid): images (B, 3, H, W) in [-1, 1], grid (h, w) with H/h = W/w -> tokens
              (B, h*w, width), float32, no graph. The network computes in bf16 on CUDA and in float32
              elsewhere; normalisation and resize are float32
+    resize   "bicubic" (REPA) or "bilinear" (VA-VAE), neither with antialiasing
+    imagenet  whether the network is shown images with ImageNet's mean and std taken off, as DINOv2
+             was trained (REPA), or as they are, in [-1, 1] (VA-VAE)
     raises   ValueError if the grid does not fit the image or the network answers with another token
              count or width
     """
 
-    def __init__(self, network, width, patch=14):
+    def __init__(self, network, width, patch=14, resize="bicubic", imagenet=True):
         super().__init__()
         self.network, self.width, self.patch = network, width, patch
+        self.resize, self.imagenet = resize, imagenet
         for name, values in zip(("mean", "std"), IMAGENET):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
@@ -75,9 +79,10 @@ class Encoder(nn.Module):
         device = images.device.type
         size = self.patch * h, self.patch * w
         with torch.autocast(device, enabled=False):
-            x = (images.float() * 0.5 + 0.5 - self.mean) / self.std
-            # as REPA: no antialiasing
-            x = F.interpolate(x, size, mode="bicubic", align_corners=False)
+            x = images.float()
+            if self.imagenet:
+                x = (x * 0.5 + 0.5 - self.mean) / self.std
+            x = F.interpolate(x, size, mode=self.resize, align_corners=False)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             tokens = self.network.forward_features(x)["x_norm_patchtokens"].float()
         if tokens.shape[1:] != (h * w, self.width):
@@ -148,7 +153,7 @@ class LabelNet(nn.Module):
         return {"x_norm_patchtokens": F.layer_norm(tokens, tokens.shape[-1:])}
 
 
-def load_encoder(name="dinov2_vitb14", source=None):
+def load_encoder(name="dinov2_vitb14", source=None, resize="bicubic", imagenet=True):
     """
     DINOv2 (Oquab et al. 2023) as a frozen Encoder on the CPU.
     name     a key of ENCODERS
@@ -157,6 +162,7 @@ def load_encoder(name="dinov2_vitb14", source=None):
              whatever the name; a .pt file: the LabelNet that experiments/miniature.py trained. The
              weights of the first two come from the official URL, once: torch.hub keeps them below
              TORCH_HOME, and a file that lies there already is taken
+    resize, imagenet  as Encoder takes them; a LabelNet is always shown its own input
     raises   ValueError for an unknown name or a file without a LabelNet; FileNotFoundError without
              code, weights or network, with the places where they belong
     """
@@ -167,14 +173,15 @@ def load_encoder(name="dinov2_vitb14", source=None):
                       "the code and teaches the model NOTHING", stacklevel=2)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)         # torch.manual_seed reaches the GPUs too
-            return Encoder(RandomViT(), width=64)
+            return Encoder(RandomViT(), 64, resize=resize, imagenet=imagenet)
     if source is not None and source.endswith(".pt"):
         return Encoder(load_labelnet(source), LabelNet.token_width, LabelNet.patch)
     if source is not None and not os.path.isfile(os.path.join(source, "hubconf.py")):
         repository = f"https://github.com/{REPOSITORY.split(':')[0]}"
         raise FileNotFoundError(f"--encoder_source {source}: no hubconf.py in there; give the "
                                 f"folder of a clone of {repository}, or random")
-    return Encoder(load_dinov2(name, source), ENCODERS[name])
+    network = load_dinov2(name, source)
+    return Encoder(network, ENCODERS[name], resize=resize, imagenet=imagenet)
 
 
 def load_labelnet(path):
@@ -225,15 +232,16 @@ def load_dinov2(name, source):
 # The target's filter (Sec. 3.5)
 
 @full_precision
-def filter_target(tokens, kind, grid, sigma1=DOG_SIGMAS[0], sigma2=DOG_SIGMAS[1], norm_std=1.0):
+def filter_target(tokens, kind, grid, sigma1=DOG_SIGMAS[0], sigma2=DOG_SIGMAS[1], norm_std=0.6):
     """
     What of the features the transformer is to match.
     tokens   (B, T, D) on the grid (h, w), T = h*w
     kind     "none"; "spnorm": spectral.spatial_norm; "dog": Eq. 6 on the grid, then every channel
              divided by its std over the tokens
     sigma1, sigma2  of the DoG, in tokens, 0 <= sigma1 < sigma2
-    norm_std  std over the tokens that each channel of "dog" gets. All channels alike, so no cosine
-             sees it: it sets the scale only
+    norm_std  share of the mean over the tokens that is taken off, as Table 6's "normalization std"
+             reads: iREPA's 0.6 is the factor on the mean in its code (zscore_alpha), so DoG's 1.0
+             is full subtraction. A DoG has no DC, so there the factor changes nothing
     returns  (B, T, D), float32
     raises   ValueError for an unknown kind, a grid that does not hold T tokens, sigmas out of order
 
@@ -252,11 +260,11 @@ def filter_target(tokens, kind, grid, sigma1=DOG_SIGMAS[0], sigma2=DOG_SIGMAS[1]
     if kind == "none":
         return tokens
     if kind == "spnorm":
-        return spatial_norm(tokens)
+        return spatial_norm(tokens, norm_std)
     if kind == "dog":
         x = dog(tokens.transpose(1, 2).unflatten(2, (h, w)), sigma1, sigma2)  # (B, D, h, w)
         x = x.flatten(2).transpose(1, 2)                                      # (B, T, D)
-        return norm_std * x / (x.std(dim=1, keepdim=True, correction=0) + 1e-6)
+        return x / (x.std(dim=1, keepdim=True, correction=0) + 1e-6)
     raise ValueError(f"filter_target: kind {kind!r} is none of none, spnorm, dog")
 
 
@@ -268,7 +276,7 @@ class Projector(nn.Module):
     From the transformer's width to the encoder's; trained with the model, not needed to sample.
     kind     "mlp": three linear layers with SiLU, token by token (REPA); "conv": one 3x3
              convolution on the grid (iREPA, REPA-DoG)
-    dim, out_dim    widths; hidden: of the mlp
+    dim, out_dim    widths; hidden: of the mlp, whose weights start as REPA's: xavier, bias 0
     forward(tokens, grid): (B, T, dim) on the grid (h, w) -> (B, T, out_dim)
     raises   ValueError for an unknown kind, or tokens of another width or count
     """
@@ -284,6 +292,9 @@ class Projector(nn.Module):
             self.layers = nn.Sequential(
                 nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
                 nn.Linear(hidden, out_dim))
+            for linear in self.layers[::2]:
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.zeros_(linear.bias)
 
     def forward(self, tokens, grid):
         if tokens.shape[1:] != (grid[0] * grid[1], self.dim):

@@ -113,6 +113,30 @@ def need_same_step(out, step):
              "rank; give every node the same checkpoint, or --out on a disk that all can read")
 
 
+def from_rank_zero(function):
+    """function() on rank 0, its plain value on all: each node's copy of the data may lie apart."""
+    if not dist.is_initialized():
+        return function()
+    value = [function() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(value, src=0)
+    return value[0]
+
+
+def need_same_images(out, checkpoint, identity, data):
+    """
+    ValueError unless the checkpoint's run saw these pictures. Where they lie may change; of
+    checkpoints from before pictures were known by their content, only that can be compared.
+    identity  latents.images_hash of the training set; data: --data as given now
+    """
+    if "pictures" in checkpoint:
+        need(checkpoint["pictures"] == identity, f"--resume: --data {data} holds other pictures "
+             f"than {out}/ckpt.pt was trained on; restore them, or name another --out")
+    else:
+        before = checkpoint["args"].get("data")
+        need(data == before, f"--resume: {out}/ckpt.pt was made with other flags: --data {data} "
+             f"(was {before}); give the same ones or another --out")
+
+
 def all_sum(tensor):
     """Sum of a tensor over the processes, in place; returns it."""
     if dist.is_initialized():
@@ -289,7 +313,8 @@ def sharded_randn(shape, generator, rank, world):
 # Flags that may differ between the parts of a resumed run: where and how fast it runs, how often it
 # reports, how long it lasts.
 FREE = ("out", "resume", "overwrite", "preset", "device", "dtype", "compile", "grad_checkpoint",
-        "grad_accum", "workers", "steps", "log_every", "eval_every", "keep_every", "encoder_source")
+        "grad_accum", "workers", "steps", "log_every", "eval_every", "keep_every", "encoder_source",
+        "data")
 
 
 def write_atomic(path, write):

@@ -2,13 +2,14 @@
 Frequencies of images and latents. An autoencoder's latent is easy to diffuse when its power
 spectrum is a flattened copy of the image's (ESM) and when each of its frequencies decodes to the
 same frequency of the image (DSM); this file holds the transforms, spectra, masks and filters in
-which those two sentences are written. Numbering: arXiv:2603.14645 v1.
+which those two sentences are written; ideas.py draws them. Numbering: arXiv:2603.14645 v1.
 
-    Sec. 3.2, ESM   PSD of photographs P(f) ~ f^-alpha, alpha about 2; flattened: f^gamma * P(f)
-    Prop. 3.1       learnable power: S * SNR / (1 + SNR), SNR = alpha_bar * S / (1 - alpha_bar)
-    Prop. 3.2       RMSC^2 = energy of the normalised tokens outside DC / T
-    Eq. 6           DoG = G_sigma1 - G_sigma2, sigma1 < sigma2: a band-pass without DC
-    Fig. 10, A.4    triangular masks on 8x8 blocks; low-pass in the DCT = downsampling
+    Sec. 3.3, ESM      PSD of photographs P(f) ~ f^-alpha; flattened: f^gamma * P(f)
+    Prop. 3.1, Eq. 1   learnable power: S * SNR / (1 + SNR), SNR = alpha_bar * S / (1 - alpha_bar)
+    Prop. 3.2, Eq. 5   RMSC^2 = energy of the normalised tokens outside DC / T
+    Eq. 6              DoG = G_sigma1 - G_sigma2, sigma1 < sigma2: a band-pass without DC
+    Fig. 10, A.7       triangular masks on 8x8 blocks
+    Fig. 9, A.4        the top-left part of the DCT is the downsampled image
 
 Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), not normalised; tokens (B, T, D). Orthonormal
 DCT-II, index (u, v) = (vertical, horizontal), DC at (0, 0). Everything here runs outside autocast
@@ -16,11 +17,8 @@ in float32 (float64 stays float64), and accepts bf16 input. What is finite stays
 squares of one item sum to what float32 holds (3e38); a batch of 0 gives a result of 0 items.
 A DCT, a resize and a blur are each a small cached matrix from the left and the right; no FFT.
 """
-import argparse
 import functools
 import math
-import os
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +125,7 @@ def zigzag(h, w, device="cpu"):
 
 def triangle_mask(n, block=8):
     """
-    The mask of Fig. 10: the n last anti-diagonals of a DCT block are removed.
+    The mask of Fig. 10 (A.7): the n last anti-diagonals of a DCT block are removed.
     n        0 .. 2*block-1: 0 keeps everything, 2*block-2 only DC, 2*block-1 nothing
     returns  (block, block) bool, True = kept, that is u + v < 2*block - 1 - n
     """
@@ -167,7 +165,7 @@ def lowpass(x, n, block=8):
 @full_precision
 def downsample_dct(x, k):
     """
-    Ideal downsampling (A.4): the top-left 1/k of the DCT in each direction, inverted at its size.
+    Ideal downsampling (A.4, Fig. 9): the top-left 1/k of the DCT in each direction, inverted there.
     x        (B, C, H, W), H and W multiples of k >= 1 (else ValueError)
     returns  (B, C, H/k, W/k); the division by k keeps the mean: an orthonormal DC grows with a side
     """
@@ -393,120 +391,3 @@ def spatial_norm(tokens, alpha=0.6):
     need_shape("spatial_norm", tokens, "BTD")
     std = tokens.std(dim=1, keepdim=True, correction=0)
     return (tokens - alpha * tokens.mean(dim=1, keepdim=True)) / (std + 1e-6)
-
-
-# --------------------------------------------------------------------------------------------------
-# python spectral.py --plot out.png
-
-def _show(ax, pixels, title=""):  # (3, H, W) in [-1, 1]
-    ax.imshow((pixels.permute(1, 2, 0) * 0.5 + 0.5).clamp(0, 1))
-    ax.set(title=title, xticks=[], yticks=[])
-
-
-def _plot_spectra(axes, image):
-    """Three panels: the image's power law, ESM's flattened targets, the power one can learn."""
-    law, targets, learnable = axes
-    n_bins = 32
-    frequency = (torch.arange(n_bins) + 0.5) / n_bins  # 1 = the highest frequency of the DCT grid
-    profile = radial_profile(power_spectrum(image), n_bins)[0]
-    alpha = fit_power_law(profile).item()
-
-    fit = frequency ** -alpha
-    fit = fit * torch.exp((profile[1:].log() - fit[1:].log()).mean())
-    law.loglog(frequency, profile, "o-", ms=3, label="radial PSD of the image")
-    law.loglog(frequency[1:], fit[1:], "k--", label=f"fit: $f^{{-{alpha:.2f}}}$")
-    law.set(title="Images follow a power law", xlabel="frequency (1 = corner of the DCT grid)",
-            ylabel="power")
-    law.legend()
-
-    small = match_resolution(image, [side // 8 for side in image.shape[-2:]])
-    for gamma in (0.0, 0.6, 1.0, 1.4):
-        target = spectrum_distribution(small, 16, gamma)[0]
-        targets.plot(range(1, 17), target, "o-", ms=3, label=f"$\\gamma$ = {gamma}")
-    targets.axhline(1 / 16, color="gray", ls=":", label="white")
-    targets.set(title="ESM: the target, flattened by $\\gamma$", xlabel="ring (1 = low frequency)",
-                ylabel="share of log(1 + power)", ylim=(0, None))
-    targets.legend()
-
-    S = profile / profile[1:].mean()  # power 1 on average, as a normalised latent
-    for alpha_bar in (0.999, 0.9, 0.5, 0.1, 0.01):
-        learnable.loglog(frequency[1:], learnable_power(S, alpha_bar)[1:],
-                         label=f"$\\bar\\alpha_t$ = {alpha_bar}")
-    learnable.loglog(frequency[1:], S[1:], "k--", label="all the power there is")
-    learnable.set(title="Prop. 3.1: power a denoiser can learn", xlabel="frequency",
-                  ylabel="learnable power")
-    learnable.legend(fontsize=8)
-
-
-def plot(image, path, title):
-    """Draw the ideas above to path. image (1, 3, H, W) in [-1, 1], H and W multiples of 8."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(18, 9), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1))
-    axes = top.subplots(1, 5)
-    _show(axes[0], image[0], title)
-    _show(axes[1], F.normalize(image[0], dim=0),  # every pixel, as a vector, of length 1
-          "Fig. 2: without magnitudes\nthe layout is still there")
-    _plot_spectra(axes[2:], image)
-
-    left, right = bottom.subfigures(1, 2, width_ratios=(3, 1))
-    axes = left.subplots(2, 4, height_ratios=(1, 2.2))
-    left.suptitle("DSM: cut the n last anti-diagonals of every 8x8 DCT block, "
-                  "in the image and in the latent (dark = kept)")
-    H, W = image.shape[-2:]
-    for column, n in enumerate((0, 8, 10, 12)):
-        mask = triangle_mask(n)
-        axes[0, column].imshow(mask, cmap="Blues", vmin=0, vmax=1.4)
-        axes[0, column].set(title=f"n = {n}: {mask.sum()} of 64 kept", xticks=[], yticks=[])
-        _show(axes[1, column], lowpass(image, n)[0, :, H // 8:H * 5 // 8, W // 4:W * 3 // 4])
-
-    ax = right.subplots()
-    grid = 16                                # DINOv2 tokens of a 256 px image
-    omega = torch.arange(grid) / (2 * grid)  # cycles per token of DCT row u
-    response = lambda sigma: torch.exp(-2 * (math.pi * sigma * omega) ** 2)
-    for sigma1, sigma2 in ((0.5, 2.0), (1.0, 2.0), (1.0, 4.0), (1.0, 2.5)):
-        ours = (sigma1, sigma2) == (1.0, 2.5)  # repa.DOG_SIGMAS
-        ax.plot(range(grid), response(sigma1) - response(sigma2), marker="o", ms=3,
-                lw=3 if ours else 1, label=f"$\\sigma$ = {sigma1}, {sigma2}" + " (ours)" * ours)
-    ax.set(title="Eq. 6: DoG on a 16x16 token grid", xlabel="DCT frequency u (0 = DC)",
-           ylabel="gain")
-    ax.legend()
-    figure.savefig(path, dpi=80)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Draw the ideas of spectral.py for one image.")
-    parser.add_argument("--image", default=None,
-                        help="an image file; without it a photograph that comes with matplotlib")
-    parser.add_argument("--size", type=int, default=256,
-                        help="pixels a side after a centre crop, a multiple of 8")
-    parser.add_argument("--plot", required=True, metavar="OUT.png", help="where the figure goes")
-    args = parser.parse_args()
-
-    import numpy as np
-    from matplotlib import cbook
-    from PIL import Image, ImageOps, UnidentifiedImageError
-    try:
-        if os.path.dirname(args.plot) and not os.path.isdir(os.path.dirname(args.plot)):
-            raise ValueError(f"--plot {args.plot}: no such folder")
-        if not args.plot.endswith((".png", ".pdf", ".svg")):
-            raise ValueError(f"--plot {args.plot}: must end in .png, .pdf or .svg")
-        if not 64 <= args.size <= 4096 or args.size % 8:
-            raise ValueError(f"--size {args.size}: must be a multiple of 8 in 64..4096")
-        path = args.image or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
-        image = Image.open(path).convert("RGB")
-    except (OSError, ValueError) as error:  # no such file, or not an image
-        if isinstance(error, UnidentifiedImageError):
-            error = f"--image {args.image}: not an image that PIL can read"
-        print(f"spectral.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    image = ImageOps.fit(image, (args.size, args.size), Image.Resampling.BICUBIC)
-    image = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1  # (1, 3, H, W)
-    plot(image, args.plot, f"{args.size} x {args.size} pixels")
-    alpha = fit_power_law(radial_profile(power_spectrum(image), 32)).item()
-    print(f"fitted exponent {alpha:.2f}; wrote {args.plot}")
-
-
-if __name__ == "__main__":
-    main()

@@ -23,7 +23,7 @@ import losses
 import runtime
 from data import open_data, train_batches, val_batches
 from figures import figure_rows, pca_rgb
-from latents import autoencoder_hash
+from latents import autoencoder_hash, images_hash
 from losses import DSM_MASKS, SCALES, PatchDiscriminator, PerceptualLoss
 from metrics import psnr, ssim
 from repa import load_encoder
@@ -218,7 +218,9 @@ def build(args, config, start, compute):
         compute.channels_last(nets.perceptual)
     if {"vf", "uae"} & set(args.reg):
         with runtime.first_of_node():
-            nets.encoder = load_encoder(args.encoder, args.encoder_source).to(device)
+            # VA-VAE shows DINOv2 images as they are, resized bilinearly
+            theirs = dict(resize="bilinear", imagenet=False) if "vf" in args.reg else {}
+            nets.encoder = load_encoder(args.encoder, args.encoder_source, **theirs).to(device)
         # without a bias, which could match the features' common part alone
         width = nets.encoder.width
         nets.projection = torch.nn.Linear(config.latent_channels, width, bias=False).to(device)
@@ -233,11 +235,15 @@ def saved_parts(nets):
     return {name: part for name, part in named.items() if part is not None}
 
 
-def resume(args, nets, checkpoint):
-    """Put a checkpoint's state into the networks; returns (start step, state of the log)."""
+def resume(args, nets, pictures, checkpoint):
+    """
+    Put a checkpoint's state into the networks, if it is of these pictures (latents.images_hash).
+    returns  start step, state of the log
+    """
     runtime.need_same_step(args.out, checkpoint["step"] if checkpoint else 0)
     if not checkpoint:
         return 0, {}
+    runtime.need_same_images(args.out, checkpoint, pictures, args.data)
     # the discriminator's part is missing if --steps was below --gan_start
     parts = {name: part for name, part in saved_parts(nets).items()
              if "disc" not in name or "disc" in checkpoint}
@@ -462,9 +468,9 @@ def picture(ae, images, path, compute):
     figure_rows({label: row.float() * 0.5 + 0.5 for label, row in rows.items()}, path)
 
 
-def save(args, nets, compute, log, step):
+def save(args, nets, pictures, compute, log, step):
     """All of the run at this step into ckpt.pt; called on all processes."""
-    state = dict(stage="ae", step=step, args=vars(args),
+    state = dict(stage="ae", step=step, args=vars(args), pictures=pictures,
                  ae_config=dataclasses.asdict(nets.ae.config), means=log.state())
     for name, part in saved_parts(nets).items():
         state[name] = part.state_dict()
@@ -472,14 +478,14 @@ def save(args, nets, compute, log, step):
         runtime.save_run(args.out, state, args.keep_every)
 
 
-def evaluate_and_save(args, nets, compute, val_set, log, progress, step, speed):
+def evaluate_and_save(args, nets, pictures, compute, val_set, log, progress, step, speed):
     """Held-out numbers, checkpoint, reconstructions.png; speed in images/s. Returns the numbers."""
     batches = val_batches(val_set, args.batch_size, compute.rank, compute.world,
                           device=compute.device)
     with compute.eager():
         report = validate(nets.ae, batches, args, compute)
         log.line(step, **{f"val_{k}": v for k, v in report.items()})
-        save(args, nets, compute, log, step)
+        save(args, nets, pictures, compute, log, step)
         if compute.rank > 0:
             return report
         line = (f"step {step}: PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f}, "
@@ -531,7 +537,8 @@ def main():
                                   runtime.FREE)
     train_set, val_set = open_data(args.data, args.image_size, args.val_images, args.seed)
     nets = build(args, config, start, compute)
-    start_step, means = resume(args, nets, checkpoint)
+    pictures = runtime.from_rank_zero(lambda: images_hash(train_set))
+    start_step, means = resume(args, nets, pictures, checkpoint)
     if checkpoint:
         compute.say(f"resuming {args.out} at step {start_step}")
     del checkpoint                                         # gigabytes at paper scale
@@ -549,12 +556,13 @@ def main():
         for step in range(start_step, args.steps + 1):
             last_step = step == args.steps
             if stop.asked():
-                save(args, nets, compute, log, step)
+                save(args, nets, pictures, compute, log, step)
                 compute.say(stop.farewell(step, args))
                 break
             if last_step or step % args.eval_every == 0:
                 speed = (step - timed_step) * args.batch_size / (time.perf_counter() - clock)
-                report = evaluate_and_save(args, nets, compute, val_set, log, progress, step, speed)
+                report = evaluate_and_save(args, nets, pictures, compute, val_set, log, progress,
+                                           step, speed)
                 timed_step, clock = step, time.perf_counter()
             if last_step:
                 farewell(args, compute, report)

@@ -185,8 +185,8 @@ def open_images(args, ae):
 
 def open_latents(args, ae, train_set, compute):
     """The latent cache of this autoencoder and these images, encoded now if it is not there yet."""
-    identity = dict(autoencoder=autoencoder_hash(ae), images=images_hash(train_set),
-                    size=train_set.size)
+    pictures = runtime.from_rank_zero(lambda: images_hash(train_set))
+    identity = dict(autoencoder=autoencoder_hash(ae), images=pictures, size=train_set.size)
     folder = Path(args.cache or "out/latents/" + "-".join(map(str, identity.values())))
     there = torch.tensor(float(folder.exists()))           # rank 0's answer: it will create it
     if dist.is_initialized():
@@ -271,9 +271,10 @@ def resume(args, nets, cache, checkpoint):
     runtime.need_same_step(args.out, checkpoint["step"] if checkpoint else 0)
     if not checkpoint:
         return 0, {}
-    for name in ("autoencoder", "images"):
-        runtime.need(checkpoint.get(name) == cache.meta[name], f"--resume: the {name} changed "
-                     f"since {args.out}/ckpt.pt was written; restore it, or name another --out")
+    runtime.need(checkpoint.get("autoencoder") == cache.meta["autoencoder"], f"--resume: --ae "
+                 f"{args.ae} is not the autoencoder of {args.out}/ckpt.pt; restore it, or name "
+                 "another --out")
+    runtime.need_same_images(args.out, checkpoint, cache.meta["images"], args.data)
     runtime.restore(args.out, checkpoint, saved_parts(nets))
     return checkpoint["step"], checkpoint.get("means", {})
 
@@ -298,10 +299,12 @@ def training_stream(args, nets, cache, train_set, start_step, compute):
     classes; with --repa the images (b, 3, H, W) of the same pictures and mirrors, else None.
     """
     where = (args.batch_size, start_step, args.seed, compute.rank, compute.world)
+    mirror = args.mirror == "on"
     pictures = None
     if nets.encoder:                                       # the same stream of positions
-        pictures = train_batches(take(train_set, cache.rows), *where, args.workers, compute.device)
-    for posterior, labels, indices, _ in cache.batches(*where, compute.device):
+        pictures = train_batches(take(train_set, cache.rows), *where, args.workers, compute.device,
+                                 mirror)
+    for posterior, labels, indices, _ in cache.batches(*where, compute.device, mirror):
         images = None
         if pictures:
             images, _, positions = next(pictures)
@@ -356,7 +359,7 @@ def save(args, nets, compute, cache, origin, log, step):
     """All of the run at this step into ckpt.pt; called on all processes."""
     state = dict(origin, stage="diffusion", step=step, args=vars(args), model_name=args.model,
                  model_args=nets.model_args, projector=None, means=log.state(), ae=str(args.ae),
-                 autoencoder=cache.meta["autoencoder"], images=cache.meta["images"],
+                 autoencoder=cache.meta["autoencoder"], pictures=cache.meta["images"],
                  latent_mean=cache.mean, latent_std=cache.std)
     for name, part in saved_parts(nets).items():
         state[name] = part.shadow if part is nets.ema else part.state_dict()
@@ -387,7 +390,7 @@ def main():
     train_set, origin = open_images(args, ae)
     checkpoint = runtime.open_run(
         args.out, "diffusion", vars(args), args.resume, args.overwrite,
-        (*runtime.FREE, "cache", "encode_batch", "sample_steps", "cfg"),
+        (*runtime.FREE, "ae", "cache", "encode_batch", "sample_steps", "cfg"),
         older=dict(schedule="sd", mirror="on", ema_warmup="on"))
     nets = build(args, ae, train_set, compute)
     cache = open_latents(args, ae, train_set, compute)

@@ -3,20 +3,23 @@ Other people's weights: a file becomes a network of vae.py or dit.py, or is refu
 
     load_autoencoder   our ckpt.pt, and files in two layouts (SD-VAE, EQ-VAE, VA-VAE, SD3, FLUX):
                        CompVis' with our own names, also inside a whole latent diffusion model;
-                       diffusers', a folder or its weights alone, with names of its own (DIFFUSERS)
+                       diffusers', with names of its own (DIFFUSERS) and a config.json beside them
     load_transformer   our ckpt.pt and REPA's; the original SiT's, whose time runs backwards;
                        U-ViT's, a bare state dict
 
-What a file holds is read off the names and shapes of its tensors. No code in it is run: beside
+What a file is shows in its first bytes, what it holds in the names and shapes of its tensors;
+neither its own name nor how deep the weights are wrapped matters. No code in it is run: beside
 tensors and plain values it may hold a few known classes, any other is refused by name. Tensors come
 to the CPU, no random number is drawn. Errors name the file first: FileNotFoundError or ValueError.
 """
-import argparse
+import itertools
 import json
 import math
 import os
 import re
+import warnings
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -25,27 +28,49 @@ from torch import nn
 from dit import UViT
 from vae import AEConfig, AutoencoderKL
 
-
 # ---------------------------------------------------------------------------- files
-def unpickle(path, classes):
-    """What torch.save wrote, with no class in it but torch's own, plain data and these classes."""
-    with torch.serialization.safe_globals(classes):
-        return torch.load(path, map_location="cpu", weights_only=True)
+# What a folder may hold, the one to take first: our run, then diffusers' variants.
+NAMES = ("ckpt.pt", *(f"diffusion_pytorch_model{variant}.{kind}" for variant in
+                      ("", ".fp16", ".non_ema") for kind in ("safetensors", "bin")))
+ENDINGS = (".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth")
 
 
-def unwrap(data, *names):
-    """The dictionary under the first of these names that has one, or data as it is."""
-    for name in names:
-        if isinstance(data, dict) and isinstance(data.get(name), dict):
-            return data[name]
-    return data
+def find_file(path, hint, *subfolders):
+    """
+    The file with the weights: path itself, or what its folder, these subfolders of it or an entry
+    of the hub's cache holds: the first of NAMES, else the only file with one of ENDINGS.
+    raises   FileNotFoundError that ends with the hint, or names what is there
+    """
+    path = Path(path)
+    if path.is_dir():
+        main = path / "refs" / "main"                   # the hub's cache: snapshots/HASH/...
+        current = main.read_text().strip() if main.is_file() else "*"
+        places = there = sorted(path.glob(f"snapshots/{current}")) or [path]
+        if len(places) == 1:                            # of several snapshots none is ours to take
+            places = [places[0], *(places[0] / name for name in subfolders)]
+            there = [file for place in places for file in sorted(place.glob("*"))]
+        found = [place / name for place in places for name in NAMES if place / name in there]
+        weights = [file for file in there if file.suffix in ENDINGS]
+        if not found and len(weights) != 1:
+            names = ", ".join(str(file.relative_to(path)) for file in there[:9]) or "nothing"
+            raise FileNotFoundError(f"{path}: no ckpt.pt, diffusion_pytorch_model.safetensors or "
+                                    f".bin, nor one file of weights; it holds {names}; give a file")
+        path = (found or weights)[0]
+    if not path.exists():
+        fault = f"a link to {os.readlink(path)}, which is not there" if path.is_symlink() else \
+            "no such file or folder"
+        raise FileNotFoundError(f"{path}: {fault}; {hint}")
+    return path
 
 
-# What training frameworks leave in a .ckpt beside the weights (callbacks, hyperparameters): never
-# imported or run, see Inert.
-BAGGAGE = re.compile(r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|numpy)\..+"
-                     r"|builtins\.(dict|list|int|float|str|bool)|typing\.Any"
-                     r"|collections\.defaultdict|argparse\.Namespace")
+# What training scripts leave in a file beside the weights (callbacks, hyperparameters, a path, a
+# mean loss): never imported or run, see Inert. Functions that run code are not among them.
+BAGGAGE = re.compile(r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|numpy|datetime"
+                     r"|easydict|addict|ml_collections|yacs|torch\.optim)\..+"
+                     r"|builtins\.(dict|list|int|float|str|bool|bytes|tuple|set|frozenset|complex"
+                     r"|range|slice|Ellipsis)|typing\.Any|collections\.defaultdict"
+                     r"|argparse\.Namespace|types\.SimpleNamespace|pathlib\.(_local\.)?\w*Path"
+                     r"|torch\.torch_version\.TorchVersion")
 
 
 class Inert:
@@ -53,40 +78,145 @@ class Inert:
     __init__ = __setstate__ = lambda self, *args, **kwargs: None
 
 
+class InertDict:
+    """Stands in for a foreign dictionary: a plain one, which may be filled."""
+    __new__ = lambda cls, *args, **kwargs: OrderedDict()
+
+
+def unpickle(path):
+    """What torch.save wrote. ValueError if it holds a class neither torch's nor in BAGGAGE."""
+    foreign = set()
+    if zipfile.is_zipfile(path):
+        foreign.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    while True:
+        refused = sorted(name for name in foreign if not BAGGAGE.fullmatch(name))
+        if refused:
+            raise ValueError(f"{path}: not a checkpoint of plain data: holds {refused[0]}, which "
+                             "is not run; give its state dict alone")
+        classes = [(InertDict if name.endswith(("dict", "Dict", "CfgNode")) else Inert, name)
+                   for name in foreign]
+        try:
+            with torch.serialization.safe_globals(classes):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as err:    # files of before 2020 tell their classes one by one
+            met = re.search(r"GLOBAL (\S+)", str(err))
+            name = met and (met[1] if "." in met[1] else f"builtins.{met[1]}")
+            if name is None or name in foreign:
+                raise
+            foreign.add(name)
+
+
+NO_WEIGHTS = {      # how a file begins -> what it is, and the way out
+    b"version https://git-lfs": "a git-lfs pointer; run `git lfs pull` or download the file itself",
+    b"<": "a web page or an error message; download the file itself",
+    b"{": "JSON; give the file with the weights, or the folder"}
+
+
 def read_file(path):
     """
-    A .json or .safetensors file, or anything torch.save wrote -> the object in it.
-    raises   ValueError if it is unreadable, or holds a class that is neither torch's nor BAGGAGE
+    A file in safetensors' format, or anything torch.save wrote -> the object in it.
+    raises   ValueError if it is neither or damaged, or holds a class that unpickle refuses
     """
     try:
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
-        if path.suffix == ".safetensors":
+        with open(path, "rb") as file:
+            head = file.read(512)
+        begin = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+        # 8 bytes that tell how long the JSON behind them is
+        safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2 ** 27
+        what = next((NO_WEIGHTS[mark] for mark in NO_WEIGHTS if begin.startswith(mark)), None)
+        if what is None and re.fullmatch(rb"[\t\n\r -~]+", head):
+            what = f"a text that begins with {begin[:40].decode()!r}; give a file of weights"
+        if what and not safetensors:
+            raise ValueError(f"{path}: not a checkpoint, cannot be read: it is {what}")
+        torchs = head.startswith((b"PK", b"\x80"))
+        if safetensors or (path.suffix == ".safetensors" and not torchs):
             from safetensors.torch import load_file  # optional: only these files need it
             return load_file(path)
-        foreign = []
-        if zipfile.is_zipfile(path):
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        refused = sorted(name for name in foreign if not BAGGAGE.fullmatch(name))
-        if not refused:
-            return unpickle(path, [(Inert, name) for name in foreign])
+        return unpickle(path)
     except ImportError:
         raise ValueError(f"{path}: reading it needs `pip install safetensors`; or give the "
                          "model's .bin or .ckpt") from None
     except Exception as err:    # a damaged file breaks its reader in any way: quote the reader
-        # files of before 2020: torch.load names the class
-        refused = re.findall(r"GLOBAL (\S+)", str(err))
-        if not refused:
-            said = str(err).split("WeightsUnpickler error:")[-1].strip().split("\n")[0][:160]
-            raise ValueError(f"{path}: cannot be read, perhaps cut short or of another format "
-                             f"({type(err).__name__}: {said})") from err
-    raise ValueError(f"{path}: holds {refused[0]}, which is not plain data and is not run; "
-                     "give its state dict alone")
+        if str(err).startswith(f"{path}: "):
+            raise
+        said = str(err).split("WeightsUnpickler error:")[-1].strip().split("\n")[0][:160]
+        raise ValueError(f"{path}: not a checkpoint, or cut short: cannot be read "
+                         f"({type(err).__name__}: {said}); download or save it again") from err
+
+
+# ---------------------------------------------------------------------------- state dicts
+# Dictionaries around a state dict, and what stands before its names, are treated alike: of
+# {"ema": {"module.x": tensor}} and {"ema.x": tensor} it is x under ema. No name of ours begins so.
+EMA = ("ema", "ema_model", "model_ema", "ema_state_dict", "shadow")
+AROUND = (*EMA, "model", "vae", "ae", "autoencoder", "first_stage_model", "diffusion_model", "net",
+          "state_dict", "model_state_dict")
+# Tensors that were trained along and are no part of the network.
+EXTRA = ("loss.", "discriminator.", "foundation_model.", "linear_proj", "projectors.", "n_averaged")
+# What torch's wrappers (compile, DDP, FSDP, checkpointing) put anywhere into a name.
+BETWEEN = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def split_name(name):
+    """What stands around, and the name itself: "model._orig_mod.x.y" -> ("model",), "x.y"."""
+    parts = [part for part in name.split(".") if part not in BETWEEN]
+    around = tuple(itertools.takewhile(lambda part: part in AROUND, parts))
+    return around, ".".join(parts[len(around):])
+
+
+def named_tensors(data, before=""):
+    """Yields (name, tensor) of a dictionary and of those in it that stand around a state dict."""
+    for key, value in data.items():
+        if isinstance(value, torch.Tensor):
+            yield before + key if isinstance(key, str) else key, value
+        elif isinstance(value, dict) and key in AROUND + BETWEEN:
+            yield from named_tensors(value, f"{before}{key}.")
+
+
+def state_dict(file, data, known):
+    """
+    The state dict in what a file holds, however wrapped. Of several networks it is the one with
+    some of the known names, averaged weights (EMA) before others; other tensors are left behind.
+    returns  {name: tensor}
+    raises   ValueError if there is none or it is not clear which
+    """
+    networks = {}                                       # what stands around -> {name: tensor}
+    for key, tensor in named_tensors(data) if isinstance(data, dict) else ():
+        if not isinstance(key, str):
+            raise ValueError(f"{file}: {key!r} is no name of a tensor; give a state dict")
+        around, name = split_name(key)
+        network = networks.setdefault(around, {})
+        if name in network:
+            raise ValueError(f"{file}: {name} is there twice, once as {key}; give one state dict")
+        if not name.startswith(EXTRA):
+            network[name] = tensor
+    if not networks:
+        raise ValueError(f"{file}: holds a {type(data).__name__}, neither a state dict nor a "
+                         "dictionary with one under 'ema', 'model', 'vae' or 'state_dict'")
+    found = [around for around in networks if known & networks[around].keys()]
+    found = [around for around in found if set(EMA) & set(around)] or found
+    if len(found) > 1:
+        names = " and ".join(".".join(around) or "no name" for around in found)
+        raise ValueError(f"{file}: holds several networks, under {names}; give one of them alone")
+    return networks[found[0]] if found else max(networks.values(), key=len)
+
+
+def as_float32(file, name, tensor):
+    """A weight in float32. ValueError if it is no plain floating-point tensor, or not finite."""
+    try:
+        if not tensor.is_floating_point() or tensor.is_meta or tensor.layout != torch.strided:
+            raise TypeError
+        tensor = tensor.float()                         # float8 can do nothing but this
+    except (TypeError, RuntimeError):                   # 4 bits, two in a byte, not even this
+        raise ValueError(f"{file}: {name} is {tensor.dtype}, {tensor.layout}, {tensor.device}, no "
+                         "plain floating point of 8 bits or more; give such weights") from None
+    if not tensor.isfinite().all():
+        raise ValueError(f"{file}: {name} is not finite, so the training diverged; take an "
+                         "earlier checkpoint")
+    return tensor
 
 
 # ---------------------------------------------------------------------------- autoencoders
-# Tensors that may be in a file and are not the autoencoder's.
-EXTRA = ("loss.", "discriminator.", "foundation_model.", "linear_proj", "model_ema.")
+ENDS = {"encoder.conv_in.weight", "decoder.conv_in.weight"}     # both layouts name these alike
 DIFFUSERS = {   # parts of our names -> of diffusers', in this order
     ".down.": ".down_blocks.", ".up.": ".up_blocks.", ".block.": ".resnets.",
     ".downsample.": ".downsamplers.0.", ".upsample.": ".upsamplers.0.", ".mid.": ".mid_block.",
@@ -107,44 +237,59 @@ def diffusers_name(key, levels, old=False):
     return key
 
 
-def find_file(path):
-    """An existing file, or a diffusers folder -> the file with the weights, config.json or {}."""
+def read_settings(file):
+    """
+    diffusers' config.json beside a file of its weights, or beside what a link leads to.
+    returns  (its path, the settings); (None, {}) with a warning if there is none
+    raises   ValueError if it is unreadable or describes something else
+    """
+    place = file
+    while not (place.parent / "config.json").exists() and place.is_symlink():
+        place = place.parent / os.readlink(place)
+    path = place.parent / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; train an autoencoder with "
-                                "train_ae.py or give a released one")
-    if not path.is_dir():
-        return path, {}
-    names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-    found = [path / name for name in names if (path / name).exists()]
-    if not found:
-        raise FileNotFoundError(f"{path}: no diffusion_pytorch_model.safetensors or .bin in this "
-                                "folder; give a file")
-    config_file = path / "config.json"
-    settings = read_file(config_file) if config_file.exists() else {}
+        warnings.warn(f"{file}: no config.json beside it: norms are taken to have 32 groups, "
+                      "latents mean 0 and std 1", stacklevel=3)
+        return None, {}
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as err:
+        raise ValueError(f"{path}: cannot be read as JSON ({err})") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"{config_file}: holds a {type(settings).__name__}, not a dictionary of "
-                         "settings")
-    if settings.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise ValueError(f"{config_file}: describes {settings['_class_name']}; only an "
-                         "AutoencoderKL can be read")
-    return found[0], settings
+        raise ValueError(f"{path}: holds a {type(settings).__name__}, not a dictionary of settings")
+    kind = settings.get("_class_name") or settings.get("model_type") or "AutoencoderKL"
+    if kind != "AutoencoderKL":
+        raise ValueError(f"{path}: describes {kind}; only an AutoencoderKL can be read; if "
+                         f"{file.name} is one, keep it in a folder of its own")
+    return path, settings
 
 
-def foreign_weights(file, data, settings):
+def set_latent_stats(ae, path, settings):
+    """
+    The latents' statistics by diffusers' config.json at path: diffusers' latents are
+    (z - shift_factor) * scaling_factor, or (z - latents_mean) / latents_std * scaling_factor.
+    """
+    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    settings = {"scaling_factor": 0.18215} | settings   # diffusers' own default
+    given = {name: settings[name] for name in names if settings.get(name) is not None}
+    try:
+        mean = given.get("latents_mean", given.get("shift_factor", 0.0))
+        std = torch.as_tensor(given.get("latents_std", 1.0))
+        ae.set_latent_stats(mean, std / torch.as_tensor(given.get("scaling_factor", 1.0)))
+    except Exception as err:                            # of a foreign shape, number or type
+        raise ValueError(f"{path}: cannot scale latents by {given} ({err!s:.200}); give numbers, "
+                         "or one for each channel") from None
+
+
+def foreign_config(file, weights, settings):
     """
     What a CompVis or diffusers file says about its autoencoder.
-    data      the dictionary in the file; settings: diffusers' config.json, or {}
-    returns   AEConfig inferred from names and shapes (32 groups unless config.json says otherwise),
-              {the file's names: tensors}
+    weights   {the file's names: tensors}; gets what the layout leaves out: identities in the place
+              of missing quant convolutions, mean 0 and std 1
+    settings  diffusers' config.json, or {}
+    returns   AEConfig inferred from names and shapes (32 groups unless the settings say otherwise)
     raises    ValueError if the outline of an autoencoder is not there
     """
-    data = unwrap(unwrap(data, "state_dict"), "model")
-    weights = {key: value for key, value in data.items()
-               if isinstance(key, str) and isinstance(value, torch.Tensor)}
-    prefix = "first_stage_model."                       # inside a whole latent diffusion model
-    if any(key.startswith(prefix) for key in weights):
-        weights = {key.removeprefix(prefix): value for key, value in weights.items()
-                   if key.startswith(prefix)}
     if "latent_mean" in weights:
         raise ValueError(f"{file}: a state dict of this code without its ae_config; give the "
                          "whole ckpt.pt")
@@ -156,36 +301,36 @@ def foreign_weights(file, data, settings):
             widths.setdefault(int(m[1]), []).append(tensor.shape[0])
         elif m := re.match(level + r"(?:attn|attentions)\.", key):
             attn_levels.add(int(m[1]))
-    ends = {"encoder.conv_in.weight", "decoder.conv_in.weight"}
-    if 0 not in widths or not ends <= weights.keys():
+    if 0 not in widths or not ENDS <= weights.keys():
         raise ValueError(f"{file}: no encoder.conv_in, encoder levels and decoder.conv_in; neither "
                          "a ckpt.pt of train_ae.py nor an autoencoder in CompVis' or diffusers' "
-                         "layout")
+                         f"layout; its names are such as {min(weights, default='')}")
+    groups, activation = settings.get("norm_num_groups", 32), settings.get("act_fn", "silu")
+    if type(groups) is not int or groups < 1 or activation not in ("silu", "swish"):
+        raise ValueError(f"norm_num_groups {groups!r}, act_fn {activation!r}")
     ch, in_channels = weights["encoder.conv_in.weight"].shape[:2]
     d = weights["decoder.conv_in.weight"].shape[1]
-    config = AEConfig([widths[i][0] // ch for i in sorted(widths)], d, in_channels, ch,
-                      num_res_blocks=len(widths[0]), attn_levels=sorted(attn_levels),
-                      norm_groups=settings.get("norm_num_groups", 32))
     if not any("quant_conv." in key for key in weights):    # SD3, FLUX: the same as with identities
         for name, width in (("quant_conv", 2 * d), ("post_quant_conv", d)):
             weights[f"{name}.weight"] = torch.eye(width)[:, :, None, None]
             weights[f"{name}.bias"] = torch.zeros(width)
-    return config, weights | {"latent_mean": torch.zeros(d), "latent_std": torch.ones(d)}
+    weights |= {"latent_mean": torch.zeros(d), "latent_std": torch.ones(d)}
+    return AEConfig([widths[i][0] // ch for i in sorted(widths)], d, in_channels, ch,
+                    len(widths[0]), sorted(attn_levels), groups)
 
 
-def fill(ae, weights, file):
+def fill(ae, weights, file, theirs):
     """
     Give an autoencoder that was built on the meta device the tensors of a file.
-    weights  {the file's names: tensors} in either layout; what is used is taken out
+    weights  {the file's names: tensors}, theirs: in diffusers' layout; what is used is taken out
     raises   ValueError naming the first tensor that is missing, mis-shaped, not finite or unknown
     """
     levels = len(ae.config.ch_mult)
-    diffusers = any(str(key).startswith("encoder.down_blocks.") for key in weights)
-    old = any(".query." in str(key) for key in weights)
+    old = any(".query." in key for key in weights)
     state = {}
     for key, wanted in ae.state_dict().items():
-        name = diffusers_name(key, levels, old) if diffusers else key
-        if not isinstance(weights.get(name), torch.Tensor):
+        name = diffusers_name(key, levels, old) if theirs else key
+        if name not in weights:
             raise ValueError(f"{file}: {name} is missing; part of an autoencoder, or another "
                              "architecture")
         tensor = weights.pop(name)
@@ -194,55 +339,56 @@ def fill(ae, weights, file):
         if tensor.shape != wanted.shape:
             raise ValueError(f"{file}: {name} is {tuple(tensor.shape)}, this architecture needs "
                              f"{tuple(wanted.shape)}")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{file}: {name} is not finite, so the training diverged; take an "
-                             "earlier checkpoint")
-        state[key] = tensor
-    if unknown := [name for name in weights if not str(name).startswith(EXTRA)]:
-        raise ValueError(f"{file}: {unknown[0]} is no part of this autoencoder; another "
+        state[key] = as_float32(file, name, tensor)
+    if weights:
+        raise ValueError(f"{file}: {next(iter(weights))} is no part of this autoencoder; another "
                          "architecture")
-    ae.to_empty(device="cpu").load_state_dict(state)    # copies, to float32
+    ae.to_empty(device="cpu").load_state_dict(state)
 
 
 def load_autoencoder(path):
     """
     An autoencoder from disk: float32, in eval mode. The global random state is not touched.
-    path     our ckpt.pt; a CompVis .ckpt/.pt/.pth/.safetensors; a diffusers AutoencoderKL, as its
-             folder with config.json or as the weights file alone
-    returns  AutoencoderKL. Latent statistics come from our checkpoint, or from the config.json in a
-             diffusers folder (diffusers computes (z - shift_factor) * scaling_factor); any other
-             file holds none and leaves mean 0, std 1
+    path     our ckpt.pt, CompVis' weights, or those of a diffusers AutoencoderKL; or a folder with
+             one of them: of our run, of diffusers' model or whole pipeline, of the hub's cache
+    returns  AutoencoderKL. Latent statistics come from our checkpoint, or from the config.json
+             beside diffusers' weights; any other file holds none and leaves mean 0, std 1
     raises   FileNotFoundError, or ValueError naming the file and the first tensor that does not fit
     """
-    file, settings = find_file(Path(path))
+    file = find_file(path, "train an autoencoder with train_ae.py or give a released one", "vae")
     data = read_file(file)
-    if not isinstance(data, dict):
-        raise ValueError(f"{file}: holds a {type(data).__name__}, not a dictionary of tensors")
-    if "stage" in data and data["stage"] != "ae":
+    ours = isinstance(data, dict) and "stage" in data
+    if ours and data["stage"] != "ae":
         raise ValueError(f"{file}: a checkpoint of stage {data['stage']!r}, not of an autoencoder; "
                          "give one of train_ae.py")
+    weights = state_dict(file, {"model": data.get("model")} if ours else data, ENDS)
+    theirs = any(name.startswith("encoder.down_blocks.") for name in weights)
+    config_file, settings = None, {}
+    # beside any other file a config.json is not about it
+    if theirs or (not ours and file.name.startswith("diffusion_pytorch_model")):
+        config_file, settings = read_settings(file)
     try:
-        if "stage" in data:
-            config = AEConfig(**data["ae_config"])
-            weights = dict(data["model"])
-        else:
-            config, weights = foreign_weights(file, data, settings)
+        config = AEConfig(**data["ae_config"]) if ours else foreign_config(file, weights, settings)
         with torch.device("meta"):                      # no memory yet, no random draws
             ae = AutoencoderKL(config)
     except Exception as err:                            # of a foreign shape, number or type
-        if str(err).startswith(str(file)):
+        if str(err).startswith(f"{file}: "):
             raise
         raise ValueError(f"{file}: builds no autoencoder of this version ({err!r:.200}); give a "
                          "whole ckpt.pt of train_ae.py") from err
-    fill(ae, weights, file)
-    if settings:
-        mean = settings.get("latents_mean") or settings.get("shift_factor") or 0.0
-        std = torch.as_tensor(settings.get("latents_std") or 1.0)
-        ae.set_latent_stats(mean, std / (settings.get("scaling_factor") or 1.0))
+    if config.in_channels != 3:
+        raise ValueError(f"{file}: an autoencoder of images of {config.in_channels} channels; this "
+                         "code works on RGB images, of 3")
+    fill(ae, weights, file, theirs)
+    if config_file:
+        set_latent_stats(ae, config_file, settings)
     return ae.eval()
 
 
 # ---------------------------------------------------------------------------- transformers
+LAST = ("final_layer.linear.weight", "final_layer.linear.bias")     # of a SiT
+
+
 def turn_round(state, C):
     """
     Rewrite a state dict of the original SiT for our time and sign, C latent channels.
@@ -250,7 +396,7 @@ def turn_round(state, C):
     v(x, t) = -v_SiT(x, 1 - t). The variance channels go, the sign goes into the last layer and the
     reversal into the first time layer: cos and sin of (1 - t) f are linear in those of t f.
     """
-    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+    for key in LAST:
         rows = state[key].unflatten(0, (-1, 2 * C))     # by (row, column) of the patch, channel
         state[key] = -rows[:, :C].flatten(0, 1)
     # the frequencies of sinusoid
@@ -263,45 +409,37 @@ def turn_round(state, C):
 def load_transformer(model, path):
     """
     Fill a model with the weights of a SiT, REPA or U-ViT file, or of one of ours, and return it.
-    A dict with "ema" or "model" (ema wins) or a bare state dict; "module." is stripped, REPA's
-    projectors are dropped. Two kinds of file are rewritten, so that the loaded network is an
-    ordinary one and stays so when it is saved again:
+    path  a file, or a folder with one. Two kinds of file are rewritten, so that the loaded network
+          is an ordinary one and stays so when it is saved again:
       original SiT  known by twice the output channels (learn_sigma); see turn_round
       U-ViT-H       trained with conv=False: the missing final convolution becomes the identity
     What a file was trained on cannot be told from its keys: DiT files (eps-prediction) and
     U-ViT-L/2 on ImageNet-256 (continuous VP-SDE) load, but belong to neither process of dit.py.
-    raises  FileNotFoundError; ValueError for a file that is no checkpoint, or does not fit the
-            model's depth, width, size or classes
+    raises  FileNotFoundError; ValueError for a file that is no checkpoint, does not fit the model's
+            depth, width, size or classes, or is not finite
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file; give a SiT, REPA or U-ViT checkpoint")
-    try:
-        data = unpickle(path, [argparse.Namespace])     # SiT and REPA keep their flags in the file
-    except Exception as error:                          # what is no pickle fails in a dozen ways
-        raise ValueError(f"{path}: not a checkpoint of tensors and plain values "
-                         f"({error!r:.100})") from error
-    data = unwrap(data, "ema", "model")
-    if not isinstance(data, dict) or not all(torch.is_tensor(value) for value in data.values()):
-        raise ValueError(f"{path}: neither a state dict nor a dict with one under 'ema' or 'model'")
-    state = {key.removeprefix("module."): value for key, value in data.items()
-             if "projectors." not in key}
-
+    file = find_file(path, "give a SiT, REPA or U-ViT checkpoint")
     want = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    last = state.get("final_layer.linear.weight")
-    if last is not None and last.shape[0] == 2 * want.get("final_layer.linear.weight", (0,))[0]:
-        turn_round(state, model.in_channels)
+    state = state_dict(file, read_file(file), want.keys())
     if isinstance(model, UViT) and not any(key.startswith("final_layer.") for key in state):
         state["final_layer.weight"] = nn.init.dirac_(torch.empty(model.final_layer.weight.shape))
         state["final_layer.bias"] = torch.zeros(model.in_channels)
 
     have = {key: tuple(value.shape) for key, value in state.items()}
+    rows = want.get(LAST[0], (0,))[0]
+    backwards = rows > 0 and have.get(LAST[0], ())[:1] == (2 * rows,)
+    if backwards:
+        want |= {key: (2 * rows, *want[key][1:]) for key in LAST}
     wrong = [key for key in sorted(have.keys() | want.keys()) if have.get(key) != want.get(key)]
     if wrong:
         there = have.get(wrong[0], "missing")
         here = want.get(wrong[0], "unknown")
-        raise ValueError(f"{path}: does not fit this {type(model).__name__} ({len(wrong)} of "
+        raise ValueError(f"{file}: does not fit this {type(model).__name__} ({len(wrong)} of "
                          f"{len(want)} entries): {wrong[0]} is {there} in the file and {here} in "
                          "the model; build the model with the file's size, patch, input_size, "
                          "in_channels and num_classes")
+    state = {key: as_float32(file, key, value) for key, value in state.items()}
+    if backwards:
+        turn_round(state, model.in_channels)
     model.load_state_dict(state)
     return model

@@ -388,7 +388,8 @@ def table():
         "side. FD-cifar and rFD-cifar use the features of a network with "
         f"{100 * one['labelnet_accuracy']:.1f}% accuracy on held-out images. 2,000 held-out images "
         f"themselves have an FD-cifar of {one['FD_cifar_of_held_out_images']:.2f}. Hardware: "
-        f"{', '.join(hardware)}. Commands, logs and versions are in `experiments/results/`.", 110)
+        f"{', '.join(hardware)}. Commands, logs and versions are in `experiments/results/`.",
+        110, break_on_hyphens=False)
     for title, names in TABLES.items():
         lines += ["", f"**{title}** in miniature", ""]
         lines.append(table_row("run", *[heading for heading, _ in COLUMNS.values()]))

@@ -45,7 +45,7 @@ BASE = {                                   # flags before those of a row, which 
     "train_diffusion": f"{TINY} --model SiT-tiny/4 --encode_batch 4 --sample_steps 2 --ae {{ae}} "
         "--data {images} --cache {cache} --out out",
     "data pack": "--workers 0 --size 16 --out x.zip",
-    "spectral": "--plot x.png",
+    "ideas": "--plot x.png",
     "evaluate recon": "--ae {ae} --workers 0 --device cpu",
     "evaluate gen": "--ckpt {run}/ckpt.pt --num_samples 2 --steps 2 --workers 0 --device cpu "
         "--out out",
@@ -117,7 +117,7 @@ def start(made, here, monkeypatch):
         module = importlib.import_module(script)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *words, *flags])
         errors = contextlib.nullcontext()
-        if script.startswith(("train", "evaluate")):
+        if script.startswith(("train", "evaluate", "ideas")):
             errors = runtime.one_line_errors()
         with errors:
             module.main()
@@ -134,8 +134,7 @@ def refused(start, capsys):
             start(command)
         error = capsys.readouterr().err
         assert exit.value.code == 2 and words in error, error
-        # in spectral.py argparse shows its usage first
-        assert error.count("\n") == 1 or command.startswith("spectral"), error
+        assert error.count("\n") == 1, error
         assert tree(".") == before
     return refused
 
@@ -208,10 +207,11 @@ OTHER_FLAGS = [
     "data pack --count 3 --workers 100000", "data pack --out x.tar",
     ("data pack --out {ae}/x.zip", "ckpt.pt"), ("data pack --data {ae}", "--data"),
     "data pack --data nowhere", ("data unpack", "invalid choice"),
-    (f"data pack --data {300 * 'x'}", "xxx"), "spectral --size 60", "spectral --size 0",
-    ("spectral --image nowhere.png", "nowhere.png"), ("spectral --image {ae}", "--image"),
-    ("spectral --image {images}", "directory"), ("spectral --plot nowhere/x.png", "--plot"),
-    "spectral --plot x.txt", "spectral --plot .", "spectral --size 1000000",
+    (f"data pack --data {300 * 'x'}", "xxx"), "ideas --size 60", "ideas --size 0",
+    ("ideas --image nowhere.png", "nowhere.png"), ("ideas --image {ae}", "--image"),
+    ("ideas --image {images}", "no file"), ("ideas --plot nowhere/x.png", "--plot"),
+    "ideas --plot x.txt", "ideas --plot .", "ideas --size 1000000",
+    "ideas --pipeline x.png --size 72", ("ideas --plot ''", "--pipeline"),
 ]
 TABLES = {"train_ae ": AE_FLAGS, "train_diffusion ": DIFFUSION_FLAGS, "evaluate ": EVALUATE_FLAGS,
     "": OTHER_FLAGS}

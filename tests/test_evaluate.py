@@ -3,22 +3,19 @@ Figures and commands of evaluate.py, on small material and with random Inception
 the real ones.
 """
 import csv
-import inspect
 import json
 import urllib.error
 
 import numpy as np
 import pytest
 import torch
-from test_train_diffusion import flags_of
 
 import evaluate
-import repa
 import runtime
-import spectral
 import train_diffusion
 from conftest import run
 from figures import pca_rgb
+from test_train_diffusion import flags_of
 
 
 def results(folder):
@@ -96,11 +93,6 @@ def test_similarity_of_one_file_and_features_without_an_autoencoder(
     assert (tmp_path / "out" / "spectrum.csv").read_text().count("random encoder") == 16
     with pytest.raises(ValueError, match="--image nowhere.png: No such file"):
         run(evaluate, "similarity", *common, "--image", "nowhere.png", monkeypatch=monkeypatch)
-
-
-def test_the_figure_shows_the_default_sigmas():
-    """spectral.py cannot import repa.py; its DoG panel names the same pair."""
-    assert f"(sigma1, sigma2) == {repa.DOG_SIGMAS}" in inspect.getsource(spectral.plot)
 
 
 def test_recon_counts_every_image(material, tmp_path, monkeypatch, inception_home):

@@ -1,16 +1,20 @@
-"""The miniature's bookkeeping: tables and verdicts from result files, the README in step with them, and the network whose features it uses."""
+"""
+The miniature's bookkeeping: tables and verdicts from result files, its page in step with them, and
+the network whose features it uses.
+"""
 import json
 import math
+import pathlib
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import evaluate
-import miniature
 import repa
 import train_ae
 import train_diffusion
+from experiments import miniature
 from vae import AEConfig, AutoencoderKL
 
 
@@ -18,9 +22,11 @@ def plant(folder, **values):
     """Result files {name: [FD-cifar of seed 0, of seed 1, ...]}."""
     for name, distances in values.items():
         for seed, distance in enumerate(distances):
-            numbers = dict(psnr=30.0 + seed, rFD_cifar=3.0, esm=0.05, esm_shape=0.04, alpha=1.5, FD_cifar=distance, SWD_32px=40.0, spectral_KL=0.002)
-            (folder / f"{name}-s{seed}.json").write_text(json.dumps(dict(name=name, seed=seed, samples=2000, labelnet_accuracy=0.75,
-                                                                         FD_cifar_of_held_out_images=0.5, hardware="a laptop", numbers=numbers)))
+            numbers = dict(psnr=30.0 + seed, rFD_cifar=3.0, esm=0.05, esm_shape=0.04, alpha=1.5,
+                           FD_cifar=distance, SWD_32px=40.0, spectral_KL=0.002)
+            result = dict(name=name, seed=seed, samples=2000, labelnet_accuracy=0.75,
+                          FD_cifar_of_held_out_images=0.5, hardware="a laptop", numbers=numbers)
+            (folder / f"{name}-s{seed}.json").write_text(json.dumps(result))
 
 
 def test_the_table_shows_every_run_and_says_what_is_missing(tmp_path, monkeypatch):
@@ -28,34 +34,49 @@ def test_the_table_shows_every_run_and_says_what_is_missing(tmp_path, monkeypatc
     monkeypatch.setattr(miniature, "RESULTS", tmp_path)
     plant(tmp_path, kl=[10.0, 11.0], esm=[8.0, 8.5])
     text = miniature.table()
-    assert "| `kl` | 30.00 / 31.00 | 3.00 / 3.00 |" in text and "| 10.00 / 11.00 |" in text and "| `se` | not run |" in text
-    assert "75.0% accuracy" in text and "a laptop" in text
+    assert "| `kl` | 30.00 / 31.00 | 3.00 / 3.00 |" in text and "| 10.00 / 11.00 |" in text
+    assert "| `se` | not run |" in text
+    words = " ".join(text.split())                         # prose is wrapped
+    assert "75.0% accuracy" in words and "a laptop" in words
 
 
-@pytest.mark.parametrize("esm, kl, word", [([8.0, 8.5], [10.0, 11.0], "agreement"), ([10.0, 11.0], [8.0, 8.5], "contradiction"),
-                                           ([9.0, 11.0], [10.0, 11.5], "undecided"), ([8.0], [10.0], "one seed, as the paper"), ([], [1.0], "not run")])
+@pytest.mark.parametrize("esm, kl, word", [
+    ([8.0, 8.5], [10.0, 11.0], "agreement"), ([10.0, 11.0], [8.0, 8.5], "contradiction"),
+    ([9.0, 11.0], [10.0, 11.5], "undecided"), ([8.0], [10.0], "one seed, as the paper"),
+    ([], [1.0], "not run")])
 def test_the_verdict_follows_the_protocol(esm, kl, word, tmp_path, monkeypatch):
     """The gap of the means must exceed the larger spread between two seeds."""
     monkeypatch.setattr(miniature, "RESULTS", tmp_path)
     plant(tmp_path, kl=kl, esm=esm)
-    row = next(line for line in miniature.table().splitlines() if line.startswith("| FD-cifar: `esm` below `kl` |"))
+    row, = [line for line in miniature.table().splitlines()
+            if line.startswith("| FD-cifar: `esm` below `kl` |")]
     assert word in row
 
 
-def test_the_readme_shows_the_committed_results():
-    """The tables in README.md are what `python miniature.py table` writes from assets/results."""
-    if not list(miniature.RESULTS.glob("*.json")):
-        pytest.skip("no results yet")
-    readme = (miniature.RESULTS.parent.parent / "README.md").read_text()
+def test_the_page_shows_the_committed_results():
+    """The tables in experiments/README.md are what the command `table` writes from its results."""
+    page = (miniature.HERE / "README.md").read_text()
     begin, end = miniature.MARKS
-    assert readme.split(begin)[1].split(end)[0].strip() == miniature.table().strip()
+    assert page.split(begin)[1].split(end)[0].strip() == miniature.table().strip()
+
+
+def test_the_tables_go_between_their_marks(tmp_path, monkeypatch):
+    """What stands before and after them stays; a second time changes nothing."""
+    begin, end = miniature.MARKS
+    monkeypatch.setattr(miniature, "HERE", tmp_path)
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n\n{begin}\nold\n{end}\n\nafter\n")
+    for _ in range(2):
+        miniature.write_readme("new")
+        assert page.read_text() == f"before\n\n{begin}\nnew\n{end}\n\nafter\n"
 
 
 def test_every_run_of_the_plan_appears_in_a_table():
-    """No run without a table, no row and no claim without a run; every run with every seed, once."""
-    names = [name for rows in miniature.TABLES.values() for name in rows]
-    assert sorted(miniature.plan()) == sorted((name, seed) for name in set(names) for seed in miniature.SEEDS)
-    assert {name for _, *claim in miniature.CLAIMS for name in claim} <= set(names)
+    """No run without a table, no row and no claim without a run; each run with each seed, once."""
+    names = {name for rows in miniature.TABLES.values() for name in rows}
+    every = [(name, seed) for name in names for seed in miniature.SEEDS]
+    assert sorted(miniature.plan()) == sorted(every)
+    assert {name for _, *claim in miniature.CLAIMS for name in claim} <= names
     assert {key for key, *_ in miniature.CLAIMS} <= miniature.COLUMNS.keys()
 
 
@@ -63,58 +84,100 @@ def test_every_run_of_the_plan_appears_in_a_table():
 def test_the_commands_are_understood(name, monkeypatch):
     """Each script takes its flags, and finds what the command before it leaves."""
     parsed = []
-    for command, module in zip(miniature.commands(name, 1, "cifar10", miniature.pathlib.Path("out/m")), (train_ae, train_diffusion, evaluate)):
+    commands = miniature.commands(name, 1, "cifar10", pathlib.Path("out/m"))
+    for command, module in zip(commands, (train_ae, train_diffusion, evaluate)):
         monkeypatch.setattr("sys.argv", command)
         parsed.append(module.get_args())
     ae, sit, gen = parsed
-    assert sit.ae == f"{ae.out}/ckpt.pt" and gen.ckpt == f"{sit.out}/ckpt.pt" and (ae.seed, sit.seed) == (1, 1)
+    assert sit.ae == f"{ae.out}/ckpt.pt" and gen.ckpt == f"{sit.out}/ckpt.pt"
+    assert (ae.seed, sit.seed) == (1, 1)
     assert (ae.steps, sit.steps) == (miniature.AE_STEPS, miniature.SIT_STEPS)
 
 
+@pytest.fixture
+def called(monkeypatch):
+    """The commands of miniature.run_one, which are not run; called.code: how each one ends."""
+    class Calls(list):
+        code = 0
+
+    def run(command, **options):
+        calls.append(command)
+        return miniature.subprocess.CompletedProcess(command, calls.code)
+    calls = Calls()
+    monkeypatch.setattr(miniature.subprocess, "run", run)
+    return calls
+
+
 @pytest.mark.parametrize("code", [0, 2])
-def test_a_run_that_was_stopped_is_no_result(code, tmp_path, monkeypatch):
-    """A signal ends a training script early with code 0: the next stage must not start, whatever the code."""
-    calls = []
-    monkeypatch.setattr(miniature.subprocess, "run", lambda command, **kw: calls.append(command) or miniature.subprocess.CompletedProcess(command, code))
+def test_a_run_that_was_stopped_is_no_result(code, called, tmp_path):
+    """A signal ends a training script early with code 0: no next stage, whatever the code."""
+    called.code = code
     with pytest.raises(ValueError, match="train_ae.py did not reach its end"):
         miniature.run_one("kl", 0, "cifar10", tmp_path)
-    assert len(calls) == 1
+    assert len(called) == 1
 
 
-def test_a_run_of_other_commands_is_refused(tmp_path, monkeypatch):
+def test_a_run_of_other_commands_is_refused(called, tmp_path):
     """What lies in the folder of another protocol is not taken for a result of this one."""
-    (tmp_path / "diffusion" / "kl-s0").mkdir(parents=True)
-    (tmp_path / "diffusion" / "kl-s0" / "commands.txt").write_text("python train_ae.py --steps 1\n")
-    monkeypatch.setattr(miniature.subprocess, "run", lambda *args, **kw: pytest.fail("nothing may run"))
+    note = tmp_path / "diffusion" / "kl-s0" / "commands.txt"
+    note.parent.mkdir(parents=True)
+    note.write_text("python train_ae.py --steps 1\n")
     with pytest.raises(ValueError, match="made by other commands"):
         miniature.run_one("kl", 0, "cifar10", tmp_path)
+    assert not called
+
+
+def test_the_project_is_found_from_any_folder(called, tmp_path, monkeypatch):
+    """Scripts and LabelNet by their full paths; the recorded commands name them from the root."""
+    steps = dict(ae=miniature.AE_STEPS, diffusion=miniature.SIT_STEPS)
+    reached = lambda folder, stage: steps[stage] * any(str(folder) in words for words in called)
+    monkeypatch.setattr(miniature, "trained", reached)
+    monkeypatch.chdir(tmp_path)
+    miniature.run_one("kl-dog", 0, "cifar10", pathlib.Path("out"))
+    assert [pathlib.Path(words[1]).name for words in called] == [
+        "train_ae.py", "train_diffusion.py", "evaluate.py"]
+    train_diffusion_words = called[1]
+    source = train_diffusion_words[train_diffusion_words.index("--encoder_source") + 1]
+    for path in [source, *(words[1] for words in called)]:
+        assert pathlib.Path(path).is_absolute() and pathlib.Path(path).is_file()
+    recorded = pathlib.Path("out/diffusion/kl-dog-s0/commands.txt").read_text()
+    assert "--encoder_source experiments/labelnet.pt" in recorded
+    assert recorded.startswith("python train_ae.py ") and str(miniature.ROOT) not in recorded
 
 
 def test_divergence_without_the_scale():
-    """Latents three times as large have another ESM divergence, and the same one at their best scale: diffusion sees no scale."""
-    ae = AutoencoderKL(AEConfig(ch=8, ch_mult=(1, 2), latent_channels=2, num_res_blocks=1, norm_groups=2))
-    images = torch.nn.functional.interpolate(torch.randn(4, 3, 8, 12), scale_factor=2, mode="bilinear")
-    latents = miniature.encode_all(ae, images, 4, seed=0).transpose(0, 1).flatten(1)       # (C, B*h*w)
+    """
+    Latents three times as large have another ESM divergence, and the same one at their best scale:
+    diffusion sees no scale.
+    """
+    ae = AutoencoderKL(AEConfig(ch=8, ch_mult=(1, 2), latent_channels=2, num_res_blocks=1,
+                                norm_groups=2))
+    images = F.interpolate(torch.randn(4, 3, 8, 12), scale_factor=2, mode="bilinear")
+    latents = miniature.encode_all(ae, images, 4, seed=0).transpose(0, 1).flatten(1)  # (C, B*h*w)
     mean, std = latents.mean(1), latents.std(1)
     ae.set_latent_stats(mean, std)
     before = miniature.divergences(ae, images)
     with torch.no_grad():
         ae.quant_conv.weight[:2] *= 3
         ae.quant_conv.bias[:2] *= 3
-        ae.quant_conv.bias[2:] += 2 * math.log(3)                                          # the posterior's noise, too
+        ae.quant_conv.bias[2:] += 2 * math.log(3)          # the posterior's noise, too
     ae.set_latent_stats(3 * mean, 3 * std)
     after = miniature.divergences(ae, images)
     assert abs(after[0] - before[0]) > 1e-3 and after[1] == pytest.approx(before[1], rel=1e-4)
 
 
 def test_the_network_of_fd_cifar_is_part_of_the_project():
-    """assets/labelnet.pt loads as a target encoder and knows its accuracy."""
+    """experiments/labelnet.pt loads as a target encoder and knows its accuracy."""
     assert torch.load(miniature.LABELNET, weights_only=True)["accuracy"] > 0.8
-    assert repa.load_encoder(source=str(miniature.LABELNET))(torch.zeros(1, 3, 32, 32), (8, 8)).shape == (1, 64, 96)
+    encoder = repa.load_encoder(source=str(miniature.LABELNET))
+    assert encoder(torch.zeros(1, 3, 32, 32), (8, 8)).shape == (1, 64, 96)
 
 
 def test_labelnet_is_a_target_encoder(tmp_path):
-    """The file that miniature.py writes loads as --encoder_source; its tokens are the second stage of the network on the image as it is."""
+    """
+    The file that miniature.py writes loads as --encoder_source; its tokens are the second stage of
+    the network on the image as it is.
+    """
     net = repa.LabelNet(num_classes=3).eval()
     with torch.no_grad():
         for module in net.modules():
@@ -124,8 +187,9 @@ def test_labelnet_is_a_target_encoder(tmp_path):
     encoder = repa.load_encoder(source=str(tmp_path / "labelnet.pt"))
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
-        expected = net.stage(images, net.stages[:2]).flatten(2).transpose(1, 2)            # (B, 64, 96)
-    torch.testing.assert_close(encoder(images, (8, 8)), F.layer_norm(expected, (96,)), rtol=1e-3, atol=1e-4)
+        expected = net.stage(images, net.stages[:2]).flatten(2).transpose(1, 2)  # (B, 64, 96)
+    expected = F.layer_norm(expected, (96,))
+    torch.testing.assert_close(encoder(images, (8, 8)), expected, rtol=1e-3, atol=1e-4)
     assert net(images).shape == (2, 3) and net.pooled(images).shape == (2, 192)
 
 

@@ -95,17 +95,47 @@ def test_dog_kills_constants_everywhere_and_ramps_away_from_the_border():
     assert out[0].abs().max() > 1                          # and it was not zero everywhere
 
 
-def test_dog_of_a_channel_is_a_unit_std_and_norm_std_sets_it():
+def test_norm_std_is_the_factor_on_the_mean():
     """
-    After the filter every channel has the std norm_std over the tokens, whatever its scale was; no
-    cosine sees norm_std.
+    Table 6: iREPA takes 0.6 of each channel's mean off, then divides by the std; a DoG has no mean
+    left, so there the factor changes nothing; its channels have std 1.
     """
-    tokens = torch.randn(2, 126, 5) * torch.tensor([0.1, 1, 5, 30, 200])
-    one = filter_target(tokens, "dog", GRID)
-    half = filter_target(tokens, "dog", GRID, norm_std=0.5)
-    close(one.std(1, correction=0), torch.ones(2, 5), rtol=1e-3, atol=0)
-    close(half.std(1, correction=0), torch.full((2, 5), 0.5), rtol=1e-3, atol=0)
-    close(alignment_loss(tokens, half), alignment_loss(tokens, one))
+    tokens = 3 * torch.randn(2, 12 * 16, 5) + 2
+    mean, std = tokens.mean(1, keepdim=True), tokens.std(1, keepdim=True, correction=0)
+    for share in (0.0, 0.6, 1.0):
+        close(filter_target(tokens, "spnorm", (12, 16), norm_std=share),
+              (tokens - share * mean) / (std + 1e-6))
+        assert torch.equal(filter_target(tokens, "dog", (12, 16), norm_std=share),
+                           filter_target(tokens, "dog", (12, 16)))
+    assert torch.equal(filter_target(tokens, "spnorm", (12, 16)),
+                       filter_target(tokens, "spnorm", (12, 16), norm_std=0.6))
+    close(filter_target(tokens, "dog", (12, 16)).std(1, correction=0), torch.ones(2, 5))
+
+
+def test_the_mlp_projector_starts_as_repas():
+    """Xavier: uniform in +- sqrt(6 / (in + out)), so the std is that over sqrt(3); biases 0."""
+    layers = Projector("mlp", 384, 768).layers[::2]
+    for linear in layers:
+        bound = (6 / sum(linear.weight.shape)) ** 0.5
+        assert bound * 0.99 < linear.weight.abs().max() <= bound
+        close(linear.weight.std(), torch.tensor(bound / 3 ** 0.5), rtol=0.02, atol=0)
+        assert not linear.bias.any()
+
+
+def test_va_vaes_input_convention():
+    """resize bilinear, no ImageNet statistics: the network sees the image itself, resized so."""
+    class Seen(torch.nn.Module):
+        def forward_features(self, x):
+            self.x = x
+            return {"x_norm_patchtokens": torch.zeros(len(x), 6, 4)}
+    images = torch.rand(2, 3, 64, 96) * 2 - 1
+    theirs = Encoder(Seen(), 4, resize="bilinear", imagenet=False)
+    theirs(images, (2, 3))
+    expected = F.interpolate(images, (28, 42), mode="bilinear", align_corners=False)
+    close(theirs.network.x, expected)
+    ours = Encoder(Seen(), 4)
+    ours(images, (2, 3))
+    assert not torch.allclose(ours.network.x, expected, atol=0.1)
 
 
 def test_default_sigmas_pass_the_layout_band():
