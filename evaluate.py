@@ -1,13 +1,13 @@
 """
 Every number and figure of the project, by one command each.
 
-    recon       PSNR, SSIM, LPIPS, rFID on held-out images                          Table 2, left
-    gen         sample; FID, IS, KID, precision and recall, SWD, spectral KL;       Table 2, right;
-                npz, grid                                                           Tables 3, 4
+    recon       PSNR, SSIM, LPIPS, rFID on held-out images                          Tables 2, 3
+    gen         sample; FID, IS, KID, precision and recall, SWD, spectral KL;       Tables 2, 3, 4
+                npz, grid
     fid A B     Frechet distance of two sets: folder, zip, npz of images or of statistics
-    spectrum    radial PSD of images and of the latents of any autoencoders         Figs. 5, 7, 8
-    bands       does a low-passed latent decode to the low-passed image?            Sec. 3.3,
-                which band feeds which?                                             Fig. 10
+    spectrum    radial PSD of images and of the latents of any autoencoders         Figs. 4, 5, 7, 8
+    bands       does a low-passed latent decode to the low-passed image?            Alg. 2;
+                which band feeds which?                                             our figure
     latents     latents as pictures, PCA to RGB                                     Fig. 3
     similarity  which tokens a token resembles, for each target of REPA             Fig. 6
 

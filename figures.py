@@ -1,9 +1,9 @@
 """
-Every figure but that of spectral.py. What the scripts share: latents as colours (Fig. 3), grids of
+Every figure but those of ideas.py. What the scripts share: latents as colours (Fig. 3), grids of
 samples, labelled rows; and the figures of evaluate.py:
 
-    spectrum_figure     radial PSD of images and of latents                        Figs. 5, 7, 8
-    bands_figure        does a low-passed latent decode to the low-passed image?   Sec. 3.3, Fig. 10
+    spectrum_figure     radial PSD of images and of latents                        Figs. 4, 5, 7, 8
+    bands_figure        does a low-passed latent decode to the low-passed image?   ours, to Alg. 2
     latents_figure      latents as pictures                                        Fig. 3
     similarity_figure   which tokens a token resembles, for each target of REPA    Fig. 6
 

@@ -3,9 +3,10 @@ The paper in two figures, drawn from one image.
 
     python ideas.py --plot assets/ideas.png --pipeline assets/pipeline.png
 
-    --plot       Fig. 2; the power law; ESM's targets; Prop. 3.1; DSM's masks (Fig. 10, A.7);
-                 downsampling as a low-pass (Fig. 9, A.4); the DoG of Eq. 6
-    --pipeline   Fig. 1: where ESM and DSM enter the training of an autoencoder
+    --plot       an image without its magnitudes, Fig. 2; its power law; the targets of ESM; what
+                 a denoiser can learn, Prop. 3.1; the masks of DSM, Fig. 10; downsampling as a
+                 low-pass, Fig. 9; the DoG of Eq. 6
+    --pipeline   where ESM and DSM enter the training of an autoencoder, Fig. 1
 
 Everything is computed by spectral.py from the image that is shown. Only the pipeline's latent is a
 stand-in, the image made 4 times smaller, so that no trained autoencoder is needed.

@@ -1,10 +1,10 @@
 """
-Every training loss of an autoencoder. What the methods of Table 1 have in common: a term on the
-spectrum of the latent, or a pair (target, latent) that went through the same operation, so that the
-decoder learns to map one to the other.
+Every training loss of an autoencoder. ESM, DSM and the methods of Table 1 add a term on the latent,
+or decode a pair (target, latent) that went through the same operation, so that the decoder learns
+to map one to the other.
 
-    kl_loss              SD-VAE: KL(q(z|x) || N(0, 1)), weight 1e-6
-    esm_loss             ESM: KL(P_image^gamma || P_latent), weight 0.01 (Sec. 3.2, Alg. 1)
+    kl_loss              SD-VAE: KL(q(z|x) || N(0, 1)), weight 1e-6 (Eq. 2)
+    esm_loss             ESM: KL(P_image^gamma || P_latent), weight 0.01 (Sec. 3.3, Alg. 1, Eq. 3)
     dsm_pair             DSM: x, z -> both DCT-masked, one n of {0, 8, 10, 12} (Alg. 2, Fig. 10)
     scale_pair           Scale Equivariance: x, z -> both downsampled, k of 1, 2, 4 (low-pass: A.4)
     eq_pair              EQ-VAE: x, z -> both scaled and rotated

@@ -96,8 +96,9 @@ def unpickle(path):
         classes = [(InertDict if name.endswith(("dict", "Dict", "CfgNode")) else Inert, name)
                    for name in foreign]
         try:
-            with torch.serialization.safe_globals(classes):
-                return torch.load(path, map_location="cpu", weights_only=True)
+            # open: of a name torch.load reads its ending
+            with torch.serialization.safe_globals(classes), open(path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as err:    # files of before 2020 tell their classes one by one
             met = re.search(r"GLOBAL (\S+)", str(err))
             name = met and (met[1] if "." in met[1] else f"builtins.{met[1]}")

@@ -6,7 +6,7 @@ Speed and memory, side by side in one run: a number behind every default, and be
                                                hour on two cores
     python tests/benchmark.py --section theory off         some of it
 
-    costs         the README's table: hours, bytes and disk of every preset, from FLOPs and sizes
+    costs         the GUIDE's table: hours, bytes and disk of every preset, from FLOPs and sizes
     theory        FLOPs of each network against known figures, the machine's measured rates, and
                   what these allow
     off           ASSERTED: a term that is off runs no operator. All else is reported, not asserted
@@ -1062,7 +1062,7 @@ def ae_gflop(name, steps):
 
 def costs(args, mfu=0.4):
     """
-    The README's table: training FLOPs of each preset (forward KNOWN x 3, frozen networks x 1 and
+    The GUIDE's table: training FLOPs of each preset (forward KNOWN x 3, frozen networks x 1 and
     their gradient), hours at an ASSUMED share of the bf16 matmul rate, for no GPU was at hand;
     gradients, data and disk follow from sizes alone.
     """
@@ -1074,7 +1074,8 @@ def costs(args, mfu=0.4):
         ("train_ae, celeba-f16d16", ae_gflop("f16d16", 500_000), 500_000, 48, 64.4, packed),
         ("train_ae, celeba-f8d4", ae_gflop("f8d4", 500_000), 500_000, 48, 83.7, packed),
         ("train_ae, imagenet-f16d16", ae_gflop("f16d16", 600_000), 600_000, 128, 64.4, packed),
-        ("train_diffusion, celeba-f16d16 (UViT-S/1)", uvit, 500_000, 256, 44.8, latent),
+        ("train_diffusion, celeba-f16d16 (UViT-S/1)", uvit, 300_000, 256, 44.8, latent),
+        ("train_diffusion, celeba-f8d4 (UViT-S/2)", uvit, 500_000, 256, 44.8, latent),
         ("train_diffusion, imagenet-f16d16 (SiT-B/1)", sit, 400_000, 256, 130.5, latent),
         ("train_diffusion, imagenet-repa (SiT-B/2)", sit + KNOWN["ViT-B/14"] + 3, 400_000, 256,
          130.5, packed),

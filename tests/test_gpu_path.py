@@ -248,3 +248,27 @@ def test_compiled_training_is_eager_training(reg, tmp_path, monkeypatch, request
     assert logs["cold"] == logs["warm"]
     for eager, cold in zip(logs["eager"], logs["cold"], strict=True):
         assert eager == pytest.approx(cold, rel=1e-4, abs=1e-5)
+
+
+def test_what_differs_between_cpu_and_gpu_is_decided_in_one_place(monkeypatch, capsys):
+    """runtime.Compute: the defaults of both devices; flags win; channels_last goes with compiling."""
+    for name in ("allow_tf32", "benchmark"):
+        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+    cpu = runtime.Compute(0, 1, torch.device("cpu"))
+    assert (cpu.dtype, cpu.compiling, torch.backends.cudnn.benchmark) == ("fp32", False, False)
+    gpu = runtime.Compute(0, 1, torch.device("cuda"), fixed_size=True)
+    assert (gpu.dtype, gpu.compiling) == ("bf16", True)
+    assert torch.backends.cudnn.benchmark and torch.backends.cudnn.allow_tf32
+    eager = runtime.Compute(1, 2, torch.device("cuda"), "fp32", "off")
+    assert not torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
+    for compute, last in ((cpu, False), (gpu, True), (eager, False)):
+        network = torch.nn.Conv2d(4, 8, 3)
+        compute.channels_last(network, None)
+        assert network.weight.is_contiguous(memory_format=torch.channels_last) == last
+    monkeypatch.setattr(torch, "compile", lambda function: "compiled")
+    assert gpu.compiled(len) == "compiled" and eager.compiled(len) is len
+    for compute in (gpu, eager):
+        compute.say("from rank 0")
+        compute.warn_of_compilation()
+    said = capsys.readouterr().out
+    assert said.count("from rank 0") == 1 and said.count("--compile off") == 1

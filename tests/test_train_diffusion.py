@@ -228,7 +228,7 @@ def test_labels_are_dropped_and_average_is_sampled(material, tmp_path, monkeypat
     (["--ae", "nowhere.pt"], "nowhere.pt"), (["--data", "nowhere"], "--data nowhere"),
     (["--ae", "README.md"], "README.md"),
     (["--repa", "dog", "--encoder_source", "random", "--repa_depth", "3"], "--repa_depth 3"),
-    (["--dog_sigma1", "3"], "--dog_sigma1 3"), (["--norm_std", "0"], "--norm_std 0"),
+    (["--dog_sigma1", "3"], "--dog_sigma1 3"), (["--norm_std", "1.5"], "--norm_std 1.5"),
     (["--repa", "dog", "--encoder", "resnet"], "resnet")])
 def test_bad_flags_end_with_one_line(flags, culprit, material, tmp_path, monkeypatch, capsys):
     """Exit code 2, one line with the culprit, no run folder."""
