@@ -49,7 +49,8 @@ def find_file(path, hint, *subfolders):
         if len(places) == 1:                            # of several snapshots none is ours to take
             places = [places[0], *(places[0] / name for name in subfolders)]
             there = [file for place in places for file in sorted(place.glob("*"))]
-        found = [place / name for place in places for name in NAMES if place / name in there]
+        found = sorted((file for file in there if file.name in NAMES),
+                       key=lambda file: (places.index(file.parent), NAMES.index(file.name)))
         weights = [file for file in there if file.suffix in ENDINGS]
         if not found and len(weights) != 1:
             names = ", ".join(str(file.relative_to(path)) for file in there[:9]) or "nothing"
@@ -96,7 +97,7 @@ def unpickle(path):
         classes = [(InertDict if name.endswith(("dict", "Dict", "CfgNode")) else Inert, name)
                    for name in foreign]
         try:
-            # open: of a name torch.load reads its ending
+            # given a path, torch.load would go by its ending
             with torch.serialization.safe_globals(classes), open(path, "rb") as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as err:    # files of before 2020 tell their classes one by one

@@ -506,7 +506,7 @@ def test_ddpm_levels():
 
 
 def test_eta_one_is_the_ancestral_sampler():
-    """Between neighbours eta = 1 is DDPM's own step: Ho et al. 2020, Alg. 2, posterior variance."""
+    """Between neighbours eta = 1 is DDPM's step, posterior variance (Ho et al. 2020, Alg. 2)."""
     ddpm, n = DDPM(), 400
     x, eps, z = torch.randn(3, 2, *SHAPE, dtype=torch.float64)
     a, b = ddpm.alpha_bar[n], ddpm.alpha_bar[n - 1]

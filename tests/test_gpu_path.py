@@ -251,7 +251,7 @@ def test_compiled_training_is_eager_training(reg, tmp_path, monkeypatch, request
 
 
 def test_what_differs_between_cpu_and_gpu_is_decided_in_one_place(monkeypatch, capsys):
-    """runtime.Compute: the defaults of both devices; flags win; channels_last goes with compiling."""
+    """runtime.Compute: both devices' defaults; flags win; channels_last goes with compiling."""
     for name in ("allow_tf32", "benchmark"):
         monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
     cpu = runtime.Compute(0, 1, torch.device("cpu"))

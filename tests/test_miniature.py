@@ -55,6 +55,8 @@ def test_the_verdict_follows_the_protocol(esm, kl, word, tmp_path, monkeypatch):
 
 def test_the_page_shows_the_committed_results():
     """The tables in experiments/README.md are what the command `table` writes from its results."""
+    if not list(miniature.RESULTS.glob("*.json")):
+        pytest.skip("no results yet")
     page = (miniature.HERE / "README.md").read_text()
     begin, end = miniature.MARKS
     assert page.split(begin)[1].split(end)[0].strip() == miniature.table().strip()
