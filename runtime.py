@@ -472,12 +472,20 @@ def newest(pattern, hint):
 
 def run_name(path):
     """A checkpoint's name in folders and legends: its run's folder for ckpt.pt, else its own."""
-    path = pathlib.Path(path)
-    return path.resolve().parent.name if path.stem == "ckpt" else path.stem
+    path = pathlib.Path(path).resolve()
+    if path.name == "ckpt.pt":
+        return path.parent.name
+    known = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".sft")   # and not the 5 of v1.5
+    return path.stem if path.suffix in known and not path.is_dir() else path.name
 
 
 def checkpoint_args(path):
-    """The flags with which train_ae.py made the checkpoint at path; {} for other people's files."""
+    """
+    The flags with which train_ae.py made the checkpoint at path, a file or the run's folder; {} for
+    other people's.
+    """
+    if os.path.isdir(path):
+        path = f"{path}/ckpt.pt"
     with contextlib.suppress(ValueError, OSError):
         return load_checkpoint(path, "ae").get("args", {})
     return {}

@@ -116,3 +116,18 @@ def first_images(spec, size, **options):
     """open_data, but eight built-in images."""
     from data import open_data
     return open_data(spec, size, builtin_images=8, **options)
+
+
+def test_a_runs_folder_stands_for_its_checkpoint(material, tmp_path, monkeypatch):
+    """--ae FOLDER: images, size and seed are those of the run in it; its name keeps its dots."""
+    folder = tmp_path / "run-0.5"
+    folder.symlink_to(material / "ae")
+    assert runtime.checkpoint_args(folder) == runtime.checkpoint_args(folder / "ckpt.pt") != {}
+    assert {runtime.run_name(tmp_path / name) for name in ("v1.0", "v1.5", "a.safetensors")} == \
+        {"v1.0", "v1.5", "a"}
+    monkeypatch.chdir(tmp_path)
+    run(train_diffusion, "--preset", "quick", "--model", "SiT-tiny/4", "--ae", folder, "--steps", 1,
+        "--batch_size", 4, "--device", "cpu", "--sample_steps", 2, "--encode_batch", 8,
+        "--out", "sit", monkeypatch=monkeypatch)
+    checkpoint = runtime.load_checkpoint("sit/ckpt.pt", "diffusion")
+    assert checkpoint["image_size"] == 16 and checkpoint["model_args"]["num_classes"] == 2
