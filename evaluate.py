@@ -1,22 +1,27 @@
 """
 Every number and figure of the project, by one command each.
 
-    recon       PSNR, SSIM, LPIPS, rFID on held-out images                          Tables 2, 3
+    recon       PSNR, SSIM, LPIPS, rFID on held-out images; or as the authors       Tables 2, 3
+                measured them
     gen         sample; FID, IS, KID, precision and recall, SWD, spectral KL;       Tables 2, 3, 4
-                npz, grid
+                npz, grid; --every: of all checkpoints that a run kept
     fid A B     Frechet distance of two sets: folder, zip, npz of images or of statistics
     spectrum    radial PSD of images and of the latents of any autoencoders         Figs. 4, 5, 7, 8
+                --published: beside the authors' own curves
     bands       does a low-passed latent decode to the low-passed image?            Alg. 2;
                 which band feeds which?                                             our figure
     latents     latents as pictures, PCA to RGB                                     Fig. 3
     similarity  which tokens a token resembles, for each target of REPA             Fig. 6
+    curves      what the logs of training runs say, also while they run             our figure
 
-The formulas are in metrics.py, the last four commands in figures.py. Every result is printed with
-its settings and appended to results.jsonl with command, commit and hardware. Without the Inception
-weights there is no FID, only the metrics that need none, under their own names.
+The formulas are in metrics.py, sets of images in fid.py, the last five commands in figures.py.
+Every result is printed with its settings and appended to results.jsonl with command, commit and
+hardware. Without the Inception weights there is no FID, only the metrics that need none, under
+their own names.
 """
 import argparse
 import contextlib
+import functools
 import inspect
 import json
 import math
@@ -27,20 +32,33 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import torch
-from PIL import Image
-from tqdm import tqdm
 
 import runtime
-from data import LARGEST_SIDE, ImageSet, open_data, open_source, reason, spread, val_batches
-from dit import DDPM, MODELS, Interpolant, NoiseStream
-from figures import bands_figure, latents_figure, picture_grid, similarity_figure, spectrum_figure
-from latents import autoencoder_hash, create_array, images_hash
+from data import LARGEST_SIDE, open_data, spread, val_batches
+from dit import DDPM, Interpolant, NoiseStream
+from fid import (
+    brought_moments,
+    inception_metrics,
+    meeting_side,
+    open_set,
+    reference_statistics,
+    stored_statistics,
+    warn_small,
+)
+from figures import (
+    bands_figure,
+    curves_figure,
+    latents_figure,
+    similarity_figure,
+    spectrum_figure,
+    unique_names,
+)
 from losses import PerceptualLoss
 from metrics import (
     Moments,
     frechet_distance,
+    jpeg_round_trip,
     load_inception,
     psnr,
     sliced_wasserstein,
@@ -48,6 +66,8 @@ from metrics import (
     ssim,
     to_uint8,
 )
+from published import CURVES
+from samples import checkpoint_files, load_diffusion, publish, sample_images, write_samples
 from weights import load_autoencoder
 
 PRESETS = {
@@ -55,14 +75,15 @@ PRESETS = {
     "celeba-f8d4": {},
     "imagenet-f16d16": dict(cfg=1.8),
     "imagenet-repa": dict(cfg=1.8),
+    "one-gpu": dict(num_samples=10_000),
     "quick": dict(num_samples=128, steps=50, batch_size=64, val_images=128, reference_images=1000,
                   workers=0),
 }
 
 
-def report(values, settings, args, rank):
+def report(values, settings, args, compute):
     """Print a result with its settings; append it to results.jsonl, with what finds it again."""
-    if rank > 0:
+    if compute.rank > 0:
         return
     number = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
     print("  ".join(f"{k} {number(v)}" for k, v in values.items()))
@@ -82,71 +103,49 @@ def report(values, settings, args, rank):
         file.write(json.dumps(line) + "\n")
 
 
-def warn_small(n, rank=0):
-    """Say once that FID needs many images."""
-    if n < 10_000 and rank == 0:
-        print(f"FID@{n}: with fewer than 10,000 images FID is biased upwards; compare it only "
-              "with FID at the same N")
-
-
-def load_everywhere(load, rank, device):
-    """load() on every rank; None on all, and rank 0's reason printed, if it failed on any."""
+def load_everywhere(load, compute, instead=""):
+    """
+    load() on every rank; None on all, and rank 0's reason printed, if it failed on any.
+    instead  what goes on without it, in the place of what a training script could do
+    """
     network = None
     try:
         with runtime.first_of_node():
             network = load()
     except FileNotFoundError as error:
-        if rank == 0:
-            print(error)
-    return network if runtime.everywhere(network is not None, device) else None
+        why, _, other = str(error).partition(", or train without it")
+        compute.say(why + (f"; {instead}" if instead and other else other))
+    there = runtime.everywhere(network is not None, compute.device)
+    return network if there else None
 
 
-def shared_array(path, dtype, shape, rank):
-    """A memory-mapped .npy that all ranks write into, each its rows."""
-    if rank == 0:
-        create_array(f"{path} of {shape[0]:,} rows", path, dtype, shape)
-    runtime.barrier()
-    return np.load(path, mmap_mode="r+")
+# --------------------------------------------------------------------------------------------------
+# Reconstructions
 
-
-def inception_statistics(inception, batches, keep, folder, rank, device):
+@torch.no_grad()
+def reconstruct(ae, images, indices, args):
     """
-    Stream a set, spread over the ranks as batches of (uint8 images, row numbers), through the
-    Inception network.
-    keep     ascending row numbers whose features and logits are wanted, for the metrics that cannot
-             be streamed
-    returns  n, mean, covariance over all ranks; and on rank 0 the kept features (k, 2048) and
-             logits (k, 1008), else None
+    Images (b, 3, H, W) in [-1, 1] decoded again, as --protocol says: from the posterior's mode, or
+    from its sample, drawn from (--seed, index in the set).
     """
-    moments = Moments(2048, device)
-    files = [folder / ".features.npy", folder / ".logits.npy"]
-    arrays = [shared_array(file, np.float32, (len(keep), width), rank)
-              for file, width in zip(files, (2048, 1008))]
-    for images, rows in batches:
-        values = inception(images)
-        moments.add(values[0])
-        places = np.searchsorted(keep, rows)
-        wanted = keep[np.minimum(places, len(keep) - 1)] == rows
-        for array, value in zip(arrays, values):
-            array[places[wanted]] = value.cpu().numpy()[wanted]
-    for array in arrays:
-        array.flush()
-    n, mean, cov = moments.mean_cov()
-    runtime.barrier()
-    if rank > 0:
-        return n, mean, cov, None, None
-    features, logits = (torch.from_numpy(np.load(file)) for file in files)
-    for file in files:
-        file.unlink()
-    readable = logits.any(1)                           # rows of unreadable images stay 0
-    return n, mean, cov, features[readable], logits[readable]
+    posterior = ae.encode(images)
+    if args.protocol == "plain":
+        return ae.decode(posterior.mode()).float()
+    noise = NoiseStream(args.seed, indices.tolist())(posterior.mean.shape)
+    return ae.decode(posterior.sample(noise.to(images.device))).float()
 
 
-def evaluate_recon(args, rank, world, device):
+def evaluate_recon(args, compute):
     """
-    Held-out images through the autoencoder: PSNR, SSIM, L1, LPIPS and rFID, as far as weights can
-    be had.
+    Images through the autoencoder: PSNR, SSIM, L1, LPIPS and rFID, as far as weights can be had.
+
+    --protocol plain: held-out images, decoded from the posterior's mode. --protocol authors, as the
+    paper's authors measured: the training images, decoded from a posterior sample; for rFID and
+    PSNR both sides go through JPEG first, as PIL and torchvision save it (quality 75), and SSIM is
+    of images clamped to [-1, 1]. They drew 50,000 of CelebA's training images with repetition and
+    mirrors; here each counts once, as it is.
     """
+    device, authors = compute.device, args.protocol == "authors"
     args.ae = args.ae or runtime.newest(f"out/ae/{args.preset}-*/ckpt.pt",
                                         "--ae: train one with train_ae.py, or give a file")
     ae = load_autoencoder(args.ae).to(device)
@@ -156,285 +155,190 @@ def evaluate_recon(args, rank, world, device):
     if size < 11 or size % ae.config.reduction:
         raise ValueError(f"--image_size {size}: must be at least 11, SSIM's window, and a multiple "
                          f"of {ae.config.reduction}, the reduction of {args.ae}")
-    _, val_set = open_data(data, size, val_images=args.val_images, seed=trained.get("seed", 0))
-    lpips = load_everywhere(lambda: PerceptualLoss().to(device), rank, device)
-    inception = load_everywhere(lambda: load_inception(device), rank, device)
+    split = args.split or ("train" if authors else "val")
+    train_set, images = open_data(data, size, val_images=args.val_images or 1000,
+                                  seed=trained.get("seed", 0))
+    if split == "train":
+        images = spread(train_set, args.val_images or len(train_set))
+    lpips = load_everywhere(lambda: PerceptualLoss().to(device), compute,
+                            "recon goes on without LPIPS")
+    inception = load_everywhere(lambda: load_inception(device), compute)
     names = ["psnr", "ssim", "l1"] + ["lpips"] * bool(lpips)
     sums = torch.zeros(1 + len(names), dtype=torch.float64)
     moments = [Moments(2048, device) for _ in range(2)] if inception else []
-    with torch.no_grad():
-        for images, _, _ in val_batches(val_set, args.batch_size * world, rank=rank, world=world,
-                                        workers=args.workers, device=device):
-            recon = ae.decode(ae.encode(images).mode()).float()
-            scores = [torch.ones(len(images)), psnr(recon, images), ssim(recon, images),
-                      (recon - images).abs().flatten(1).mean(1)]
-            if lpips:
-                pairs = zip(recon.clamp(-1, 1), images)
-                scores.append(torch.stack([lpips(a[None], b[None]) for a, b in pairs]))
-            sums += torch.stack([score.cpu().double() for score in scores]).sum(1)
-            for moment, x in zip(moments, (recon, images)):
-                moment.add(inception(to_uint8(x))[0])
+    for batch, _, indices in val_batches(images, args.batch_size * compute.world,
+                                         rank=compute.rank, world=compute.world,
+                                         workers=args.workers, device=device):
+        recon = reconstruct(ae, batch, indices, args)
+        pair = [to_uint8(recon), to_uint8(batch)]          # as files hold them
+        if authors:
+            pair = [jpeg_round_trip(x) for x in pair]
+        scores = [torch.ones(len(batch)), psnr(*(x / 127.5 - 1 for x in pair)),
+                  ssim(recon.clamp(-1, 1) if authors else recon, batch),
+                  (recon - batch).abs().flatten(1).mean(1)]
+        if lpips:
+            sides = zip(recon.clamp(-1, 1), batch)
+            scores.append(torch.stack([lpips(a[None], b[None]) for a, b in sides]))
+        sums += torch.stack([score.cpu().double() for score in scores]).sum(1)
+        for moment, x in zip(moments, pair):
+            moment.add(inception(x)[0])
     sums = runtime.all_sum(sums.to(device)).cpu()
     values = dict(zip(names, (sums[1:] / sums[0]).tolist()))
     if moments and sums[0] > 1:
         (n, *a), (_, *b) = (moment.mean_cov() for moment in moments)
-        warn_small(n, rank)
+        warn_small(n, compute)
         values[f"rFID@{n}"] = frechet_distance(*a, *b)
-    settings = dict(ae=args.ae, data=data or "built-in", size=size, n=int(sums[0]))
-    report(values, settings, args, rank)
+    report(values, dict(
+        ae=args.ae, protocol=args.protocol, split=split, data=data or "built-in", size=size,
+        n=int(sums[0]), posterior="sample" if authors else "mode", seed=args.seed,
+        jpeg="quality 75, both sides, for rFID and PSNR" if authors else "none",
+        weights="torch-fidelity" if inception else "none"), args, compute)
 
 
-def load_diffusion(path, ae_path, device):
+# --------------------------------------------------------------------------------------------------
+# Samples
+
+def training_images(checkpoint, path, args, compute):
     """
-    A run of train_diffusion.py, ready to sample: (EMA model, process, autoencoder with the run's
-    statistics, checkpoint).
+    What the samples of a run are compared with: a set of data.py; None, and a line that says so,
+    if the run's own data is not on this machine and no other was given.
     """
-    checkpoint = runtime.load_checkpoint(path, "diffusion")
+    data, size = args.data or checkpoint["data"], checkpoint["image_size"]
     try:
-        model = MODELS[checkpoint["model_name"]](**checkpoint["model_args"])
-        model.load_state_dict(checkpoint["ema"])
-        missing = {"ae", "autoencoder", "latent_mean", "latent_std", "image_size", "data",
-                   "data_seed", "step"} - checkpoint.keys()
-        finite = not missing and all(tensor.isfinite().all() for tensor in (
-            *checkpoint["ema"].values(), checkpoint["latent_std"]))
-    except Exception as error:                         # a foreign file breaks this in any way
-        raise ValueError(f"--ckpt {path}: not what this version of train_diffusion.py writes "
-                         f"({reason(error)})") from None
-    if not finite:
-        fault = f"has no {min(missing)}" if missing else "its weights are not finite"
-        raise ValueError(f"--ckpt {path}: {fault}; take an earlier checkpoint")
-    ae_path = ae_path or checkpoint["ae"]
-    ae = load_autoencoder(ae_path)
-    if autoencoder_hash(ae) != checkpoint["autoencoder"]:
-        raise ValueError(f"--ae {ae_path}: not the autoencoder on whose latents {path} was trained")
-    ae.set_latent_stats(checkpoint["latent_mean"], checkpoint["latent_std"])
-    process = DDPM() if checkpoint["model_name"].startswith("UViT") else Interpolant()
-    model = model.to(device).eval().requires_grad_(False)
-    return model, process, ae.to(device).requires_grad_(False), checkpoint
+        train_set, _ = open_data(data, size, seed=checkpoint["data_seed"])
+    except (FileNotFoundError, ValueError) as error:
+        absent = isinstance(error, FileNotFoundError) or data == "cifar10"
+        if args.data or not absent:
+            raise
+        compute.say(f"{path}: its training images, {data}, are not here, so the samples are "
+                    "compared with nothing; --data names them")
+        return None
+    if len(train_set) < 2:
+        raise ValueError(f"--data {data or 'built-in'}: has a single training image, and no "
+                         "Frechet distance to it; give two or more")
+    return spread(train_set, args.reference_images or len(train_set))
 
 
-@torch.no_grad()
-def sample_images(model, process, ae, indices, args, device, dtype):
-    """Samples number `indices` of --seed, whatever the batch or rank: (b, 3, H, W) uint8."""
-    options = dict(steps=args.steps, noise=NoiseStream(args.seed, indices),
-                   cfg_interval=tuple(args.cfg_interval))
-    if isinstance(process, Interpolant):
-        options["sampler"] = args.sampler
-    if model.num_classes:
-        labels = torch.as_tensor(indices, device=device) % model.num_classes
-        options |= dict(y=labels, cfg=args.cfg)
-    shape = (len(indices), model.in_channels, *model.input_size)
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-        z = process.sample(model, shape, **options)
-    return to_uint8(ae.decode(ae.denormalize(z)))      # float32: bf16 is coarser than a grey level
-
-
-def write_samples(draw, size, out, args, rank, world):
-    """All samples of draw(indices), a file of (N, H, W, 3) uint8, and the seconds they took."""
-    file = out / "samples.npy"
-    samples = shared_array(file, np.uint8, (args.num_samples, size, size, 3), rank)
-    start = time.perf_counter()
-    mine = np.arange(rank, args.num_samples, world)
-    with tqdm(total=args.num_samples, unit="img", desc="sampling",
-              disable=rank > 0 or not sys.stderr.isatty()) as progress:
-        for indices in np.array_split(mine, max(1, math.ceil(len(mine) / args.batch_size))):
-            if not len(indices):
-                continue
-            samples[indices] = draw(indices).movedim(1, -1).cpu().numpy()
-            if args.folder:
-                (out / "images").mkdir(exist_ok=True)
-                for i in indices:
-                    Image.fromarray(samples[i]).save(out / "images" / f"{i:06d}.png")
-            progress.update(len(indices) * world)
-    samples.flush()
-    runtime.barrier()
-    return np.load(file, mmap_mode="r"), time.perf_counter() - start
-
-
-def evaluate_gen(args, rank, world, device):
+def evaluate_gen(args, compute):
     """
     Sample images, write them (grid.png, samples.npz for the ADM evaluation suite), and compare them
     with the training images.
+
+    Several --ckpt, or --every, are sampled one after the other, each into a folder of its own, with
+    a line of results each; the best is printed at the end. That is how the steps of Table 2 were
+    found.
     """
-    args.ckpt = args.ckpt or runtime.newest(f"out/diffusion/{args.preset}-*/ckpt.pt",
-                                            "--ckpt: train one with train_diffusion.py")
-    model, process, ae, checkpoint = load_diffusion(args.ckpt, args.ae, device)
+    files = checkpoint_files(args)
+    runtime.need_one_node(f"gen {files[0]}: its samples")
+    inception = functools.cache(
+        lambda: load_everywhere(lambda: load_inception(compute.device), compute))
+    results = []
+    for file, name in zip(files, unique_names(files)):
+        parent = pathlib.Path(file).parent
+        out = pathlib.Path(args.out or parent / "samples")
+        if len(files) > 1:
+            out = out / name if args.out else parent / f"samples-{pathlib.Path(file).stem}"
+        results.append((file, *evaluate_checkpoint(file, out, inception, args, compute)))
+    if len(files) > 1:
+        compute.say(best_line(results))
+
+
+def best_line(results):
+    """Which of [(file, step, values)] has the smallest FID, or SWD where there is no FID."""
+    for metric, said in (("FID", ""), ("SWD", "no FID to compare; ")):
+        scores = [(values[key], key, step, file) for file, step, values in results
+                  for key in [key for key in values if key.startswith(metric)][:1]]
+        if scores:                                     # SWD: the finest level, which comes first
+            value, key, step, file = min(scores)
+            return f"{said}best of {len(scores)}: {key} {value:.4g} at step {step}, {file}"
+    return "no FID or SWD to compare"
+
+
+def evaluate_checkpoint(file, out, inception, args, compute):
+    """
+    Sample one checkpoint into the folder out, compare, report.
+    inception  returns the Inception network, or None where its weights cannot be had
+    returns    step, values
+    """
+    model, process, ae, checkpoint = load_diffusion(file, args.ae, compute.device)
     if args.cfg != 1 and not model.num_classes:
-        raise ValueError(f"--cfg {args.cfg}: {args.ckpt} is unconditional, it has no null class to "
+        raise ValueError(f"--cfg {args.cfg}: {file} is unconditional, it has no null class to "
                          "guide away from; leave --cfg at 1")
     if args.steps > 1000 and isinstance(process, DDPM):
-        raise ValueError(f"--steps {args.steps}: {args.ckpt} has 1000 noise levels, so take at "
-                         "most 1000")
-    size, data = checkpoint["image_size"], args.data or checkpoint["data"]
-    out = pathlib.Path(args.out or pathlib.Path(args.ckpt).parent / "samples")
-    train_set, _ = open_data(data, size, seed=checkpoint["data_seed"])
-    reference_set = spread(train_set, args.reference_images or len(train_set))
-    stored_statistics(reference_set)                   # what is wrong with them, before sampling
-    dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+        raise ValueError(f"--steps {args.steps}: {file} has 1000 noise levels, so take at most "
+                         "1000")
+    size, rank = checkpoint["image_size"], compute.rank
+    # first: what is wrong with the training images shall not be found after hours of sampling
+    reference_set = training_images(checkpoint, file, args, compute)
+    reference, count, network, values = "none", 0, None, {}
+    if reference_set is not None:
+        stored_statistics(reference_set)
+        source = args.data or checkpoint["data"] or "built-in"
+        reference = f"{len(reference_set)} training images of {source} at {size} px"
+        count = min(args.num_samples, len(reference_set), 2048)  # in memory, unlike all else here
+        network = inception()
+        if network:
+            statistics = reference_statistics(network, reference_set, out, args, compute)
+        if rank == 0:
+            batches = val_batches(spread(reference_set, count), args.batch_size)
+            real = torch.cat([to_uint8(images) for images, _, _ in batches])
 
-    draw = lambda indices: sample_images(model, process, ae, indices, args, device, dtype)
-    samples, seconds = write_samples(draw, size, out, args, rank, world)
-    values = {}
-    inception = load_everywhere(lambda: load_inception(device), rank, device)
-    if inception:
-        values = inception_metrics(inception, samples, reference_set, out, args, rank, world,
-                                   device)
-    count = min(args.num_samples, len(reference_set), 2048)  # in memory, unlike all else here
-    if rank == 0:
-        fake = torch.from_numpy(samples[:count].copy()).movedim(-1, 1).float() / 127.5 - 1
-        batches = val_batches(spread(reference_set, count), args.batch_size)
-        real = torch.cat([images for images, _, _ in batches])
+    draw = lambda indices: sample_images(model, process, ae, indices, args, compute)
+    samples, seconds = write_samples(draw, size, out, args, compute)
+    if network:
+        values = inception_metrics(network, samples, statistics, out, args, compute)
+    if rank == 0 and count:
+        fake = torch.from_numpy(samples[:count].copy()).movedim(-1, 1)
+        fake, real = (x / 127.5 - 1 for x in (fake, real))
         for side, distance in sliced_wasserstein(fake, real).items():
             values[f"SWD_{side}px"] = distance
         values["spectral_KL"] = spectral_kl(fake, real)
-        picture_grid(fake[:64] * 0.5 + 0.5, out / "grid.png")
-        runtime.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
     report(values, dict(
-        ckpt=args.ckpt, step=checkpoint["step"], model=checkpoint["model_name"],
-        n=args.num_samples, sampler=args.sampler if isinstance(process, Interpolant) else "ddim",
-        steps=args.steps, cfg=args.cfg, cfg_interval=args.cfg_interval, seed=args.seed,
-        dtype=dtype, weights="torch-fidelity" if inception else "none",
-        reference=f"{len(reference_set)} training images of {data or 'built-in'} at {size} px",
-        swd_images=count, seconds=round(seconds, 1)), args, rank)
+        ckpt=file, step=checkpoint["step"], model=checkpoint["model_name"], n=args.num_samples,
+        sampler=args.sampler if isinstance(process, Interpolant) else "ddim", steps=args.steps,
+        cfg=args.cfg, cfg_interval=args.cfg_interval, seed=args.seed,
+        labels=args.labels if model.num_classes else "none",
+        jpeg="quality 75" if args.jpeg else "none", dtype=compute.dtype,
+        weights="torch-fidelity" if network else "none", reference=reference, swd_images=count,
+        seconds=round(seconds, 1)), args, compute)
     if rank == 0:
+        publish(samples, out, args.folder)
         (out / "samples.npy").unlink()
-        print(f"wrote {out}/grid.png, {out}/samples.npz" + f", {out}/images/" * args.folder)
+    return checkpoint["step"], values
 
 
-def stored_statistics(reference_set):
-    """
-    Where the Inception statistics of a set are kept, what they are of, and the arrays if they are
-    there, else None; ValueError if they are of something else, or damaged.
-    """
-    identity = images_hash(reference_set)
-    file = pathlib.Path("out/reference") / f"{identity}-{reference_set.size}.npz"
-    how = dict(images=identity, size=reference_set.size, n=len(reference_set),
-               crop="ADM centre crop, 8 bit", network="torch-fidelity")
-    stored = read_npz(file, "mu", "sigma", "features", "how") if file.exists() else None
-    if stored is not None and (len(stored) < 4 or str(stored["how"]) != json.dumps(how)):
-        raise ValueError(f"{file}: statistics of {stored.get('how')}, wanted {json.dumps(how)}; "
-                         "remove the file")
-    return file, how, stored
+# --------------------------------------------------------------------------------------------------
+# Two sets
 
+def evaluate_fid(args, compute):
+    """
+    Frechet distance of two sets, each a folder, a zip, an npz of images (arr_0) or an npz of
+    statistics (mu, sigma).
 
-def read_npz(file, *names):
+    Images meet at one size: --image_size, else that of the npz, else that of all pictures of the
+    folders and zips, else 256. Larger and smaller ones are cropped and resized as ADM does.
     """
-    {name: array} of those names that a .npz holds, nothing unpickled; ValueError if it is damaged,
-    or mu and sigma are no moments.
-    """
-    try:
-        with np.load(file) as archive:
-            found = {name: archive[name] for name in names if name in archive.files}
-        if {"mu", "sigma"} <= found.keys():
-            mu, sigma = found["mu"], found["sigma"]
-            finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
-            if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not finite:
-                raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} are no finite mean and "
-                                 "covariance")
-    except Exception as error:                         # a damaged file breaks its reader in any way
-        raise ValueError(f"{file}: no usable .npz ({reason(error)}); remove it, or make it "
-                         "anew") from None
-    return found
-
-
-def inception_metrics(inception, samples, reference_set, out, args, rank, world, device):
-    """
-    FID, IS, KID, precision and recall of samples (N, H, W, 3) against a set of data.py, whose
-    statistics are kept in out/reference.
-    """
-    from torch_fidelity.metric_isc import isc_features_to_metric
-    from torch_fidelity.metric_kid import kid_features_to_metric
-    from torch_fidelity.metric_prc import prc_features_to_metric
-    n = len(samples)
-    warn_small(n, rank)
-    chunks = np.array_split(np.arange(rank, n, world),
-                            max(1, math.ceil(n / world / args.batch_size)))
-    batches = ((torch.from_numpy(samples[i]).movedim(-1, 1), i) for i in chunks if len(i))
-    _, mean, cov, fake, logits = inception_statistics(inception, batches, np.arange(n), out, rank,
-                                                      device)
-    reference, how, stored = stored_statistics(reference_set)
-    if not stored:                                     # on all ranks: rank 0 writes it later
-        loader = val_batches(reference_set, args.batch_size * world, rank=rank, world=world,
-                             workers=args.workers, device=device)
-        batches = ((to_uint8(images), indices.numpy()) for images, _, indices in loader)
-        # spread over the classes
-        keep = np.unique(np.linspace(0, len(reference_set) - 1, 10_000).astype(np.int64))
-        m, mu, sigma, features, _ = inception_statistics(inception, batches, keep, out, rank,
-                                                         device)
-        if rank == 0:
-            runtime.write_atomic(reference, lambda file: np.savez(
-                file, mu=mu.numpy(), sigma=sigma.numpy(), features=features.numpy(), readable=m,
-                how=json.dumps(how)))
-        runtime.barrier()
-        _, _, stored = stored_statistics(reference_set)
-    values = {f"FID@{n}": frechet_distance(mean, cov, stored["mu"], stored["sigma"])}
-    if rank == 0:
-        values["IS"] = isc_features_to_metric(logits, splits=min(10, n))["inception_score_mean"]
-        # the rest on at most 10,000 of each
-        fake, real = fake[:10_000], torch.from_numpy(stored["features"])
-        size = min(1000, len(fake), len(real))
-        kid = kid_features_to_metric(fake, real, kid_subset_size=size, verbose=False)
-        values[f"KID_x1e3_subset{size}"] = 1000 * kid["kernel_inception_distance_mean"]
-        if min(len(fake), len(real)) > 3:
-            found = prc_features_to_metric(fake, real, verbose=False)
-            values |= {k: float(v) for k, v in found.items() if k in ("precision", "recall")}
-    return values
-
-
-def image_set(spec, size, batch_size):
-    """
-    A folder, zip, 'cifar10', or an npz's images (N, H, W, 3) uint8, as batches of uint8
-    (b, 3, H, W), and its length.
-    """
-    if isinstance(spec, np.ndarray):
-        starts = range(0, len(spec), batch_size)
-        return (torch.from_numpy(spec[i:i + batch_size]).movedim(-1, 1) for i in starts), len(spec)
-    source = open_source(spec)
-    n = len(source.names)
-    dataset = ImageSet(spec, source, np.arange(n), np.zeros(n, np.int64), [], size)
-    return (to_uint8(images) for images, _, _ in val_batches(dataset, batch_size)), n
-
-
-def evaluate_fid(args, rank, world, device):
-    """
-    Frechet distance of two sets, each a folder, a zip, an npz of images (arr_0, as it is) or an npz
-    of statistics (mu, sigma).
-    """
+    sets = [open_set(spec) for spec in (args.a, args.b)]
+    a, b = (len(entry.moments[0]) if entry.moments else 2048 for entry in sets)
+    if a != b:
+        raise ValueError(f"{args.a} and {args.b}: features of {a} and {b} dimensions cannot be "
+                         "compared; make both with one network")
+    side = meeting_side(sets, args.image_size)
     inception, statistics, counts = None, [], []
-    size = args.image_size or 256
-    for spec in (args.a, args.b):
-        if not (os.path.exists(spec) or spec == "cifar10"):
-            raise FileNotFoundError(f"{spec}: no such folder, .zip or .npz")
-        images = spec
-        if spec.endswith(".npz"):
-            found = read_npz(spec, "mu", "sigma", "arr_0")
-            if {"mu", "sigma"} <= found.keys():
-                statistics.append((found["mu"], found["sigma"]))
-                continue
-            images = found.get("arr_0")
-            if (images is None or images.dtype != np.uint8 or images.ndim != 4
-                    or images.shape[-1] != 3):
-                raise ValueError(f"{spec}: holds neither mu and sigma nor arr_0 (N, H, W, 3) uint8")
-        batches, n = image_set(images, size, args.batch_size)
-        if n < 2:
-            raise ValueError(f"{spec}: needs two images or more, holds {n}")
-        inception = inception or load_inception(device)
-        moments = Moments(2048, device)
-        for x in tqdm(batches, total=math.ceil(n / args.batch_size),
-                      disable=not sys.stderr.isatty()):
-            moments.add(inception(x)[0])
-        n, *moments = moments.mean_cov()
-        statistics.append(moments)
+    for entry in sets:
+        n, moments = None, entry.moments
+        if entry.source:
+            inception = inception or load_inception(compute.device)
+            n, *moments = brought_moments(entry, side, inception, args.batch_size, compute.device)
+        statistics += moments
         counts.append(n)
-    (a, _), (b, _) = statistics
-    if len(a) != len(b):
-        raise ValueError(f"{args.a} and {args.b}: features of {len(a)} and {len(b)} dimensions "
-                         "cannot be compared; make both with one network")
-    name = f"FID@{min(counts)}" if counts else "FID"
-    if counts:
-        warn_small(min(counts))
-    distance = frechet_distance(*statistics[0], *statistics[1])
-    report({name: distance}, dict(a=args.a, b=args.b, size=size), args, rank)
+    name, known = "FID", [n for n in counts if n]
+    if known:
+        name = f"FID@{min(known)}"
+        warn_small(min(known), compute)
+    report({name: frechet_distance(*statistics)}, dict(
+        a=args.a, b=args.b, n_a=counts[0], n_b=counts[1], size=side,
+        weights="torch-fidelity" if inception else "of the statistics"), args, compute)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -468,33 +372,45 @@ def get_args():
                                 allow_abbrev=False, formatter_class=raw)
         p.set_defaults(function=function)
         add = p.add_argument
+        add("--out", help="file or folder to write (default: under out/)")
+        if name == "curves":                           # reads logs, measures nothing
+            p.set_defaults(device="cpu", results=None)
+            return add
         add("--preset", choices=PRESETS, default="celeba-f16d16",
             help="a named group of defaults; explicit flags win")
         if ae:
             which = "all" if many else "the newest"
             add("--ae", nargs="+" if many else None, help="autoencoder(s): ckpt.pt or released "
                 f"weights (default: {which} of out/ae/<preset>-*/ckpt.pt)")
-        add("--data", help="folder, .zip or cifar10 (default: what was trained on; similarity: "
-            "built-in)")
+        if name != "fid":
+            add("--data", help="folder, .zip or cifar10 (default: what was trained on; similarity: "
+                "built-in)")
         add("--image_size", type=int, default=224 if name == "similarity" else None,
-            help="pixels a side (default: as in training; similarity: 224)")
+            help="pixels a side (default: as in training; similarity: 224; fid: see above)")
         add("--batch_size", type=int, default=50, help="images per network call and process")
-        if name not in ("gen", "fid"):
+        if name == "recon":
+            add("--val_images", type=int,
+                help="images to use (default: 1000 held-out ones, all of the training images)")
+        elif name not in ("gen", "fid"):
             few = name in ("latents", "similarity")
             add("--val_images", type=int, default=8 if few else 1000, help="held-out images to use")
         if name in ("recon", "gen"):
             add("--workers", type=int, default=4, help="loader processes")
-        if name in ("gen", "spectrum"):
+        if name in ("recon", "gen", "spectrum"):
             add("--seed", type=int, default=0, help="of every draw, >= 0")
         add("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
-        add("--out", help="file or folder to write (default: under out/)")
         add("--results", default="results.jsonl", help="every result is appended here")
         return add
 
-    command("recon", evaluate_recon)
+    add = command("recon", evaluate_recon)
+    add("--protocol", choices=("plain", "authors"), default="plain",
+        help="how to measure, see above")
+    add("--split", choices=("train", "val"),
+        help="training or held-out images (default: val; with --protocol authors: train)")
     add = command("gen", evaluate_gen)
-    add("--ckpt", help="ckpt.pt of train_diffusion.py (default: the newest "
-        "out/diffusion/<preset>-*/ckpt.pt)")
+    add("--ckpt", nargs="+", help="run(s) of train_diffusion.py or their ckpt.pt (default: the "
+        "newest out/diffusion/<preset>-*/ckpt.pt)")
+    add("--every", action="store_true", help="all ckpt_<step>.pt that the run kept, in order")
     add("--num_samples", type=int, default=50_000, help="how many images to sample")
     add("--steps", type=int, default=100, help="network calls per sample")
     add("--sampler", choices=("em", "ode"), default="em",
@@ -502,15 +418,22 @@ def get_args():
     add("--cfg", type=float, default=1.0, help="guidance scale; 1 = off (paper: 1.8 on ImageNet)")
     add("--cfg_interval", type=float, nargs=2, default=(0.0, 1.0),
         help="times between which guidance acts, 0 = data")
+    add("--labels", choices=("turn", "random"), default="turn",
+        help="of a conditional model: classes in turn, or at random")
+    add("--jpeg", action="store_true", help="store and score samples after a JPEG round trip, "
+        "quality 75")
     add("--dtype", choices=("fp32", "bf16"), default=None,
         help="of the transformer (default: bf16 on cuda, fp32 on cpu)")
     add("--reference_images", type=int, default=0, help="training images to compare with; 0 = all")
     add("--folder", action="store_true", help="also write every sample as a PNG")
     add = command("fid", evaluate_fid, ae=False)
-    add("a")
-    add("b")
+    add("a", help="a folder or .zip of images, an .npz of images (arr_0) or of statistics (mu, "
+        "sigma), or cifar10")
+    add("b", help="another one")
     spectrum = command("spectrum", spectrum_figure, many=True)
     spectrum("--gamma", type=float, default=1.0, help="flattening exponent of the target")
+    spectrum("--published", choices=CURVES, help="draw the authors' printed curves beside yours, "
+             "in their form")
     command("bands", bands_figure, many=True)
     command("latents", latents_figure, many=True)
     similarity = command("similarity", similarity_figure, ae=False)
@@ -523,6 +446,9 @@ def get_args():
     for add in (spectrum, similarity):
         add("--encoder_source",
             help="a local clone of facebookresearch/dinov2, or random (for tests)")
+
+    add = command("curves", curves_figure)
+    add("runs", nargs="+", metavar="RUN", help="a training run's folder, or its log.jsonl")
 
     chosen = next((word for word in sys.argv[1:] if word in commands.choices), None)
     subparser, known = commands.choices.get(chosen), set()
@@ -551,7 +477,8 @@ def check_flags(args):
     if not 0 <= start <= end <= 1:
         raise ValueError(f"--cfg_interval {start} {end}: must be two times in order, from 0 = data "
                          "to 1 = noise")
-    check_place("--results", args.results)
+    if args.results:
+        check_place("--results", args.results)
     if args.out and args.command not in ("recon", "fid"):  # which write no more than a result
         gen = args.command == "gen"
         check_place("--out", args.out, folder=gen, figure=not gen)
@@ -559,15 +486,18 @@ def check_flags(args):
 
 def main():
     args = get_args()
-    rank, world, device = runtime.start_processes(args.device)
-    if world > 1 and args.command not in ("recon", "gen"):
+    where = runtime.start_processes(args.device)
+    if where[1] > 1 and args.command not in ("recon", "gen"):
         raise ValueError(f"{args.command}: runs in one process; start it without torchrun")
     check_flags(args)
+    # of the transformer: everything else computes in float32
+    dtype = args.dtype if args.command == "gen" else "fp32"
+    compute = runtime.Compute(*where, dtype, "off", tf32=False)
     if args.command in ("recon", "gen", "fid"):
-        args.function(args, rank, world, device)
+        args.function(args, compute)
     else:
-        for values, settings in args.function(args, device):  # a figure, and what it measures
-            report(values, settings, args, rank)
+        for values, settings in args.function(args, compute.device):  # a figure, and what it
+            report(values, settings, args, compute)                   # measures
     runtime.barrier()
 
 

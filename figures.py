@@ -6,26 +6,31 @@ samples, labelled rows; and the figures of evaluate.py:
     bands_figure        does a low-passed latent decode to the low-passed image?   ours, to Alg. 2
     latents_figure      latents as pictures                                        Fig. 3
     similarity_figure   which tokens a token resembles, for each target of REPA    Fig. 6
+    curves_figure       the logs of training runs                                  ours
 
-Those four take evaluate.py's flags and the device, yield (values, settings) as they measure, and
+Those five take evaluate.py's flags and the device, yield (values, settings) as they measure, and
 write their figure at the end. Pictures are in [0, 1] here, images that go through a network in
 [-1, 1].
 """
 import csv
 import io
+import json
 import pathlib
+from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import runtime
-from data import center_crop, open_data, reason, to_rgb, val_batches
+from data import open_data, val_batches
 from losses import esm_loss
 from metrics import psnr
+from published import CURVES, TARGET, divergence
 from repa import filter_target, load_encoder
-from sources import open_picture
+from sources import center_crop, open_picture, reason, to_rgb
 from spectral import (
     block_dct2,
     fit_power_law,
@@ -134,15 +139,39 @@ def autoencoder_files(args):
     return args.ae or [str(path) for path in sorted(found)]
 
 
+def unique_names(files, taken=()):
+    """
+    The run_name of each file, for legends and rows, with as much of the path before it as tells
+    different files apart and is not taken. The same file twice has one name.
+    """
+    paths = [pathlib.Path(file).resolve() for file in files]
+    parts = {}
+    for path in paths:
+        folder = path.parent.parent if path.name == "ckpt.pt" else path.parent
+        parts[path] = (*folder.parts, runtime.run_name(path))
+    alike = Counter(parts.values())                    # x.pt and x.ckpt: these keep their endings
+    parts = {path: path.parts if alike[own] > 1 else own for path, own in parts.items()}
+    depth = dict.fromkeys(parts, 1)
+    while True:
+        names = {path: "/".join(own[-depth[path]:]) for path, own in parts.items()}
+        count = Counter([*names.values(), *taken])
+        short = [path for path, own in parts.items()
+                 if count[names[path]] > 1 and depth[path] < len(own)]
+        if not short:
+            return [names[path] for path in paths]
+        for path in short:
+            depth[path] += 1
+
+
 def autoencoders(args, device):
-    """Yields (label, autoencoder, its training flags); labels are the runs' folder names."""
+    """Yields (label, autoencoder, its training flags); labels are unique_names."""
     files = autoencoder_files(args)
     if not files:
         raise FileNotFoundError(f"no out/ae/{args.preset}-*/ckpt.pt here; --ae: train autoencoders "
                                 "with train_ae.py, or give files")
-    for file in files:
+    for file, label in zip(files, unique_names(files, taken=("image", "images"))):
         ae = load_autoencoder(file).to(device)
-        yield runtime.run_name(file), ae, runtime.checkpoint_args(file)
+        yield label, ae, runtime.checkpoint_args(file)
 
 
 @torch.no_grad()
@@ -187,6 +216,54 @@ def spectrum_values(images, small, latents, gamma):
                 std=latents.std().item())
 
 
+def spectrum_sets(args, device):
+    """
+    Yields what spectrum measures of each autoencoder: label; images (N, 3, H, W); small, these at
+    the latents' size; latents (N, C, h, w); `at`, which names this size unless it is the first; and
+    if it is new (`new`) features, those of --encoder as batches (b, D, h, w). With --encoder and no
+    autoencoder label and latents are None.
+    """
+    if args.encoder_source and not args.encoder:
+        raise ValueError(f"--encoder_source {args.encoder_source}: needs --encoder, the name of "
+                         "the model")
+    encoder = args.encoder and load_encoder(args.encoder, args.encoder_source).to(device)
+    models, seen = autoencoders(args, device), {}
+    if (encoder or args.published) and not autoencoder_files(args):
+        models = [(None, None, {})] if encoder else []
+    for label, ae, trained in models:
+        images = some_images(args, trained, device)
+        latents = encode_all(ae, images, args.batch_size, args.seed) if ae else None
+        grid = tuple(latents.shape[-2:] if ae else (side // 16 for side in images.shape[-2:]))
+        features, new = (), grid not in seen
+        if encoder and new:
+            tokens = (encoder(x, grid) for x in images.split(args.batch_size))
+            features = (t.mT.unflatten(2, grid) for t in tokens)
+        at = seen.setdefault(grid, f", {grid[0]}x{grid[1]}" if seen else "")
+        yield SimpleNamespace(label=label, images=images, small=match_resolution(images, grid),
+                              latents=latents, at=at, new=new, features=features)
+
+
+def encoder_label(args):
+    return "random encoder" if args.encoder_source == "random" else args.encoder
+
+
+def spectrum_settings(args, found):
+    return dict(autoencoder=found.label, gamma=args.gamma, n=len(found.images), seed=args.seed,
+                latent="x".join(map(str, found.latents.shape[1:])))
+
+
+def write_spectra(args, figure, columns, rows):
+    """The figure, and the table of its curves beside it."""
+    table = out_path(args).with_suffix(".csv")
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([columns, *rows])
+
+    def write(out):
+        save_figure(figure, out, dpi=90)
+        runtime.write_atomic(table, lambda file: file.write(text.getvalue().encode()))
+    write_out(args, write, f", {table}")
+
+
 @torch.no_grad()
 def spectrum_figure(args, device):
     """
@@ -194,37 +271,27 @@ def spectrum_figure(args, device):
     every autoencoder: figure and CSV.
 
     With --encoder also the DINOv2 features of the images, unit length per token (Fig. 7); then
-    autoencoders are not needed.
+    autoencoders are not needed. With --published the authors' printed curves and yours in the
+    paper's own form: log(1 + power), DC kept, linear axes; without autoencoders theirs alone.
     """
-    if args.encoder_source and not args.encoder:
-        raise ValueError(f"--encoder_source {args.encoder_source}: needs --encoder, the name of "
-                         "the model")
-    encoder = args.encoder and load_encoder(args.encoder, args.encoder_source).to(device)
-    encoder_name = "random encoder" if args.encoder_source == "random" else args.encoder
-    models = autoencoders(args, device)
-    if encoder and not autoencoder_files(args):
-        models = [(None, None, {})]
+    if args.published:
+        yield from published_figure(args, device)
+        return
     figure, axes = subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    rows, drawn = [], set()
+    rows = []
     draw = partial(draw_curve, axes, rows)
-    for label, ae, trained in models:
-        images = some_images(args, trained, device)
-        latents = encode_all(ae, images, args.batch_size, args.seed) if ae else None
-        grid = tuple(latents.shape[-2:] if ae else (side // 16 for side in images.shape[-2:]))
-        small = match_resolution(images, grid)
-        if grid not in drawn:
-            draw("images", [small], color="black", lw=2)
-            draw(f"target, gamma {args.gamma:g}", [small], args.gamma, color="black", ls="--")
-            if encoder:
-                tokens = (encoder(x, grid) for x in images.split(args.batch_size))
-                features = (F.normalize(t, dim=-1).mT.unflatten(2, grid) for t in tokens)
-                draw(encoder_name, features, descriptor=False, color="gray", ls="-.")
-        drawn.add(grid)
-        if ae:
-            draw(label, [latents])
-            yield (spectrum_values(images, small, latents, args.gamma),
-                   dict(autoencoder=label, gamma=args.gamma, n=len(images),
-                        latent="x".join(map(str, latents.shape[1:]))))
+    for found in spectrum_sets(args, device):
+        if found.new:
+            target = f"target, gamma {args.gamma:g}{found.at}"
+            draw(f"images{found.at}", [found.small], color="black", lw=2)
+            draw(target, [found.small], args.gamma, color="black", ls="--")
+        if found.features:
+            unit = (F.normalize(x, dim=1) for x in found.features)
+            draw(encoder_label(args) + found.at, unit, descriptor=False, color="gray", ls="-.")
+        if found.label:
+            draw(found.label, [found.latents])
+            yield (spectrum_values(found.images, found.small, found.latents, args.gamma),
+                   spectrum_settings(args, found))
     xlabel = "ring (1 = low frequency)"
     axes[0].set(title="Radial power, each curve scaled to sum 1", xlabel=xlabel,
                 ylabel="share of power")
@@ -232,14 +299,50 @@ def spectrum_figure(args, device):
                 ylim=(0, None))
     for ax in axes:
         ax.legend(fontsize=8)
-    table = out_path(args).with_suffix(".csv")
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([("curve", "ring", "power", "share", "descriptor"), *rows])
+    write_spectra(args, figure, ("curve", "ring", "power", "share", "descriptor"), rows)
 
-    def write(out):
-        save_figure(figure, out, dpi=90)
-        runtime.write_atomic(table, lambda file: file.write(text.getvalue().encode()))
-    write_out(args, write, f", {table}")
+
+def published_figure(args, device):
+    """
+    The authors' printed spectra, dashed, and in their form those of the images, the target, the
+    latents and the features of --encoder, these as the encoder scales them: KL(target || curve).
+    """
+    figure, ax = subplots(figsize=(7.5, 5), layout="constrained")
+    rows, rings = [], range(1, 17)
+
+    def draw(name, shares, **style):
+        ax.plot(rings, shares, marker="o", ms=3, label=name, **style)
+        rows.extend(zip(16 * [name], rings, shares))
+
+    def measure(batches, gamma=0.0):
+        shares = [spectrum_distribution(x, gamma=gamma, remove_dc=False) for x in batches]
+        return torch.cat(shares).mean(0).tolist()
+    printed = CURVES[args.published]
+    for i, (name, shares) in enumerate(printed.items()):
+        of_images = name in ("image", TARGET)
+        draw(f"{name}, published", shares, ls="--", color="gray" if of_images else f"C{i - 2}")
+        if not of_images:
+            kl = divergence(printed[TARGET], shares)
+            print(f"published, {args.published}, {name}: KL(target || curve) {kl:.4f}")
+    for found in spectrum_sets(args, device):
+        target = measure([found.small], args.gamma)
+        if found.new:
+            draw(f"images{found.at}", measure([found.small]), color="black", lw=2)
+            draw(f"target, gamma {args.gamma:g}{found.at}", target, color="black")
+        curves = {}
+        if found.features:
+            curves[encoder_label(args) + found.at] = measure(found.features)
+        if found.label:
+            curves[found.label] = measure([found.latents])
+        for name, shares in curves.items():
+            draw(name, shares)
+            settings = dict(curve=name, gamma=args.gamma, n=len(found.images), seed=args.seed,
+                            rings=16, dc="kept", published=args.published)
+            yield dict(kl_from_target=divergence(target, shares)), settings
+    ax.set(title=f"log(1 + power) with DC, scaled to sum 1; {args.published}", ylim=(0, None),
+           xlabel="ring (1 = low frequency)")
+    ax.legend(fontsize=8)
+    write_spectra(args, figure, ("curve", "ring", "descriptor"), rows)
 
 
 def band_matrix(decoded):
@@ -355,3 +458,72 @@ def similarity_figure(args, device):
     name = args.encoder_source if args.encoder_source == "random" else args.encoder
     yield values, dict(encoder=name, n=len(images), token=token)
     write_out(args, lambda out: figure_rows(rows, out), " (black = opposite, white = equal)")
+
+
+# What a log's line may hold, and the title of its panel
+PANELS = dict(
+    loss="loss", l1="L1", lpips="LPIPS", kl="KL", esm="ESM divergence",
+    align="alignment", gan="GAN", disc="discriminator", grad_norm="gradient norm",
+    disc_grad_norm="gradient norm, discriminator", val_psnr="validation PSNR, dB",
+    val_ssim="validation SSIM", val_esm="validation ESM divergence")
+
+
+def read_log(path):
+    """
+    {name: ([step, ...], [value, ...])} of a log.jsonl, of the names in PANELS. Lines that are no
+    JSON are passed over, such as the last one of a run that is writing it.
+    raises   FileNotFoundError, or ValueError if there is text and none of it is a log
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such log; give a run's folder or its log.jsonl")
+    series, lines, understood = {}, path.read_text(errors="replace").splitlines(), 0
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            step = int(entry["step"])
+        except (ValueError, TypeError, KeyError):
+            continue
+        understood += 1
+        for name in PANELS.keys() & entry.keys():
+            if isinstance(entry[name], (int, float)):
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(entry[name])
+    if len(lines) > 1 and not understood:
+        raise ValueError(f"{path}: not the log of a training run; give log.jsonl")
+    return series
+
+
+def curves_figure(args, device):
+    """
+    The log.jsonl of training runs in one picture, a colour a run: losses, gradient norms, PSNR and
+    ESM divergence of held-out images, over steps. Runs may be going on.
+    """
+    runs = [pathlib.Path(run) for run in dict.fromkeys(args.runs)]
+    runs = [path.parent if path.name == "log.jsonl" else path for path in runs]
+    logs = {}
+    for run, name in zip(runs, unique_names(runs)):
+        logs[name] = read_log(run / "log.jsonl" if run.is_dir() else run)
+        if not logs[name]:
+            print(f"{run}: has nothing to draw yet")
+    shown = [name for name in PANELS if any(name in series for series in logs.values())]
+    if not shown:
+        raise ValueError(f"{args.runs[0]}: no line of a log yet; try again later")
+    columns = min(3, len(shown))
+    figure, axes = subplots(-(-len(shown) // columns), columns, squeeze=False, layout="constrained",
+                            figsize=(4.4 * columns, 3 * -(-len(shown) // columns) + 0.5))
+    import matplotlib
+    colours = matplotlib.colormaps["tab10" if len(logs) <= 10 else "turbo"]
+    for ax in axes.flat[len(shown):]:
+        ax.set_axis_off()
+    for panel, ax in zip(shown, axes.flat):
+        for i, series in enumerate(logs.values()):
+            colour = colours(i if len(logs) <= 10 else i / (len(logs) - 1))
+            ax.plot(*series.get(panel, ([], [])), color=colour, lw=1)
+        values = [v for series in logs.values() for v in series.get(panel, ([], []))[1]]
+        positive = not any(v <= 0 for v in values) and not panel.endswith(("psnr", "ssim"))
+        ax.set(title=PANELS[panel], xlabel="step", yscale="log" if positive else "linear")
+    figure.legend(axes[0, 0].lines, list(logs), loc="outside lower center", fontsize=8,
+                  ncols=min(4, len(logs)))
+    write_out(args, lambda out: save_figure(figure, out, dpi=90))
+    return ()                                          # nothing is measured

@@ -4,7 +4,7 @@ or decode a pair (target, latent) that went through the same operation, so that 
 to map one to the other.
 
     kl_loss              SD-VAE: KL(q(z|x) || N(0, 1)), weight 1e-6 (Eq. 2)
-    esm_loss             ESM: KL(P_image^gamma || P_latent), weight 0.01 (Sec. 3.3, Alg. 1, Eq. 3)
+    esm_loss             ESM: KL(f^gamma P_image || P_latent), weight 0.01 (Sec. 3.3, Alg. 1, Eq. 3)
     dsm_pair             DSM: x, z -> both DCT-masked, one n of {0, 8, 10, 12} (Alg. 2, Fig. 10)
     scale_pair           Scale Equivariance: x, z -> both downsampled, k of 1, 2, 4 (low-pass: A.4)
     eq_pair              EQ-VAE: x, z -> both scaled and rotated
@@ -61,7 +61,7 @@ def esm_loss(images, latents, gamma=1.0, n_bins=16):
     latents  (B, C, h, w), the sampled ones, before any normalisation; the gradient goes here only.
              ValueError for another B
     gamma    0 copies the image's power law, larger is flatter (`delta` in the authors' code)
-    returns  KL(P_image^gamma || P_latent), nats, batch mean, >= 0. It sees the latent's scale: by
+    returns  KL(f^gamma P_image || P_latent), nats, batch mean, >= 0. It sees the latent's scale: by
              the log(1 + P) in the descriptor, rescaling z changes the loss (see
              spectrum_distribution), so it also nudges the scale until the shapes agree
     """

@@ -104,6 +104,12 @@ def need_one_node(what):
          "can do safely; make it with torchrun --nnodes=1 first, then start this again")
 
 
+def need_steps_left(args, start_step):
+    """ValueError if a resumed run is past --steps already: its log would only lose lines."""
+    need(start_step <= args.steps, f"--steps {args.steps}: {args.out} has {start_step} steps "
+         "behind it; give more steps, or another --out")
+
+
 def need_same_step(out, step):
     """ValueError unless all processes resume at the same step (each reads its own disk)."""
     if dist.is_initialized():
@@ -424,6 +430,7 @@ def open_run(out, stage, args, resume, overwrite, free=(), older=None):
     if changed:
         raise ValueError(f"--resume: {path} was made with other flags: {', '.join(changed)}; "
                          "give the same ones or another --out")
+    checkpoint["path"] = str(path)
     return checkpoint
 
 
@@ -434,6 +441,7 @@ def restore(out, checkpoint, parts):
     raises   ValueError in one line if one is missing, of another shape, or holds weights that are
              not finite
     """
+    path = checkpoint.get("path", f"{out}/ckpt.pt")
     for name, part in parts.items():
         finite = True
         try:
@@ -443,11 +451,11 @@ def restore(out, checkpoint, parts):
             if isinstance(part, torch.nn.Module):
                 finite = all(tensor.isfinite().all() for tensor in part.state_dict().values())
         except Exception as error:                     # a foreign file breaks this in any way
-            raise ValueError(f"--resume: {out}/ckpt.pt: its {name} does not fit this run "
+            raise ValueError(f"--resume: {path}: its {name} does not fit this run "
                              f"({' '.join(str(error).split())[:200]}); take an older checkpoint of "
                              "it, or begin another --out") from None
         if not finite:
-            raise ValueError(f"--resume: {out}/ckpt.pt: its {name} is not finite, so the training "
+            raise ValueError(f"--resume: {path}: its {name} is not finite, so the training "
                              "diverged; take an older checkpoint")
 
 
@@ -498,7 +506,7 @@ class RunLog:
     waits for the GPU only when a line is due.
     Opening it for a resume at step s drops the lines of steps >= s, which will be written again,
     and a last line that a crash cut short; it also clears the folder of half-written files and, at
-    step 0, of the kept checkpoints of a run that is replaced.
+    step 0, of the checkpoints of a run that is replaced.
     state      what `state()` returned when the checkpoint was made: collected but not yet written
     bad_limit  so many steps in a row that are not finite end the run
     """
@@ -518,7 +526,7 @@ class RunLog:
                         kept.append(line + "\n")
         stale = [*self.path.parent.glob(".*.tmp")]     # of a write that was killed
         if start_step == 0:                            # of the run that this one replaces
-            stale += self.path.parent.glob("ckpt_*.pt")
+            stale += self.path.parent.glob("ckpt*.pt")
         for path in stale:
             path.unlink()
         write_atomic(self.path, lambda file: file.write("".join(kept).encode()))
@@ -622,7 +630,7 @@ def update(optimizer, args, updates, log, step, name="grad_norm"):
     """
     Clip the gradients to the norm args.clip_grad (0: do not), warm up linearly to args.lr over
     args.warmup_steps updates, and step unless something that was logged for it is not finite.
-    updates  how many this optimiser has behind it; name: of the gradient norm in the log
+    updates  steps of its warm-up that are over; name: of the gradient norm in the log
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad or float("inf"))

@@ -54,7 +54,7 @@ def get_args():
     # what is run
     add("--preset", choices=PRESETS, default="celeba-f16d16",
         help="a named group of defaults; explicit flags win")
-    add("--out", default=None, help="folder of the run (default: out/ae/<preset>-<reg>)")
+    add("--out", default=None, help="folder of the run (default: out/ae/<preset>-<reg>[-tuned])")
     add("--resume", action="store_true", help="continue the run in --out, or start it")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--seed", type=int, default=0, help="of weights, data order and every draw, >= 0")
@@ -235,15 +235,15 @@ def saved_parts(nets):
     return {name: part for name, part in named.items() if part is not None}
 
 
-def resume(args, nets, pictures, checkpoint):
+def resume(args, nets, images_id, checkpoint):
     """
-    Put a checkpoint's state into the networks, if it is of these pictures (latents.images_hash).
+    Put a checkpoint's state into the networks, if it is of these images (latents.images_hash).
     returns  start step, state of the log
     """
     runtime.need_same_step(args.out, checkpoint["step"] if checkpoint else 0)
     if not checkpoint:
         return 0, {}
-    runtime.need_same_images(args.out, checkpoint, pictures, args.data)
+    runtime.need_same_images(args.out, checkpoint, images_id, args.data)
     # the discriminator's part is missing if --steps was below --gan_start
     parts = {name: part for name, part in saved_parts(nets).items()
              if "disc" not in name or "disc" in checkpoint}
@@ -289,7 +289,7 @@ def draw_pair(args, rng):
 
 
 def whose_turn(args, nets, step):
-    """Whether this step trains the autoencoder (ae), the discriminator (disc), and has a GAN."""
+    """Whom this step trains, the autoencoder (ae), the discriminator (disc); is the GAN on?"""
     gan = nets.disc is not None and step >= args.gan_start
     if not gan or args.gan_every_step:
         return SimpleNamespace(ae=True, disc=gan, gan=gan)
@@ -304,43 +304,43 @@ def total(terms):
     return loss
 
 
-def directed(output, slope):
-    """A scalar whose gradient at output is slope: backward goes on from where it was cut."""
-    return (output.float() * slope).sum()
+def directed(output, gradient):
+    """Their inner product: walked back, it goes on from output with this gradient."""
+    return (output.float() * gradient).sum()
 
 
 def image_terms(args, nets, compute, recon, target, gan):
     """
-    The terms on the decoded image (b, 3, H, W): L1, LPIPS, and once it has begun the GAN.
+    The terms on the decoded image (b, 3, H, W): L1, LPIPS, and with gan the generator's.
     returns  {name: (weight, adaptive ratio or None, value)},
-             and the slope of their sum at the image, (b, 3, H, W) float32
+             and the gradient of their sum at the image, (b, 3, H, W) float32
     """
-    image = recon.detach().float().requires_grad_()        # cut: the decoder is walked once, later
+    image = recon.detach().float().requires_grad_()        # a cut: the decoder is walked later
     terms = {"l1": (1.0, None, F.l1_loss(image, target))}
     if nets.perceptual:
         terms["lpips"] = args.lpips_weight, None, nets.perceptual(image, target)
-    slope, = torch.autograd.grad(total(terms), image)
+    gradient, = torch.autograd.grad(total(terms), image)
     if gan:
         nets.disc.requires_grad_(False)
         with compute.autocast():
             value = losses.hinge_g_loss(nets.disc(image))
         nets.disc.requires_grad_(True)
-        gan_slope, = torch.autograd.grad(value, image)
-        ratio = losses.adaptive_weight(directed(recon, slope), directed(recon, gan_slope),
+        of_gan, = torch.autograd.grad(value, image)
+        ratio = losses.adaptive_weight(directed(recon, gradient), directed(recon, of_gan),
                                        nets.ae.last_layer, runtime.mean_over_processes)
         terms["gan"] = args.gan_weight, ratio, value
-        slope = slope + args.gan_weight * ratio * gan_slope
-    return terms, slope
+        gradient = gradient + args.gan_weight * ratio * of_gan
+    return terms, gradient
 
 
-def latent_terms(args, nets, images, latents, posterior, decoder_slope):
+def latent_terms(args, nets, images, latents, posterior, of_decoder):
     """
     The terms on the latents (b, C, h, w): ESM (Alg. 1), KL, alignment with features of images.
-    decoder_slope  what the image's terms ask of the latents, (b, C, h, w): vf is to pull alike
+    of_decoder  gradient of the image's terms at the latents, (b, C, h, w): vf is to pull alike
     returns  {name: (weight, adaptive ratio or None, value)}
     """
     terms = {}
-    if "esm" in args.reg:
+    if "esm" in args.reg:                                  # sees the images before any mask
         terms["esm"] = args.esm_weight, None, losses.esm_loss(images, latents, args.gamma)
     if {"kl", "eq", "vf"} & set(args.reg):
         terms["kl"] = args.kl_weight, None, losses.kl_loss(posterior.mean, posterior.logvar)
@@ -352,7 +352,7 @@ def latent_terms(args, nets, images, latents, posterior, decoder_slope):
             align = losses.low_freq_align_loss(cells, features, grid)
             return terms | dict(align=(args.uae_weight, None, align))
         align = losses.vf_loss(cells, features)
-        ratio = losses.adaptive_weight(directed(latents, decoder_slope), align,
+        ratio = losses.adaptive_weight(directed(latents, of_decoder), align,
                                        nets.ae.encoder_last_layer, runtime.mean_over_processes,
                                        limit=1e8)
         terms["align"] = args.vf_weight, ratio, align
@@ -361,27 +361,28 @@ def latent_terms(args, nets, images, latents, posterior, decoder_slope):
 
 def forward_backward(args, nets, compute, images, noise, pair, turn):
     """
-    One part of a step: Fig. 1 forward, then the gradients of whose turn it is. The graph is cut at
-    the image and at the latents, so that the adaptive ratios can be known before decoder and
-    encoder are walked back, once each, by compiled code that may be walked only once.
+    One part of a step: Fig. 1 forward, then the gradients of whose turn it is. The graph is cut
+    twice, at the latents (z below) and at the image (in image_terms): terms of the image and the
+    GAN's ratio first, then back through the decoder; terms of the latents and vf's ratio, then back
+    through the encoder. So each is walked once, as compiled code wants it, with all weights known.
     images, noise, pair  as AutoencoderKL.forward takes them
     returns  {name: scalar} for the log: every term, its adaptive ratio, the sum
     """
-    parts, shown = args.grad_accum, []
+    n, z = args.grad_accum, []
 
     def cut_pair(images, latents):                         # what the decoder sees starts a graph
-        shown.append(latents.detach().requires_grad_(turn.ae))
-        return pair(images, shown[0])
+        z.append(latents.detach().requires_grad_(turn.ae))
+        return pair(images, z[0])
 
     with torch.set_grad_enabled(turn.ae), compute.autocast():   # no graph if the turn is disc's
         recon, target, latents, posterior = nets.ae_step(images, noise, cut_pair)
     target, values = target.detach(), {}
     if turn.ae:
-        terms, slope = image_terms(args, nets, compute, recon, target, turn.gan)
-        directed(recon, slope / parts).backward()          # through the decoder
-        slope = shown[0].grad                              # (b, C, h, w), of this part
-        of_latents = latent_terms(args, nets, images, latents, posterior, slope * parts)
-        (directed(latents, slope) + total(of_latents) / parts).backward()   # through the encoder
+        terms, gradient = image_terms(args, nets, compute, recon, target, turn.gan)
+        directed(recon, gradient / n).backward()           # through the decoder
+        gradient = z[0].grad                               # (b, C, h, w), of this part
+        of_latents = latent_terms(args, nets, images, latents, posterior, gradient * n)
+        (directed(latents, gradient) + total(of_latents) / n).backward()    # through the encoder
         terms |= of_latents
         for name, (_, ratio, value) in terms.items():
             values[name] = value
@@ -392,10 +393,10 @@ def forward_backward(args, nets, compute, images, noise, pair, turn):
         with runtime.averaging(False, nets.disc_step):
             with compute.autocast():
                 real = losses.hinge_d_loss(real=nets.disc_step(target))
-            (real / parts).backward()
+            (real / n).backward()
         with compute.autocast():
             fake = losses.hinge_d_loss(fake=nets.disc_step(recon.detach()))
-        (fake / parts).backward()
+        (fake / n).backward()
         values["disc"] = real + fake
     return values
 
@@ -410,7 +411,7 @@ def validate(ae, batches, args, compute):
     spectra see its samples. Also stores the samples' mean and standard deviation per channel in the
     autoencoder (normalize, denormalize).
     returns  {psnr dB, ssim, l1, esm: divergence from the flattened target (nats), alpha: exponent
-             of the latents' PSD, alpha_image}
+             of the latents' PSD, alpha_image, latent_std: over all channels}
     """
     ae.eval()
     C = ae.config.latent_channels
@@ -429,6 +430,7 @@ def validate(ae, batches, args, compute):
         latents = posterior.sample(torch.stack(noise).to(images.device))
         small = match_resolution(images, latents.shape[-2:])
         l1 = (recon - images).abs().flatten(1).mean(1)
+        # one at a time, for a loss is the mean of its batch
         esm = torch.stack([losses.esm_loss(x[None], z[None], args.gamma)
                            for x, z in zip(images, latents)])
         each = [torch.ones_like(l1), psnr(recon, images), ssim(recon, images), l1, esm]
@@ -468,9 +470,9 @@ def picture(ae, images, path, compute):
     figure_rows({label: row.float() * 0.5 + 0.5 for label, row in rows.items()}, path)
 
 
-def save(args, nets, pictures, compute, log, step):
+def save(args, nets, images_id, compute, log, step):
     """All of the run at this step into ckpt.pt; called on all processes."""
-    state = dict(stage="ae", step=step, args=vars(args), pictures=pictures,
+    state = dict(stage="ae", step=step, args=vars(args), pictures=images_id,
                  ae_config=dataclasses.asdict(nets.ae.config), means=log.state())
     for name, part in saved_parts(nets).items():
         state[name] = part.state_dict()
@@ -478,14 +480,14 @@ def save(args, nets, pictures, compute, log, step):
         runtime.save_run(args.out, state, args.keep_every)
 
 
-def evaluate_and_save(args, nets, pictures, compute, val_set, log, progress, step, speed):
+def evaluate_and_save(args, nets, images_id, compute, val_set, log, progress, step, speed):
     """Held-out numbers, checkpoint, reconstructions.png; speed in images/s. Returns the numbers."""
     batches = val_batches(val_set, args.batch_size, compute.rank, compute.world,
                           device=compute.device)
     with compute.eager():
         report = validate(nets.ae, batches, args, compute)
         log.line(step, **{f"val_{k}": v for k, v in report.items()})
-        save(args, nets, pictures, compute, log, step)
+        save(args, nets, images_id, compute, log, step)
         if compute.rank > 0:
             return report
         line = (f"step {step}: PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f}, "
@@ -537,14 +539,15 @@ def main():
                                   runtime.FREE)
     train_set, val_set = open_data(args.data, args.image_size, args.val_images, args.seed)
     nets = build(args, config, start, compute)
-    pictures = runtime.from_rank_zero(lambda: images_hash(train_set))
-    start_step, means = resume(args, nets, pictures, checkpoint)
+    images_id = runtime.from_rank_zero(lambda: images_hash(train_set))
+    start_step, means = resume(args, nets, images_id, checkpoint)
     if checkpoint:
         compute.say(f"resuming {args.out} at step {start_step}")
     del checkpoint                                         # gigabytes at paper scale
     place(args, nets, compute)
     announce(args, nets, compute, train_set, val_set)
     compute.warn_of_compilation()
+    runtime.need_steps_left(args, start_step)
     log = runtime.RunLog(f"{args.out}/log.jsonl", rank, start_step, means)
     batches = train_batches(train_set, args.batch_size, start_step, args.seed, rank, world,
                             args.workers, device)
@@ -556,12 +559,12 @@ def main():
         for step in range(start_step, args.steps + 1):
             last_step = step == args.steps
             if stop.asked():
-                save(args, nets, pictures, compute, log, step)
+                save(args, nets, images_id, compute, log, step)
                 compute.say(stop.farewell(step, args))
                 break
             if last_step or step % args.eval_every == 0:
                 speed = (step - timed_step) * args.batch_size / (time.perf_counter() - clock)
-                report = evaluate_and_save(args, nets, pictures, compute, val_set, log, progress,
+                report = evaluate_and_save(args, nets, images_id, compute, val_set, log, progress,
                                            step, speed)
                 timed_step, clock = step, time.perf_counter()
             if last_step:
@@ -577,10 +580,10 @@ def main():
             if scale < 1:
                 batch = losses.scale_images(batch, scale, nets.ae.config.reduction)
             noise = runtime.sharded_randn(nets.ae.latent_shape(batch), generator, rank, world)
-            parts = zip(batch.chunk(args.grad_accum), noise.chunk(args.grad_accum))
-            for part, (images, eps) in enumerate(parts, 1):    # (b, ...) each: what fits the memory
-                with runtime.averaging(part == args.grad_accum, *nets.parallel):
-                    values = forward_backward(args, nets, compute, images, eps, pair, turn)
+            for part in range(args.grad_accum):            # (b, ...) each: what fits the memory
+                mine = (x.chunk(args.grad_accum)[part] for x in (batch, noise))
+                with runtime.averaging(part == args.grad_accum - 1, *nets.parallel):
+                    values = forward_backward(args, nets, compute, *mine, pair, turn)
                 log.add(step, values)
             if turn.ae:
                 runtime.update(nets.optimizer, args, step, log, step)
@@ -590,8 +593,8 @@ def main():
 
             progress.update(1)
             if step % args.log_every == 0:
-                means = log.write(step)
-                progress.set_postfix({k: f"{v:.4g}" for k, v in means.items()
+                averages = log.write(step)
+                progress.set_postfix({k: f"{v:.4g}" for k, v in averages.items()
                                       if k in ("l1", "esm", "kl")})
     progress.close()
     runtime.barrier()

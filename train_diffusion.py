@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import runtime
@@ -188,10 +188,7 @@ def open_latents(args, ae, train_set, compute):
     pictures = runtime.from_rank_zero(lambda: images_hash(train_set))
     identity = dict(autoencoder=autoencoder_hash(ae), images=pictures, size=train_set.size)
     folder = Path(args.cache or "out/latents/" + "-".join(map(str, identity.values())))
-    there = torch.tensor(float(folder.exists()))           # rank 0's answer: it will create it
-    if dist.is_initialized():
-        there = there.to(compute.device)
-        dist.broadcast(there, src=0)
+    there = runtime.from_rank_zero(folder.exists)          # it is rank 0 that creates it
     if not there:
         runtime.need_one_node(f"--cache {folder}")
         quiet = compute.rank > 0 or not sys.stderr.isatty()
@@ -202,7 +199,7 @@ def open_latents(args, ae, train_set, compute):
     cache = LatentCache(folder, identity)
     ae.set_latent_stats(cache.mean, cache.std)
     rows = cache.rows[:: max(1, len(cache) // 1024)]
-    posterior = cache.posterior(rows, rows < 0, compute.device)
+    posterior = cache.posterior(rows, np.zeros(len(rows), bool), compute.device)
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
     std = ae.normalize(posterior.sample(noise.to(compute.device))).std().item()
     if not 0.8 < std < 1.25:
@@ -284,8 +281,8 @@ def place(args, nets, compute):
     if args.grad_checkpoint:
         runtime.recompute(nets.model, (SiTBlock, UViTBlock))
     compute.compile(nets.model)
-    static = args.grad_accum == 1                          # no_sync and a static graph exclude
-    nets.model_step = runtime.data_parallel(nets.model, static)             # each other
+    static = args.grad_accum == 1                          # else no_sync, which excludes it
+    nets.model_step = runtime.data_parallel(nets.model, static)
     nets.projector_step = runtime.data_parallel(nets.projector, static)
     nets.parallel = nets.model_step, nets.projector_step
 
@@ -300,14 +297,14 @@ def training_stream(args, nets, cache, train_set, start_step, compute):
     """
     where = (args.batch_size, start_step, args.seed, compute.rank, compute.world)
     mirror = args.mirror == "on"
-    pictures = None
+    aligned = None
     if nets.encoder:                                       # the same stream of positions
-        pictures = train_batches(take(train_set, cache.rows), *where, args.workers, compute.device,
+        aligned = train_batches(take(train_set, cache.rows), *where, args.workers, compute.device,
                                  mirror)
     for posterior, labels, indices, _ in cache.batches(*where, compute.device, mirror):
         images = None
-        if pictures:
-            images, _, positions = next(pictures)
+        if aligned:
+            images, _, positions = next(aligned)
             moved = cache.rows[positions] != indices       # another one came in its place
             if moved.any():
                 raise ValueError(f"--data {train_set.spec}: {train_set.name(indices[moved][0])} is "
@@ -325,11 +322,12 @@ def loss_terms(args, nets, compute, latents, labels, images, generator, share):
     """
     depth = args.repa_depth if nets.encoder else None
     with compute.autocast():
-        loss = nets.process.loss(nets.model_step, latents, labels, generator, args.label_dropout,
-                                 depth, share)
+        result = nets.process.loss(nets.model_step, latents, labels, generator, args.label_dropout,
+                                   depth, share)
     if not nets.encoder:
-        return {"loss": (1.0, loss)}
-    (loss, tokens), grid = loss, nets.model.grid           # scalar, (b, T, D) after block depth
+        return {"loss": (1.0, result)}
+    loss, tokens = result                                  # scalar, (b, T, D) after block depth
+    grid = nets.model.grid
     target = filter_target(nets.encoder(images, grid), REPA_KINDS[args.repa][0], grid,
                            args.dog_sigma1, args.dog_sigma2, args.norm_std)
     with compute.autocast():
@@ -404,6 +402,7 @@ def main():
     place(args, nets, compute)
     announce(args, nets, compute, origin)
     compute.warn_of_compilation()
+    runtime.need_steps_left(args, start_step)
     log = runtime.RunLog(f"{args.out}/log.jsonl", rank, start_step, means)
     stream = training_stream(args, nets, cache, train_set, start_step, compute)
     progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size,
@@ -431,26 +430,25 @@ def main():
             posterior, labels, images = next(stream)
             noise = runtime.sharded_randn(posterior.mean.shape, generator, rank, world)
             latents = ae.normalize(posterior.sample(noise))    # (share, C, h, w), std 1
-            state, parts = generator.get_state(), args.grad_accum
-            for part in range(parts):                      # (b, ...) each: what fits the memory
-                batch = [x if x is None else x.chunk(parts)[part]
-                         for x in (latents, labels, images)]
+            state, n = generator.get_state(), args.grad_accum
+            for part in range(n):                          # (b, ...) each: what fits the memory
+                mine = [x if x is None else x.chunk(n)[part] for x in (latents, labels, images)]
                 generator.set_state(state)                 # each part draws for the global batch
-                share = rank * parts + part, world * parts
-                with runtime.averaging(part == parts - 1, *nets.parallel):
-                    terms = loss_terms(args, nets, compute, *batch, generator, share)
-                    (sum(w * value for w, value in terms.values()) / parts).backward()
+                share = rank * n + part, world * n
+                with runtime.averaging(part == n - 1, *nets.parallel):
+                    terms = loss_terms(args, nets, compute, *mine, generator, share)
+                    (sum(w * value for w, value in terms.values()) / n).backward()
                 log.add(step, {name: value for name, (_, value) in terms.items()})
             runtime.update(nets.optimizer, args, step, log, step)
             nets.ema.update(step)
 
             progress.update(1)
             if step % args.log_every == 0:
-                means = log.write(step)
-                progress.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
+                averages = log.write(step)
+                progress.set_postfix({name: f"{mean:.4f}" for name, mean in averages.items()})
                 if rank == 0 and step % (10 * args.log_every) == 0:
-                    progress.write(f"step {step}: loss {means.get('loss', math.nan):.4f}",
-                                   file=sys.stdout)
+                    loss = averages.get("loss", math.nan)
+                    progress.write(f"step {step}: loss {loss:.4f}", file=sys.stdout)
     progress.close()
     runtime.barrier()
 

@@ -47,8 +47,8 @@ class AEConfig:
         return 2 ** (len(self.ch_mult) - 1)
 
 
-# The tiny ones: a group of one channel would lose that channel's mean and contrast in every norm;
-# 4 groups of 16 channels hold four each, as 32 do of 128.
+# The tiny ones have 4 groups of four channels, as 32 groups have of 128. A group of one channel
+# loses that channel's mean and contrast in every norm.
 CONFIGS = {
     "f8d4": AEConfig(ch_mult=(1, 2, 4, 4), latent_channels=4),
     "f16d16": AEConfig(ch_mult=(1, 1, 2, 2, 4), latent_channels=16),

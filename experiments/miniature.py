@@ -1,6 +1,6 @@
 """
-The paper's claims in miniature: Tables 2, 4, 7 and 8 on CIFAR-10 at 32 px, small enough for two
-CPU cores. README.md beside this file has the protocol, the results and what they say.
+The paper's claims in miniature: Tables 2, 3, 4, 7 and 8 on CIFAR-10 at 32 px, small enough for
+two CPU cores. README.md beside this file has the protocol, the results and what they say.
 
     python -m experiments.miniature run        train and sample what is not there yet, then collect
     python -m experiments.miniature collect    finished runs into experiments/results/*.json
@@ -14,6 +14,7 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -46,6 +47,14 @@ AUTOENCODERS = {                                           # flags of train_ae.p
     "se": "--reg se",
     "esm": "--reg esm",
     "dsm": "--reg dsm",
+    "esm-gamma0.6": "--reg esm --gamma 0.6",
+    "esm-gamma1.4": "--reg esm --gamma 1.4",
+    "esm-w0.1": "--reg esm --esm_weight 0.1",
+    "esm-w0.001": "--reg esm --esm_weight 0.001",
+    "dsm-0-8-12": "--reg dsm --dsm_masks 0 8 12",
+    "dsm-0-6-8-10-12": "--reg dsm --dsm_masks 0 6 8 10 12",
+    "dsm-0-8-10-12-13": "--reg dsm --dsm_masks 0 8 10 12 13",
+    # not in the paper
     "eq": "--reg eq --kl_weight 1e-6",                     # the default when it was run
     "kl-f4": "--reg kl --model f4d4-tiny",
     "esm-f4": "--reg esm --model f4d4-tiny",
@@ -59,39 +68,79 @@ VARIANTS = {                               # run: its autoencoder, flags of trai
     "kl-f4": ("kl-f4", "--model SiT-tiny/1"),
     "esm-f4": ("esm-f4", "--model SiT-tiny/1"),
     "kl-repa": ("kl", f"--repa repa {REPA}"),
+    "dsm-repa": ("dsm", f"--repa repa {REPA}"),
     "kl-irepa": ("kl", f"--repa irepa {REPA}"),
     "kl-dog": ("kl", f"--repa dog {REPA}"),
 }
+FIRST = ["kl", "se", "eq", "esm", "esm-w1", "dsm"]         # run first; in figures/samples.png
 TABLES = {
-    "Table 2": ["kl", "se", "eq", "esm", "esm-w1", "dsm"],
-    "Table 2 at f = 4": ["kl-f4", "esm-f4"],
-    "Table 7": ["kl", "esm-w1-gamma0.6", "esm-w1", "esm-w1-gamma1.4"],
-    "Table 8": ["dsm-0-4-6-8", "dsm", "dsm-0-12-13-14"],
-    "Table 4": ["kl", "kl-repa", "kl-irepa", "kl-dog"],
+    "Table 2, and with it `eq` and `esm-w1`, which are ours": FIRST,
+    "Table 3": ["kl", "dsm", "kl-repa", "dsm-repa"],
+    "Table 4": ["kl-repa", "kl-irepa", "kl-dog"],
+    "Table 7": ["esm-gamma0.6", "esm", "esm-gamma1.4", "esm-w0.1", "esm-w0.001"],
+    "Table 8": ["dsm-0-8-12", "dsm", "dsm-0-6-8-10-12", "dsm-0-8-10-12-13"],
+    "Ours: f = 4": ["kl-f4", "esm-f4"],
+    "Ours: gamma at weight 1": ["kl", "esm-w1-gamma0.6", "esm-w1", "esm-w1-gamma1.4"],
+    "Ours: masks that cut less, or more": ["dsm-0-4-6-8", "dsm", "dsm-0-12-13-14"],
 }
 COLUMNS = {                                                # number: its heading, its digits
     "psnr": ("PSNR, dB", 2), "rFD_cifar": ("rFD-cifar", 2), "esm": ("ESM divergence", 3),
     "esm_shape": ("normalised, best scale", 3), "alpha": ("exponent of the PSD", 2),
     "FD_cifar": ("FD-cifar", 2), "SWD_32px": ("SWD 32 px", 1), "spectral_KL": ("spectral KL", 4),
 }
-CLAIMS = [                                 # (number, the run with the smaller one, the other)
-    ("esm", "esm", "kl"),
-    ("alpha", "kl", "se"),                                 # smoother latents are steeper
-    ("alpha", "kl", "eq"),
-    ("alpha", "kl", "dsm"),
-    ("FD_cifar", "dsm", "se"),                             # Table 2
-    ("FD_cifar", "dsm", "kl"),
-    ("FD_cifar", "se", "kl"),
-    ("FD_cifar", "esm", "kl"),
-    ("FD_cifar", "esm-w1", "kl"),
-    ("FD_cifar", "esm-f4", "kl-f4"),
-    ("FD_cifar", "esm-w1", "esm-w1-gamma0.6"),             # Table 7
-    ("FD_cifar", "esm-w1", "esm-w1-gamma1.4"),
-    ("FD_cifar", "dsm", "dsm-0-4-6-8"),                    # Table 8
-    ("FD_cifar", "dsm", "dsm-0-12-13-14"),
-    ("FD_cifar", "kl-repa", "kl"),                         # Table 4
-    ("FD_cifar", "kl-irepa", "kl-repa"),
-    ("FD_cifar", "kl-dog", "kl-irepa"),
+# Where it is claimed, the number here, the order of the runs, and the claims: words, run, run.
+PAPER_CLAIMS = [
+    ("Table 2, gFID", "FD_cifar", "below", [
+        ("DSM below Scale Equivariance, 4.44 < 5.87 (f8d4), 4.49 < 5.46 (f16d16)", "dsm", "se"),
+        ("Scale Equivariance below SD-VAE, 5.87 < 6.63 (f8d4), 5.46 < 6.88 (f16d16)", "se", "kl"),
+        ("DSM below SD-VAE, 4.44 < 6.63 (f8d4), 4.49 < 6.88 (f16d16)", "dsm", "kl"),
+        ("ESM below SD-VAE, 5.91 < 6.63 (f8d4), 5.84 < 6.88 (f16d16)", "esm", "kl"),
+        ("DSM below ESM, 4.44 < 5.91 (f8d4), 4.49 < 5.84 (f16d16)", "dsm", "esm")]),
+    ("Table 2, PSNR", "psnr", "above", [
+        ("ESM above SD-VAE, 31.63 > 31.23 (f8d4), 31.30 > 30.08 (f16d16)", "esm", "kl")]),
+    ("Table 3, gFID at 400k", "FD_cifar", "below", [
+        ("DSM below SD-VAE without REPA, 12.20 < 14.58", "dsm", "kl"),
+        ("DSM below SD-VAE with REPA, 6.48 < 7.60", "dsm-repa", "kl-repa"),
+        ("SD-VAE with REPA below without, 7.60 < 14.58", "kl-repa", "kl")]),
+    ("Table 4, gFID at 400k", "FD_cifar", "below", [
+        ("REPA-DoG below iREPA, 4.98 < 5.07 (cfg 1.8; from 300k on only), 20.37 < 21.40 "
+         "(no guidance, Sec. 4.2)", "kl-dog", "kl-irepa"),
+        ("iREPA below REPA, 5.07 < 5.68 (cfg 1.8), 21.40 < 22.75 (no guidance, Sec. 4.2)",
+         "kl-irepa", "kl-repa")]),
+    ("Table 7, gFID", "FD_cifar", "below", [
+        ("gamma 1.0 below 0.6 at weight 0.01, 5.84 < 5.90", "esm", "esm-gamma0.6"),
+        ("gamma 1.0 below 1.4 at weight 0.01, 5.84 < 6.57", "esm", "esm-gamma1.4"),
+        ("weight 0.01 below 0.1 at gamma 1, 5.84 < 6.82", "esm", "esm-w0.1"),
+        ("weight 0.01 below 0.001 at gamma 1, 5.84 < 6.00", "esm", "esm-w0.001")]),
+    ("Table 8, gFID", "FD_cifar", "below", [
+        ("{0, 8, 10, 12} below {0, 6, 8, 10, 12}, 4.49 < 4.61", "dsm", "dsm-0-6-8-10-12"),
+        ("{0, 8, 10, 12} below {0, 8, 12}, 4.49 < 5.02", "dsm", "dsm-0-8-12"),
+        ("{0, 8, 10, 12} below {0, 8, 10, 12, 13}, 4.49 < 5.33", "dsm", "dsm-0-8-10-12-13")]),
+    ("Fig. 3, smoothness of the latents", "alpha", "above", [
+        ("DSM above SD-VAE", "dsm", "kl"),
+        ("ESM above SD-VAE", "esm", "kl")]),
+    ("Figs. 4 and 5, KL of the published curves from the flattened target", "esm", "below", [
+        ("Scale Equivariance below SD-VAE, .020 < .038", "se", "kl"),
+        ("DSM below SD-VAE, .0054 < .038", "dsm", "kl"),
+        ("ESM below SD-VAE, .0044 < .038", "esm", "kl"),
+        ("DSM below Scale Equivariance, .0054 < .020", "dsm", "se"),
+        ("ESM below DSM, .0044 < .0054", "esm", "dsm")]),
+]
+OUR_CLAIMS = [
+    ("EQ-VAE's place, generation", "FD_cifar", "below", [
+        ("DSM below EQ-VAE", "dsm", "eq"),
+        ("EQ-VAE below SD-VAE", "eq", "kl")]),
+    ("Downsampling makes latents smoother", "alpha", "above", [
+        ("Scale Equivariance above SD-VAE", "se", "kl"),
+        ("EQ-VAE above SD-VAE", "eq", "kl")]),
+    ("f = 4, generation", "FD_cifar", "below", [("ESM below SD-VAE", "esm-f4", "kl-f4")]),
+    ("Weight 1, generation", "FD_cifar", "below", [
+        ("ESM below SD-VAE", "esm-w1", "kl"),
+        ("gamma 1.0 below 0.6", "esm-w1", "esm-w1-gamma0.6"),
+        ("gamma 1.0 below 1.4", "esm-w1", "esm-w1-gamma1.4")]),
+    ("Masks, generation", "FD_cifar", "below", [
+        ("{0, 8, 10, 12} below {0, 4, 6, 8}", "dsm", "dsm-0-4-6-8"),
+        ("{0, 8, 10, 12} below {0, 12, 13, 14}", "dsm", "dsm-0-12-13-14")]),
 ]
 LOCKS = collections.defaultdict(threading.Lock)            # several runs share an autoencoder
 MARKS = "<!-- miniature.py table -->", "<!-- end of miniature.py table -->"
@@ -101,10 +150,10 @@ MARKS = "<!-- miniature.py table -->", "<!-- end of miniature.py table -->"
 # Training and sampling
 
 def plan():
-    """The runs in order of importance, (name, seed): Table 2 with all seeds, then the rest."""
-    first = TABLES["Table 2"]
-    rest = [name for names in TABLES.values() for name in names if name not in first]
-    return [(name, seed) for names in (first, rest) for seed in SEEDS for name in names]
+    """The runs in order of importance, (name, seed): FIRST with all seeds, then the rest."""
+    every = dict.fromkeys(name for names in TABLES.values() for name in names)
+    rest = [name for name in every if name not in FIRST]
+    return [(name, seed) for names in (FIRST, rest) for seed in SEEDS for name in names]
 
 
 def folders(name, seed, out):
@@ -116,19 +165,19 @@ def folders(name, seed, out):
 
 def commands(name, seed, data, out):
     """
-    The three commands of a run, each a list of words; each continues where an earlier call was
-    stopped.
+    The three commands of a run, each a list of words (a folder's name may hold spaces); each
+    continues where an earlier call was stopped.
     """
     autoencoder, flags = VARIANTS.get(name, (name, ""))
-    ae, cache, sit = folders(name, seed, out)
-    lines = (
-        f"train_ae.py --preset quick {AE} {AUTOENCODERS[autoencoder]} --data {data} --seed {seed} "
-        f"--out {ae} --resume",
-        f"train_diffusion.py --preset quick --ae {ae}/ckpt.pt {SIT} {flags} --seed {seed} "
-        f"--out {sit} --cache {cache} --resume",
-        f"evaluate.py gen --preset quick --ckpt {sit}/ckpt.pt {GEN} --results {sit}/gen.jsonl",
-    )
-    return [line.split() for line in lines]
+    ae, cache, sit = map(str, folders(name, seed, out))
+    train_ae = ["train_ae.py", "--preset", "quick", *AE.split(), *AUTOENCODERS[autoencoder].split(),
+                "--data", str(data), "--seed", str(seed), "--out", ae, "--resume"]
+    train_diffusion = ["train_diffusion.py", "--preset", "quick", "--ae", f"{ae}/ckpt.pt",
+                       *SIT.split(), *flags.split(), "--seed", str(seed),
+                       "--out", sit, "--cache", cache, "--resume"]
+    gen = ["evaluate.py", "gen", "--preset", "quick", "--ckpt", f"{sit}/ckpt.pt", *GEN.split(),
+           "--results", f"{sit}/gen.jsonl"]
+    return train_ae, train_diffusion, gen
 
 
 def from_anywhere(word):
@@ -152,7 +201,7 @@ def run_one(name, seed, data, out):
     """
     words = commands(name, seed, data, out)
     ae, cache, sit = folders(name, seed, out)
-    asked = "".join(f"python {' '.join(command)}\n" for command in words)
+    asked = "".join(f"python {shlex.join(command)}\n" for command in words)
     note = sit / "commands.txt"
     if note.exists() and note.read_text() != asked:
         raise ValueError(f"{sit}: was made by other commands, see commands.txt there; name "
@@ -340,17 +389,22 @@ def collect(out):
 # --------------------------------------------------------------------------------------------------
 # Tables and samples
 
-def verdict(results, key, low, high):
-    """The protocol's rule for `low` below `high` in the number `key`, over seeds that both have."""
-    seeds = [seed for seed in SEEDS if (low, seed) in results and (high, seed) in results]
+def verdict(results, key, a, order, b, whose="the paper"):
+    """
+    The protocol's rule, over the seeds that both runs have, for the claim that run `a` is "below"
+    or "above" run `b` in the number `key`. A positive gap is as claimed.
+    """
+    seeds = [seed for seed in SEEDS if (a, seed) in results and (b, seed) in results]
     if not seeds:
         return "not run"
-    a, b = ([results[name, seed]["numbers"][key] for seed in seeds] for name in (low, high))
-    gap, between_seeds = np.mean(b) - np.mean(a), max(np.ptp(a), np.ptp(b))
+    of_a, of_b = ([results[name, seed]["numbers"][key] for seed in seeds] for name in (a, b))
+    sign = {"below": 1, "above": -1}[order]
+    gap = sign * (np.mean(of_b) - np.mean(of_a))
+    between_seeds = max(np.ptp(of_a), np.ptp(of_b))
     _, digits = COLUMNS[key]
     if len(seeds) < 2:
         side = "as" if gap > 0 else "against"
-        return f"one seed, {side} the paper (gap {abs(gap):.{digits}f}): undecided"
+        return f"one seed, {side} {whose} (gap {abs(gap):.{digits}f}): undecided"
     word = "undecided"
     if gap > between_seeds:
         word = "agreement"
@@ -375,6 +429,17 @@ def run_row(name, results):
     return table_row(f"`{name}`", *cells)
 
 
+def claims_table(heading, claims, results, whose):
+    """PAPER_CLAIMS or OUR_CLAIMS as lines of a markdown table, each with its verdict."""
+    lines = [table_row(heading, "here", "measured by"), "|---|---|---|"]
+    for where, key, order, group in claims:
+        column, _ = COLUMNS[key]
+        for words, a, b in group:
+            lines.append(table_row(f"{where}: {words}", verdict(results, key, a, order, b, whose),
+                                   f"{column}: `{a}` {order} `{b}`"))
+    return lines
+
+
 def table():
     """The tables of the README beside this file as markdown, from experiments/results/ alone."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-s?.json"))]
@@ -391,15 +456,12 @@ def table():
         f"{', '.join(hardware)}. Commands, logs and versions are in `experiments/results/`.",
         110, break_on_hyphens=False)
     for title, names in TABLES.items():
-        lines += ["", f"**{title}** in miniature", ""]
+        lines += ["", f"**{title}**", ""]
         lines.append(table_row("run", *[heading for heading, _ in COLUMNS.values()]))
         lines.append("|---" * (len(COLUMNS) + 1) + "|")
         lines += [run_row(name, results) for name in names]
-    lines += ["", table_row("the paper says", "here, by the protocol's rule"), "|---|---|"]
-    for key, low, high in CLAIMS:
-        heading, _ = COLUMNS[key]
-        claim = f"{heading}: `{low}` below `{high}`"
-        lines.append(table_row(claim, verdict(results, key, low, high)))
+    lines += ["", *claims_table("the paper says", PAPER_CLAIMS, results, "the paper")]
+    lines += ["", *claims_table("ours", OUR_CLAIMS, results, "our guess")]
     return "\n".join(lines)
 
 
@@ -413,9 +475,9 @@ def write_readme(text):
 
 
 def draw_samples(out):
-    """figures/samples.png: ten samples of each run of Table 2, seed 0."""
+    """figures/samples.png: ten samples of each run of FIRST, seed 0."""
     rows = {}
-    for name in TABLES["Table 2"]:
+    for name in FIRST:
         path = folders(name, 0, out)[-1] / "samples" / "samples.npz"
         if path.exists():
             rows[name] = torch.from_numpy(np.load(path)["arr_0"][:10]).movedim(-1, 1) / 255

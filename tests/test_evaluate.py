@@ -14,7 +14,9 @@ import evaluate
 import runtime
 import train_diffusion
 from conftest import run
+from data import ImageSet
 from figures import pca_rgb
+from sources import open_source
 from test_train_diffusion import flags_of
 
 
@@ -125,8 +127,8 @@ def test_fid_of_folder_npz_and_statistics(material, tmp_path, monkeypatch, incep
         folder = tmp_path / f"{i}"
         folder.mkdir()
         (folder / name.name).symlink_to(name)
-        source = evaluate.open_source(str(folder))
-        one = evaluate.ImageSet("", source, np.arange(1), np.zeros(1), [], 16)
+        source = open_source(str(folder))
+        one = ImageSet("", source, np.arange(1), np.zeros(1), [], 16)
         pictures.append(np.asarray(one[0][0]).transpose(1, 2, 0))
     np.savez(tmp_path / "images.npz", arr_0=np.stack(pictures))
     common = ["--image_size", 16, "--batch_size", 5, "--device", "cpu",

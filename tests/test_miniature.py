@@ -5,6 +5,7 @@ the network whose features it uses.
 import json
 import math
 import pathlib
+import re
 
 import pytest
 import torch
@@ -49,8 +50,83 @@ def test_the_verdict_follows_the_protocol(esm, kl, word, tmp_path, monkeypatch):
     monkeypatch.setattr(miniature, "RESULTS", tmp_path)
     plant(tmp_path, kl=kl, esm=esm)
     row, = [line for line in miniature.table().splitlines()
-            if line.startswith("| FD-cifar: `esm` below `kl` |")]
+            if line.endswith("| FD-cifar: `esm` below `kl` |")]
     assert word in row
+
+
+@pytest.mark.parametrize("a, b, word", [
+    ([31.0, 31.3], [30.0, 30.1], "agreement: gap +1.10"),
+    ([30.0, 30.1], [31.0, 31.3], "**contradiction**: gap -1.10"),
+    ([30.0, 31.5], [31.0, 31.0], "undecided: gap -0.25"),
+    ([31.0], [30.0], "one seed, as our guess (gap 1.00)"), ([], [30.0], "not run")])
+def test_above_is_below_the_other_way_round(a, b, word):
+    """PSNR: more is better. One rule for both orders, and the sign of the gap is the claim's."""
+    results = {(name, seed): dict(numbers=dict(psnr=psnr))
+               for name, values in dict(esm=a, kl=b).items() for seed, psnr in enumerate(values)}
+    above = miniature.verdict(results, "psnr", "esm", "above", "kl", "our guess")
+    assert above.startswith(word)
+    assert miniature.verdict(results, "psnr", "kl", "below", "esm", "our guess") == above
+
+
+def claims(lists):
+    """[where, words, number here, run, order, run] of PAPER_CLAIMS or OUR_CLAIMS, flat."""
+    return [(where, words, key, a, order, b)
+            for where, key, order, group in lists for words, a, b in group]
+
+
+# Tables 2 (f8d4 and f16d16), 3, 4 (cfg 1.8 and none), 7 and 8, and the divergences of Figs. 4 and 5
+SCORES = {
+    "Table 2, gFID": dict(kl="6.63 6.88", se="5.87 5.46", esm="5.91 5.84", dsm="4.44 4.49"),
+    "Table 2, PSNR": dict(kl="31.23 30.08", esm="31.63 31.30"),
+    "Table 3, gFID at 400k": {"kl": "14.58", "dsm": "12.20", "kl-repa": "7.60", "dsm-repa": "6.48"},
+    "Table 4, gFID at 400k": {"kl-repa": "5.68 22.75", "kl-irepa": "5.07 21.40",
+                              "kl-dog": "4.98 20.37"},
+    "Table 7, gFID": {"esm-gamma0.6": "5.90", "esm": "5.84", "esm-gamma1.4": "6.57",
+                      "esm-w0.1": "6.82", "esm-w0.001": "6.00"},
+    "Table 8, gFID": {"dsm-0-8-12": "5.02", "dsm": "4.49", "dsm-0-6-8-10-12": "4.61",
+                      "dsm-0-8-10-12-13": "5.33"},
+    "Figs. 4 and 5, KL of the published curves from the flattened target": dict(
+        kl=".038", se=".020", dsm=".0054", esm=".0044"),
+}
+
+
+def test_what_the_paper_says_is_in_its_tables():
+    """Each number of a claim belongs to its run in the paper, and they are in the claimed order."""
+    for where, words, _, a, order, b in claims(miniature.PAPER_CLAIMS):
+        if where.startswith("Fig. 3"):                     # a picture, no numbers
+            continue
+        pairs = re.findall(r"(\d*\.\d+) ([<>]) (\d*\.\d+)", words)
+        of_a, of_b = (SCORES[where][name].split() for name in (a, b))
+        assert pairs == [(x, "<" if order == "below" else ">", y) for x, y in zip(of_a, of_b)]
+        for x, sign, y in pairs:
+            assert float(x) < float(y) if sign == "<" else float(x) > float(y)
+
+
+def test_every_number_of_the_papers_tables_is_in_a_claim():
+    """Table 7 on both axes, Table 8's four sets, Table 3 with and without REPA: all is there."""
+    for where, scores in SCORES.items():
+        here = {name for at, _, _, a, _, b in claims(miniature.PAPER_CLAIMS) if at == where
+                for name in (a, b)}
+        assert here == set(scores)
+
+
+def test_what_the_paper_does_not_have_is_ours():
+    """EQ-VAE, f = 4, weight 1 and our mask sets stand in no claim of the paper's."""
+    ours = {"eq", "kl-f4", "esm-f4", "esm-w1", "esm-w1-gamma0.6", "esm-w1-gamma1.4", "dsm-0-4-6-8",
+            "dsm-0-12-13-14"}
+    runs_of = lambda lists: {name for _, _, _, a, _, b in claims(lists) for name in (a, b)}
+    assert not ours & runs_of(miniature.PAPER_CLAIMS) and ours <= runs_of(miniature.OUR_CLAIMS)
+    paper, mine = miniature.table().split("| the paper says |")[1].split("| ours |")
+    assert "esm-w1" not in paper and "`esm-w1` below `kl`" in mine
+
+
+def test_the_page_counts_the_runs():
+    """What `run` trains, and how much of it we have."""
+    page = (miniature.HERE / "README.md").read_text()
+    models, have = {name for name, _ in miniature.plan()}, list(miniature.RESULTS.glob("*.json"))
+    assert (f"`run` trains {len(miniature.AUTOENCODERS)} autoencoders and {len(models)} diffusion "
+            f"models with two seeds each, {len(miniature.plan())} runs in all") in page
+    assert f"Of these we have made {len(have)}." in page
 
 
 def test_the_page_shows_the_committed_results():
@@ -78,8 +154,8 @@ def test_every_run_of_the_plan_appears_in_a_table():
     names = {name for rows in miniature.TABLES.values() for name in rows}
     every = [(name, seed) for name in names for seed in miniature.SEEDS]
     assert sorted(miniature.plan()) == sorted(every)
-    assert {name for _, *claim in miniature.CLAIMS for name in claim} <= names
-    assert {key for key, *_ in miniature.CLAIMS} <= miniature.COLUMNS.keys()
+    for _, _, key, a, order, b in claims(miniature.PAPER_CLAIMS + miniature.OUR_CLAIMS):
+        assert {a, b} <= names and key in miniature.COLUMNS and order in ("below", "above")
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in miniature.plan()}))
@@ -91,9 +167,24 @@ def test_the_commands_are_understood(name, monkeypatch):
         monkeypatch.setattr("sys.argv", command)
         parsed.append(module.get_args())
     ae, sit, gen = parsed
-    assert sit.ae == f"{ae.out}/ckpt.pt" and gen.ckpt == f"{sit.out}/ckpt.pt"
+    assert sit.ae == f"{ae.out}/ckpt.pt" and f"{sit.out}/ckpt.pt" in gen.ckpt
     assert (ae.seed, sit.seed) == (1, 1)
     assert (ae.steps, sit.steps) == (miniature.AE_STEPS, miniature.SIT_STEPS)
+
+
+def test_a_folders_name_may_hold_spaces(called, tmp_path, monkeypatch):
+    """--data and --out reach the scripts as one word each; the note can go back into a shell."""
+    out = tmp_path / "my runs"
+    for command, module in zip(miniature.commands("kl", 0, "my folder", out),
+                               (train_ae, train_diffusion, evaluate)):
+        monkeypatch.setattr("sys.argv", command)
+        args = module.get_args()
+        if module is train_ae:
+            assert args.data == "my folder" and args.out == str(out / "ae" / "kl-s0")
+    with pytest.raises(ValueError, match="did not reach its end"):
+        miniature.run_one("kl", 0, "my folder", out)
+    assert "my folder" in called[0]
+    assert "--data 'my folder' " in (out / "diffusion" / "kl-s0" / "commands.txt").read_text()
 
 
 @pytest.fixture

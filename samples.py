@@ -1,0 +1,161 @@
+"""
+From a checkpoint of train_diffusion.py to images: its transformer and autoencoder, sampled into
+files by all processes of a node.
+
+    out/grid.png       the first 64
+    out/samples.npz    arr_0 (N, H, W, 3) uint8, what the ADM evaluation suite takes
+    out/images/        NNNNNN.png, if asked for
+
+A folder holds one sampling: the files appear when all samples are drawn, in the place of those of
+an earlier one. Sample i depends on (--seed, i) alone. `args` are the flags of evaluate.py gen,
+`compute` is runtime.Compute.
+"""
+import math
+import pathlib
+import re
+import shutil
+import sys
+import time
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import runtime
+from dit import DDPM, MODELS, Interpolant, NoiseStream
+from fid import shared_array
+from figures import picture_grid
+from latents import autoencoder_hash
+from metrics import jpeg_round_trip, to_uint8
+from sources import reason
+from weights import load_autoencoder
+
+
+def checkpoint_files(args):
+    """The files that gen samples from: --ckpt; with --every all ckpt_<step>.pt of these runs."""
+    places = args.ckpt or [runtime.newest(f"out/diffusion/{args.preset}-*/ckpt.pt",
+                                          "--ckpt: train one with train_diffusion.py")]
+    files = []
+    for place in map(pathlib.Path, places):
+        folder = place if place.is_dir() else place.parent
+        if not args.every:
+            files.append(place / "ckpt.pt" if place.is_dir() else place)
+            continue
+        steps = [path.stem.removeprefix("ckpt_") for path in folder.glob("ckpt_*.pt")]
+        steps = sorted(int(step) for step in steps if step.isdecimal())
+        if not steps:
+            raise FileNotFoundError(f"--ckpt {place}: no ckpt_<step>.pt there; train_diffusion.py "
+                                    "keeps them with --keep_every")
+        files += [folder / f"ckpt_{step}.pt" for step in steps]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"--ckpt {file}: no such checkpoint")
+    return list(dict.fromkeys(map(str, files)))
+
+
+def load_diffusion(path, ae_path, device):
+    """
+    A run of train_diffusion.py, ready to sample: (EMA model, process, autoencoder with the run's
+    statistics, checkpoint).
+    """
+    checkpoint = runtime.load_checkpoint(path, "diffusion")
+    try:
+        model = MODELS[checkpoint["model_name"]](**checkpoint["model_args"])
+        model.load_state_dict(checkpoint["ema"])
+        missing = {"ae", "autoencoder", "latent_mean", "latent_std", "image_size", "data",
+                   "data_seed", "step", "args"} - checkpoint.keys()
+        finite = not missing and all(tensor.isfinite().all() for tensor in (
+            *checkpoint["ema"].values(), checkpoint["latent_std"]))
+        process = Interpolant()
+        if checkpoint["model_name"].startswith("UViT"):    # older runs had no choice
+            process = DDPM(checkpoint["args"].get("schedule", "sd"))
+    except Exception as error:                         # a foreign file breaks this in any way
+        raise ValueError(f"--ckpt {path}: not what this version of train_diffusion.py writes "
+                         f"({reason(error)})") from None
+    if not finite:
+        fault = f"has no {min(missing)}" if missing else "its weights are not finite"
+        raise ValueError(f"--ckpt {path}: {fault}; take an earlier checkpoint")
+    ae_path = ae_path or checkpoint["ae"]
+    ae = load_autoencoder(ae_path)
+    if autoencoder_hash(ae) != checkpoint["autoencoder"]:
+        raise ValueError(f"--ae {ae_path}: not the autoencoder on whose latents {path} was trained")
+    ae.set_latent_stats(checkpoint["latent_mean"], checkpoint["latent_std"])
+    model = model.to(device).eval().requires_grad_(False)
+    return model, process, ae.to(device).requires_grad_(False), checkpoint
+
+
+def sample_labels(indices, num_classes, args):
+    """Class of each sample (b,) int64: in turn, or at random from (--seed, index)."""
+    if args.labels == "turn":
+        return torch.as_tensor(indices) % num_classes
+    return torch.tensor([int(np.random.default_rng((args.seed, i)).integers(num_classes))
+                         for i in map(int, indices)])
+
+
+@torch.no_grad()
+def sample_images(model, process, ae, indices, args, compute):
+    """Samples number `indices` of --seed, whatever the batch or rank: (b, 3, H, W) uint8."""
+    options = dict(steps=args.steps, noise=NoiseStream(args.seed, indices),
+                   cfg_interval=tuple(args.cfg_interval))
+    if isinstance(process, Interpolant):
+        options["sampler"] = args.sampler
+    if model.num_classes:
+        labels = sample_labels(indices, model.num_classes, args).to(compute.device)
+        options |= dict(y=labels, cfg=args.cfg)
+    shape = (len(indices), model.in_channels, *model.input_size)
+    with compute.autocast():
+        z = process.sample(model, shape, **options)
+    images = to_uint8(ae.decode(ae.denormalize(z)))    # float32: bf16 is coarser than a grey level
+    return jpeg_round_trip(images) if args.jpeg else images
+
+
+def write_samples(draw, size, out, args, compute):
+    """
+    All samples of draw(indices), a file of (N, H, W, 3) uint8, and the seconds they took; with
+    --folder also as out/.images/NNNNNN.png, until `publish` moves them.
+    """
+    rank, world, n = compute.rank, compute.world, args.num_samples
+    file, pictures = out / "samples.npy", out / ".images"
+    samples = shared_array(file, np.uint8, (n, size, size, 3), compute)
+    if rank == 0:
+        shutil.rmtree(pictures, ignore_errors=True)    # of a sampling that was killed
+        if args.folder:
+            pictures.mkdir()
+    runtime.barrier()
+    start = time.perf_counter()
+    mine = np.arange(rank, n, world)
+    with tqdm(total=n, unit="img", desc="sampling",
+              disable=rank > 0 or not sys.stderr.isatty()) as progress:
+        for indices in np.array_split(mine, max(1, math.ceil(len(mine) / args.batch_size))):
+            if not len(indices):
+                continue
+            samples[indices] = draw(indices).movedim(1, -1).cpu().numpy()
+            for i in indices if args.folder else ():
+                Image.fromarray(samples[i]).save(pictures / f"{i:06d}.png")
+            progress.update(len(indices) * world)
+    samples.flush()
+    runtime.barrier()
+    return np.load(file, mmap_mode="r"), time.perf_counter() - start
+
+
+def publish(samples, out, folder):
+    """
+    grid.png, samples.npz and, if folder, images/ of this sampling in the place of an earlier one's.
+    Files of other names stay.
+    """
+    first = torch.from_numpy(samples[:64].copy()).movedim(-1, 1) / 255
+    picture_grid(first, out / "grid.png")
+    runtime.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
+    images = out / "images"
+    for path in list(images.glob("*.png")):
+        if re.fullmatch(r"\d{6,}", path.stem):
+            path.unlink()
+    if folder:
+        images.mkdir(exist_ok=True)
+        for path in (out / ".images").iterdir():
+            path.rename(images / path.name)
+        (out / ".images").rmdir()
+    elif images.is_dir() and not any(images.iterdir()):
+        images.rmdir()
+    print(f"wrote {out}/grid.png, {out}/samples.npz" + f", {out}/images/" * folder)
