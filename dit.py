@@ -448,7 +448,7 @@ class DDPM:
               from 0.1 to 20 (the authors' U-ViT on CelebA), alpha_bar ends at 0.00004;
               "sd": Stable Diffusion's, linear in their roots from 0.00085 to 0.012, ends at 0.0047
     """
-    def __init__(self, schedule="sd"):
+    def __init__(self, schedule):
         if schedule not in ("vp", "sd"):
             raise ValueError(f"DDPM: schedule {schedule!r} is neither vp nor sd")
         betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)

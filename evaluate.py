@@ -228,8 +228,8 @@ def evaluate_gen(args, compute):
     a line of results each; the best is printed at the end. That is how the steps of Table 2 were
     found.
     """
+    runtime.need_one_node("gen: the file of samples")
     files = checkpoint_files(args)
-    runtime.need_one_node(f"gen {files[0]}: its samples")
     inception = functools.cache(
         lambda: load_everywhere(lambda: load_inception(compute.device), compute))
     results = []
@@ -285,6 +285,8 @@ def evaluate_checkpoint(file, out, inception, args, compute):
 
     draw = lambda indices: sample_images(model, process, ae, indices, args, compute)
     samples, seconds = write_samples(draw, size, out, args, compute)
+    if rank == 0:
+        publish(samples, out, args.folder)
     if network:
         values = inception_metrics(network, samples, statistics, out, args, compute)
     if rank == 0 and count:
@@ -302,7 +304,6 @@ def evaluate_checkpoint(file, out, inception, args, compute):
         weights="torch-fidelity" if network else "none", reference=reference, swd_images=count,
         seconds=round(seconds, 1)), args, compute)
     if rank == 0:
-        publish(samples, out, args.folder)
         (out / "samples.npy").unlink()
     return checkpoint["step"], values
 

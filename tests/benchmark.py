@@ -444,7 +444,7 @@ def diffusion_nets(name, device, repa="none", compiled=False, encoder=None):
     side, C = (32, 4) if name.endswith("/2") else (16, 16)
     model = MODELS[name](input_size=side, in_channels=C, num_classes=1000).to(device)
     nets = SimpleNamespace(model=model, repa=repa, encoder=encoder, projector=None,
-                           process=DDPM() if name.startswith("UViT") else Interpolant(),
+                           process=DDPM("sd") if name.startswith("UViT") else Interpolant(),
                            generator=torch.Generator(device).manual_seed(0))
     nets.trained = [nets.model]
     if repa != "none":

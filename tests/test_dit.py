@@ -306,7 +306,7 @@ def test_wrong_input_is_named_in_one_line(kind):
 def test_models_are_built_by_name(name):
     """An int is a square; training and sampling run in bfloat16 and under autocast alike."""
     model = MODELS[name](input_size=8, in_channels=4, num_classes=0)
-    process = DDPM() if name.startswith("UViT") else Interpolant()
+    process = DDPM("sd") if name.startswith("UViT") else Interpolant()
     process.loss(model, torch.randn(2, 4, 8, 8)).backward()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(process.sample(model, (2, 4, 8, 8), steps=2)).all()
@@ -315,7 +315,7 @@ def test_models_are_built_by_name(name):
 
 
 # ---------------------------------------------------------------------------- the losses
-@pytest.mark.parametrize("process", [Interpolant(), DDPM()])
+@pytest.mark.parametrize("process", [Interpolant(), DDPM("sd")])
 def test_the_exact_prediction_has_no_loss(process):
     """Data of a single point x0: velocity and eps follow from x_t, t and x0 alone."""
     x0 = torch.randn(3, 6, 10)
@@ -343,7 +343,7 @@ def test_a_training_batch_is_a_function_of_the_generator():
     assert loss(3) == loss(3) != loss(4)
     paired, tokens = loss(3, return_hidden=2)
     assert paired == loss(3) and tokens.shape == (4, 15, 32)
-    for process, low, high in [(Interpolant(), 0, 1), (DDPM(), 1, 1000)]:
+    for process, low, high in [(Interpolant(), 0, 1), (DDPM("sd"), 1, 1000)]:
         seen = []
         spy = Analytic(lambda x, t, seen=seen: seen.append(t.flatten()) or x)
         g = torch.Generator().manual_seed(0)
@@ -353,7 +353,7 @@ def test_a_training_batch_is_a_function_of_the_generator():
         assert abs(times.mean() / high - 0.5) < 4 * (1 / 12 / 4096) ** 0.5
 
 
-@pytest.mark.parametrize("process", [Interpolant(), DDPM()])
+@pytest.mark.parametrize("process", [Interpolant(), DDPM("sd")])
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
 def test_label_dropout_rate(process, rate):
     """The loss drops each label with the given probability, 0.1 unless told otherwise."""
@@ -392,7 +392,7 @@ def exact_velocity(mean, cov):
 
 def exact_eps(mean, cov):
     def f(x, n):
-        a = float(DDPM().alpha_bar[int(n[0])])
+        a = float(DDPM("sd").alpha_bar[int(n[0])])
         return posterior(x, a ** 0.5, (1 - a) ** 0.5, mean, cov)[1]
     return Analytic(f)
 
@@ -407,7 +407,7 @@ def ddpm_start(z, mean, cov):
     z ~ N(0, I) turned into the distribution of level 1000, which Stable Diffusion's betas leave
     0.0047 short of pure noise.
     """
-    a = DDPM().alpha_bar[1000]
+    a = DDPM("sd").alpha_bar[1000]
     return (a.sqrt() * mean + z.flatten(1) @ root(a * cov + (1 - a) * torch.eye(6))).view_as(z)
 
 
@@ -422,7 +422,7 @@ def test_exact_predictions_give_the_data_distribution(sampler):
                                  noise=noise)
     else:   # the start, then plain noise where eta asks for it
         first = iter([ddpm_start(noise(shape), mean, cov)])
-        x = DDPM().sample(exact_eps(mean, cov), shape, steps=500, eta=float(sampler == "ddpm"),
+        x = DDPM("sd").sample(exact_eps(mean, cov), shape, steps=500, eta=float(sampler == "ddpm"),
                           noise=lambda shape: next(first, noise(shape)))
     x = x.double().flatten(1)
     variance = cov.diag()
@@ -448,7 +448,8 @@ def test_deterministic_samplers_are_of_first_order(sampler):
             x = Interpolant().sample(exact_velocity(mean, cov), z.shape, steps=steps, sampler="ode",
                                      noise=lambda shape: z)
         else:
-            x = DDPM().sample(exact_eps(mean, cov), z.shape, steps=steps, noise=lambda shape: start)
+            x = DDPM("sd").sample(exact_eps(mean, cov), z.shape, steps=steps,
+                                  noise=lambda shape: start)
         errors.append((x - exact).square().mean().sqrt())
     for coarse, fine in zip(errors, errors[1:]):
         assert 0.85 < math.log2(coarse / fine) < 1.15, errors
@@ -491,7 +492,7 @@ def test_euler_maruyama_walks_as_repas():
 
 def test_ddpm_levels():
     """alpha_bar by its definition; 100 steps visit 1000, 990, .., 10 and end on the data."""
-    alpha_bar = DDPM().alpha_bar
+    alpha_bar = DDPM("sd").alpha_bar
     low, high = 0.00085 ** 0.5, 0.012 ** 0.5
     betas = [(low + (high - low) * i / 999) ** 2 for i in range(1000)]
     assert alpha_bar.shape == (1001,) and alpha_bar[0] == 1
@@ -500,14 +501,14 @@ def test_ddpm_levels():
     x0 = torch.randn(2, 3, 6, 10).double()
     a = lambda n: alpha_bar[int(n[0])]
     model = Analytic(lambda x, n: (x - a(n).sqrt() * x0) / (1 - a(n)).sqrt())
-    end = DDPM().sample(model, x0.shape)
+    end = DDPM("sd").sample(model, x0.shape)
     assert [call[0] for call in model.calls] == list(range(1000, 0, -10))
     torch.testing.assert_close(end, x0.float())
 
 
 def test_eta_one_is_the_ancestral_sampler():
     """Between neighbours eta = 1 is DDPM's step, posterior variance (Ho et al. 2020, Alg. 2)."""
-    ddpm, n = DDPM(), 400
+    ddpm, n = DDPM("sd"), 400
     x, eps, z = torch.randn(3, 2, *SHAPE, dtype=torch.float64)
     a, b = ddpm.alpha_bar[n], ddpm.alpha_bar[n - 1]
     beta = 1 - a / b
@@ -521,7 +522,7 @@ def test_ddim_inverts():
     eta = 0: up to noise and down again along the same eps is the identity; with eps depending on x,
     up to the step size.
     """
-    ddpm, x = DDPM(), torch.randn(2, *SHAPE, dtype=torch.float64)
+    ddpm, x = DDPM("sd"), torch.randn(2, *SHAPE, dtype=torch.float64)
     eps = torch.randn_like(x)
     up = ddpm.step(x, eps, 0, 700)
     a = ddpm.alpha_bar[700]
@@ -537,7 +538,7 @@ def test_ddim_inverts():
     assert (z - x).abs().max() > 0.2                        # it did go somewhere
 
 
-@pytest.mark.parametrize("kind, process", [(SiT, Interpolant()), (UViT, DDPM())])
+@pytest.mark.parametrize("kind, process", [(SiT, Interpolant()), (UViT, DDPM("sd"))])
 def test_guidance(kind, process):
     """
     cfg 1 is the conditional model bit for bit in single calls; otherwise null + cfg (class - null),
@@ -587,7 +588,7 @@ def test_noise_streams_are_independent_and_gaussian():
     assert abs(many.var() - 1) < 4 * (2 / many.numel()) ** 0.5
 
 
-@pytest.mark.parametrize("kind, process", [(SiT, Interpolant()), (UViT, DDPM())])
+@pytest.mark.parametrize("kind, process", [(SiT, Interpolant()), (UViT, DDPM("sd"))])
 def test_a_sample_depends_on_seed_and_index_alone(kind, process):
     """Six samples in one batch, in 3 + 3, or shared out by evens and odds: the same six."""
     model, y = tiny(kind), torch.arange(6)
@@ -610,7 +611,7 @@ def test_wrong_sampling_arguments_are_named():
     for call, words in [
             (lambda: Interpolant().sample(free, shape, sampler="heun"), "heun"),
             (lambda: Interpolant().sample(free, shape, steps=1), "steps=1"),
-            (lambda: DDPM().sample(free, shape, steps=1001), "1001"),
+            (lambda: DDPM("sd").sample(free, shape, steps=1001), "1001"),
             (lambda: Interpolant().sample(free, shape, cfg=2.0), "cfg=2.0"),
             (lambda: Interpolant().sample(model, shape, y=three), "3 labels"),
             (lambda: Interpolant().sample(free, shape, noise=NoiseStream(0, range(3))),
