@@ -32,6 +32,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import torch
 
 import runtime
@@ -39,11 +40,13 @@ from data import LARGEST_SIDE, open_data, spread, val_batches
 from dit import DDPM, Interpolant, NoiseStream
 from fid import (
     brought_moments,
-    inception_metrics,
+    compare,
     meeting_side,
     open_set,
-    reference_statistics,
+    read_reference,
+    shared_array,
     stored_statistics,
+    training_images,
     warn_small,
 )
 from figures import (
@@ -61,8 +64,6 @@ from metrics import (
     jpeg_round_trip,
     load_inception,
     psnr,
-    sliced_wasserstein,
-    spectral_kl,
     ssim,
     to_uint8,
 )
@@ -190,34 +191,14 @@ def evaluate_recon(args, compute):
         values[f"rFID@{n}"] = frechet_distance(*a, *b)
     report(values, dict(
         ae=args.ae, protocol=args.protocol, split=split, data=data or "built-in", size=size,
-        n=int(sums[0]), posterior="sample" if authors else "mode", seed=args.seed,
+        n=int(sums[0]), posterior="sample" if authors else "mode",
+        seed=args.seed if authors else "none",
         jpeg="quality 75, both sides, for rFID and PSNR" if authors else "none",
         weights="torch-fidelity" if inception else "none"), args, compute)
 
 
 # --------------------------------------------------------------------------------------------------
 # Samples
-
-def training_images(checkpoint, path, args, compute):
-    """
-    What the samples of a run are compared with: a set of data.py; None, and a line that says so,
-    if the run's own data is not on this machine and no other was given.
-    """
-    data, size = args.data or checkpoint["data"], checkpoint["image_size"]
-    try:
-        train_set, _ = open_data(data, size, seed=checkpoint["data_seed"])
-    except (FileNotFoundError, ValueError) as error:
-        absent = isinstance(error, FileNotFoundError) or data == "cifar10"
-        if args.data or not absent:
-            raise
-        compute.say(f"{path}: its training images, {data}, are not here, so the samples are "
-                    "compared with nothing; --data names them")
-        return None
-    if len(train_set) < 2:
-        raise ValueError(f"--data {data or 'built-in'}: has a single training image, and no "
-                         "Frechet distance to it; give two or more")
-    return spread(train_set, args.reference_images or len(train_set))
-
 
 def evaluate_gen(args, compute):
     """
@@ -246,11 +227,11 @@ def evaluate_gen(args, compute):
 def best_line(results):
     """Which of [(file, step, values)] has the smallest FID, or SWD where there is no FID."""
     for metric, said in (("FID", ""), ("SWD", "no FID to compare; ")):
-        scores = [(values[key], key, step, file) for file, step, values in results
-                  for key in [key for key in values if key.startswith(metric)][:1]]
-        if scores:                                     # SWD: the finest level, which comes first
-            value, key, step, file = min(scores)
-            return f"{said}best of {len(scores)}: {key} {value:.4g} at step {step}, {file}"
+        keys = [key for *_, values in results for key in values if key.startswith(metric)]
+        if keys:                                       # SWD: the finest level, which comes first
+            value, step, file = min((values[keys[0]], step, file) for file, step, values in results
+                                    if keys[0] in values)
+            return f"{said}best of {len(results)}: {keys[0]} {value:.4g} at step {step}, {file}"
     return "no FID or SWD to compare"
 
 
@@ -267,44 +248,29 @@ def evaluate_checkpoint(file, out, inception, args, compute):
     if args.steps > 1000 and isinstance(process, DDPM):
         raise ValueError(f"--steps {args.steps}: {file} has 1000 noise levels, so take at most "
                          "1000")
-    size, rank = checkpoint["image_size"], compute.rank
-    # first: what is wrong with the training images shall not be found after hours of sampling
     reference_set = training_images(checkpoint, file, args, compute)
-    reference, count, network, values = "none", 0, None, {}
     if reference_set is not None:
-        stored_statistics(reference_set)
-        source = args.data or checkpoint["data"] or "built-in"
-        reference = f"{len(reference_set)} training images of {source} at {size} px"
-        count = min(args.num_samples, len(reference_set), 2048)  # in memory, unlike all else here
-        network = inception()
-        if network:
-            statistics = reference_statistics(network, reference_set, out, args, compute)
-        if rank == 0:
-            batches = val_batches(spread(reference_set, count), args.batch_size)
-            real = torch.cat([to_uint8(images) for images, _, _ in batches])
-
-    draw = lambda indices: sample_images(model, process, ae, indices, args, compute)
-    samples, seconds = write_samples(draw, size, out, args, compute)
-    if rank == 0:
-        publish(samples, out, args.folder)
-    if network:
-        values = inception_metrics(network, samples, statistics, out, args, compute)
-    if rank == 0 and count:
-        fake = torch.from_numpy(samples[:count].copy()).movedim(-1, 1)
-        fake, real = (x / 127.5 - 1 for x in (fake, real))
-        for side, distance in sliced_wasserstein(fake, real).items():
-            values[f"SWD_{side}px"] = distance
-        values["spectral_KL"] = spectral_kl(fake, real)
+        stored_statistics(reference_set)               # what is wrong with them, now
+    size, n = checkpoint["image_size"], args.num_samples
+    with shared_array(out / "samples.npy", np.uint8, (n, size, size, 3), compute) as samples:
+        # before hours of sampling, for some of the images may prove unreadable
+        reference = read_reference(reference_set, inception, out, args, compute)
+        draw = lambda indices: sample_images(model, process, ae, indices, args, compute)
+        seconds = write_samples(draw, samples, out, args, compute)
+        if compute.rank == 0:
+            publish(samples, out, args.folder)
+        values = compare(samples, reference, out, args, compute)
+    data = args.data or checkpoint["data"] or "built-in"
     report(values, dict(
-        ckpt=file, step=checkpoint["step"], model=checkpoint["model_name"], n=args.num_samples,
+        ckpt=file, step=checkpoint["step"], model=checkpoint["model_name"], n=n,
         sampler=args.sampler if isinstance(process, Interpolant) else "ddim", steps=args.steps,
         cfg=args.cfg, cfg_interval=args.cfg_interval, seed=args.seed,
         labels=args.labels if model.num_classes else "none",
         jpeg="quality 75" if args.jpeg else "none", dtype=compute.dtype,
-        weights="torch-fidelity" if network else "none", reference=reference, swd_images=count,
-        seconds=round(seconds, 1)), args, compute)
-    if rank == 0:
-        (out / "samples.npy").unlink()
+        weights="torch-fidelity" if reference.network else "none",
+        reference="none" if reference_set is None else
+        f"{len(reference_set)} training images of {data} at {size} px",
+        swd_images=reference.count, seconds=round(seconds, 1)), args, compute)
     return checkpoint["step"], values
 
 

@@ -1,8 +1,8 @@
 """
-Sets of images through the Inception network, and what evaluate.py compares of them.
+Sets of images, most of them through the Inception network, as evaluate.py compares them.
 
-    gen         sampled images with the training images: FID, IS, KID, precision, recall. The
-                statistics of the training images are kept in out/reference
+    gen         sampled images with the training images: FID, IS, KID, precision, recall, and what
+                needs no weights. Statistics of the training images are kept in out/reference
     fid A B     two sets that somebody brings, at one size
 
 The formulas are in metrics.py or torch-fidelity's. Images are (N, H, W, 3) uint8 where they lie in
@@ -13,6 +13,7 @@ import json
 import math
 import pathlib
 import sys
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import runtime
-from data import ImageSet, val_batches
+from data import ImageSet, open_data, spread, val_batches
 from latents import create_array, images_hash
-from metrics import Moments, frechet_distance, to_uint8
+from metrics import Moments, frechet_distance, sliced_wasserstein, spectral_kl, to_uint8
 from sources import open_source, reason
 
 
@@ -34,12 +35,17 @@ def warn_small(n, compute):
                     "only with FID at the same N")
 
 
+@contextlib.contextmanager
 def shared_array(path, dtype, shape, compute):
-    """A memory-mapped .npy that all ranks write into, each its rows."""
+    """A memory-mapped .npy that all ranks write into, each its rows; it is gone after the block."""
     if compute.rank == 0:
         create_array(f"{path} of {shape[0]:,} rows", path, dtype, shape)
     runtime.barrier()
-    return np.load(path, mmap_mode="r+")
+    try:
+        yield np.load(path, mmap_mode="r+")
+    finally:
+        if compute.rank == 0:
+            path.unlink(missing_ok=True)
 
 
 def inception_statistics(inception, batches, keep, folder, compute):
@@ -48,35 +54,52 @@ def inception_statistics(inception, batches, keep, folder, compute):
     Inception network.
     keep     ascending row numbers whose features and logits are wanted, for the metrics that cannot
              be streamed
+    folder   for files of the meantime
     returns  n, mean, covariance over all ranks; and on rank 0 the kept features (k, 2048) and
              logits (k, 1008), else None
     """
-    moments = Moments(2048, compute.device)
-    files = [folder / ".features.npy", folder / ".logits.npy"]
-    arrays = [shared_array(file, np.float32, (len(keep), width), compute)
-              for file, width in zip(files, (2048, 1008))]
-    for images, rows in batches:
-        values = inception(images)
-        moments.add(values[0])
-        places = np.searchsorted(keep, rows)
-        wanted = keep[np.minimum(places, len(keep) - 1)] == rows
-        for array, value in zip(arrays, values):
-            array[places[wanted]] = value.cpu().numpy()[wanted]
-    for array in arrays:
-        array.flush()
-    n, mean, cov = moments.mean_cov()
-    runtime.barrier()
-    if compute.rank > 0:
-        return n, mean, cov, None, None
-    features, logits = (torch.from_numpy(np.load(file)) for file in files)
-    for file in files:
-        file.unlink()
+    moments, k = Moments(2048, compute.device), len(keep)
+    with (shared_array(folder / ".features.npy", np.float32, (k, 2048), compute) as features,
+          shared_array(folder / ".logits.npy", np.float32, (k, 1008), compute) as logits):
+        for images, rows in batches:
+            values = inception(images)
+            moments.add(values[0])
+            places = np.searchsorted(keep, rows)
+            wanted = keep[np.minimum(places, k - 1)] == rows
+            for array, value in zip((features, logits), values):
+                array[places[wanted]] = value.cpu().numpy()[wanted]
+        n, mean, cov = moments.mean_cov()
+        runtime.barrier()
+        if compute.rank > 0:
+            return n, mean, cov, None, None
+        features, logits = (torch.from_numpy(np.array(array)) for array in (features, logits))
     readable = logits.any(1)                           # rows of unreadable images stay 0
     return n, mean, cov, features[readable], logits[readable]
 
 
 # --------------------------------------------------------------------------------------------------
 # Samples and training images
+
+def training_images(checkpoint, path, args, compute):
+    """
+    What the samples of a run are compared with: a set of data.py; None, and a line that says so,
+    if the run's own data is not on this machine and no other was given.
+    """
+    data, size = args.data or checkpoint["data"], checkpoint["image_size"]
+    try:
+        train_set, _ = open_data(data, size, seed=checkpoint["data_seed"])
+    except (FileNotFoundError, ValueError) as error:
+        absent = isinstance(error, FileNotFoundError) or data == "cifar10"
+        if args.data or not absent:
+            raise
+        compute.say(f"{path}: its training images, {data}, are not here, so the samples are "
+                    "compared with nothing; --data names them")
+        return None
+    if len(train_set) < 2:
+        raise ValueError(f"--data {data or 'built-in'}: has a single training image, and no "
+                         "Frechet distance to it; give two or more")
+    return spread(train_set, args.reference_images or len(train_set))
+
 
 def stored_statistics(reference_set):
     """
@@ -142,6 +165,40 @@ def inception_metrics(inception, samples, reference, folder, args, compute):
         if min(len(fake), len(real)) > 3:
             found = prc_features_to_metric(fake, real, verbose=False)
             values |= {k: float(v) for k, v in found.items() if k in ("precision", "recall")}
+    return values
+
+
+def read_reference(reference_set, inception, out, args, compute):
+    """
+    What samples are compared with: the Inception network and the statistics of a set of data.py, or
+    None; count, for the metrics that need no weights, and on rank 0 so many of the images (count,
+    3, H, W) uint8. Without a set all are None, or 0.
+    """
+    found = SimpleNamespace(network=None, statistics=None, count=0, images=None)
+    if reference_set is None:
+        return found
+    found.network = inception()
+    if found.network:
+        found.statistics = reference_statistics(found.network, reference_set, out, args, compute)
+    found.count = min(args.num_samples, len(reference_set), 2048)  # in memory, unlike all else here
+    if compute.rank == 0:
+        batches = val_batches(spread(reference_set, found.count), args.batch_size)
+        found.images = torch.cat([to_uint8(images) for images, _, _ in batches])
+    return found
+
+
+def compare(samples, reference, out, args, compute):
+    """{name: number} of samples (N, H, W, 3) uint8 and read_reference; whole on rank 0 only."""
+    values = {}
+    if reference.network:
+        values = inception_metrics(reference.network, samples, reference.statistics, out, args,
+                                   compute)
+    if reference.images is not None:
+        fake = torch.from_numpy(samples[:reference.count].copy()).movedim(-1, 1)
+        fake, real = (x / 127.5 - 1 for x in (fake, reference.images))
+        for side, distance in sliced_wasserstein(fake, real).items():
+            values[f"SWD_{side}px"] = distance
+        values["spectral_KL"] = spectral_kl(fake, real)
     return values
 
 

@@ -14,6 +14,7 @@ write their figure at the end. Pictures are in [0, 1] here, images that go throu
 """
 import csv
 import io
+import itertools
 import json
 import pathlib
 from collections import Counter
@@ -304,7 +305,7 @@ def spectrum_figure(args, device):
 
 def published_figure(args, device):
     """
-    The authors' printed spectra, dashed, and in their form those of the images, the target, the
+    The authors' printed spectra, not solid, and in their form those of the images, the target, the
     latents and the features of --encoder, these as the encoder scales them: KL(target || curve).
     """
     figure, ax = subplots(figsize=(7.5, 5), layout="constrained")
@@ -318,24 +319,27 @@ def published_figure(args, device):
         shares = [spectrum_distribution(x, gamma=gamma, remove_dc=False) for x in batches]
         return torch.cat(shares).mean(0).tolist()
     printed = CURVES[args.published]
-    for i, (name, shares) in enumerate(printed.items()):
-        of_images = name in ("image", TARGET)
-        draw(f"{name}, published", shares, ls="--", color="gray" if of_images else f"C{i - 2}")
-        if not of_images:
+    colour = itertools.count()                         # one for each latent, theirs and ours
+    for name, shares in printed.items():
+        if name in ("image", TARGET):
+            style = dict(color="gray", ls="--" if name == "image" else ":")
+        else:
+            style = dict(color=f"C{next(colour)}", ls="--")
             kl = divergence(printed[TARGET], shares)
             print(f"published, {args.published}, {name}: KL(target || curve) {kl:.4f}")
+        draw(f"{name}, published", shares, **style)
     for found in spectrum_sets(args, device):
         target = measure([found.small], args.gamma)
         if found.new:
             draw(f"images{found.at}", measure([found.small]), color="black", lw=2)
-            draw(f"target, gamma {args.gamma:g}{found.at}", target, color="black")
+            draw(f"target, gamma {args.gamma:g}{found.at}", target, color="black", ls=":")
         curves = {}
         if found.features:
             curves[encoder_label(args) + found.at] = measure(found.features)
         if found.label:
             curves[found.label] = measure([found.latents])
         for name, shares in curves.items():
-            draw(name, shares)
+            draw(name, shares, color=f"C{next(colour)}")
             settings = dict(curve=name, gamma=args.gamma, n=len(found.images), seed=args.seed,
                             rings=16, dc="kept", published=args.published)
             yield dict(kl_from_target=divergence(target, shares)), settings

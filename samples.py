@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 import runtime
 from dit import DDPM, MODELS, Interpolant, NoiseStream
-from fid import shared_array
 from figures import picture_grid
 from latents import autoencoder_hash
 from metrics import jpeg_round_trip, to_uint8
@@ -76,6 +75,9 @@ def load_diffusion(path, ae_path, device):
     if not finite:
         fault = f"has no {min(missing)}" if missing else "its weights are not finite"
         raise ValueError(f"--ckpt {path}: {fault}; take an earlier checkpoint")
+    if not ae_path and not pathlib.Path(checkpoint["ae"]).exists():
+        raise FileNotFoundError(f"--ckpt {path}: its autoencoder, {checkpoint['ae']}, is not here; "
+                                "--ae names it")
     ae_path = ae_path or checkpoint["ae"]
     ae = load_autoencoder(ae_path)
     if autoencoder_hash(ae) != checkpoint["autoencoder"]:
@@ -110,14 +112,13 @@ def sample_images(model, process, ae, indices, args, compute):
     return jpeg_round_trip(images) if args.jpeg else images
 
 
-def write_samples(draw, size, out, args, compute):
+def write_samples(draw, samples, out, args, compute):
     """
-    All samples of draw(indices), a file of (N, H, W, 3) uint8, and the seconds they took; with
-    --folder also as out/.images/NNNNNN.png, until `publish` moves them.
+    All samples of draw(indices) into samples (N, H, W, 3) uint8, and the seconds they took; with
+    --folder also into out/.images, until `publish` moves them.
     """
-    rank, world, n = compute.rank, compute.world, args.num_samples
-    file, pictures = out / "samples.npy", out / ".images"
-    samples = shared_array(file, np.uint8, (n, size, size, 3), compute)
+    rank, world, n = compute.rank, compute.world, len(samples)
+    pictures = out / ".images"
     if rank == 0:
         shutil.rmtree(pictures, ignore_errors=True)    # of a sampling that was killed
         if args.folder:
@@ -134,9 +135,8 @@ def write_samples(draw, size, out, args, compute):
             for i in indices if args.folder else ():
                 Image.fromarray(samples[i]).save(pictures / f"{i:06d}.png")
             progress.update(len(indices) * world)
-    samples.flush()
     runtime.barrier()
-    return np.load(file, mmap_mode="r"), time.perf_counter() - start
+    return time.perf_counter() - start
 
 
 def publish(samples, out, folder):

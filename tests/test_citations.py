@@ -86,7 +86,7 @@ PAIRS = [
     ((r"\bA\.7\b",), "Fig", "10", ""),
     ((r"Fig\. 9\b",), "Appendix", "A.4", ""),
     ((r"\bA\.4\b",), "Fig", "9", ""),
-    ((r"spectr(um|a)\b|PSD", "latents", "^(?!.*(VA-VAE|DINOv2))"), "Fig", "4 5", "7 8"),
+    ((r"spectr(um|a)\b|PSD", "latents", r"^(?!.*(VA-VAE|DINOv2|Fig\. 3))"), "Fig", "4 5", "7 8"),
     ((r"spectr(um|a)\b|PSD", "DINOv2"), "Fig", "7", "4 5 8"),
     ((r"spectr(um|a)\b|PSD", "VA-VAE"), "Fig", "8", "4 5 7"),
     ((r"^ +bands|evaluate\.py.*bands",), "Fig", "", ""),   # our figure

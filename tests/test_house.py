@@ -11,9 +11,9 @@ from conftest import ROOT
 
 FLOORS = {                                                 # a module stands on the floors below it
     4: "train_ae train_diffusion evaluate ideas",
-    3: "figures latents ideas",
+    3: "figures latents fid samples",
     2: "losses repa data sources weights metrics",
-    1: "spectral vae dit runtime leaves",
+    1: "spectral vae dit runtime leaves published",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 FOLDERS = (ROOT, ROOT / "experiments", ROOT / "tests")

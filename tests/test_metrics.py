@@ -7,11 +7,15 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import save_image
 
 from leaves import DeadLeaves
 from metrics import (
     Moments,
     frechet_distance,
+    jpeg_round_trip,
     laplacian_pyramid,
     load_inception,
     psnr,
@@ -29,6 +33,18 @@ def test_psnr_closed_form():
     a = (torch.randint(0, 200, (3, 3, 12, 17)).float() - 127.5) / 127.5
     close(psnr(a, a + 16 / 127.5), torch.full((3,), 20 * math.log10(255 / 16)))
     close(psnr(a, a + 0.3 / 127.5), torch.full((3,), 100.0))
+
+
+def test_jpeg_round_trip_is_what_torchvision_saves(tmp_path):
+    """The pixels of save_image("x.jpg"), read again; noise is changed, a plain grey is not."""
+    images = torch.randint(0, 256, (2, 3, 24, 40), dtype=torch.uint8)
+    through = jpeg_round_trip(images)
+    for image, expected in zip(images, through):
+        save_image(image / 255, tmp_path / "x.jpg")
+        assert torch.equal(pil_to_tensor(Image.open(tmp_path / "x.jpg")), expected)
+    assert through.shape == images.shape and (through != images).any()
+    grey = torch.full((1, 3, 16, 16), 90, dtype=torch.uint8)
+    assert torch.equal(jpeg_round_trip(grey), grey)
 
 
 def test_ssim_closed_forms():
@@ -104,6 +120,23 @@ def test_frechet_distance_equals_scipys_sqrtm(rank1, rank2):
     root = scipy.linalg.sqrtm(c1 @ c2 + 1e-14 * np.eye(12))
     expected = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * np.real(root))
     assert frechet_distance(m1, c1, m2, c2) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [12, 200])
+def test_equal_sets_are_at_exactly_zero(count):
+    """Fewer images than features or more, in the same order or another: not even -5e-6."""
+    features = torch.rand(count, 128) * torch.rand(128) ** 2
+    sets = []
+    for rows in (features, features.flip(0)):
+        moments = Moments(128)
+        for part in rows.split(7):
+            moments.add(part)
+        sets.append(moments.mean_cov()[1:])
+    assert frechet_distance(*sets[0], *sets[0]) == 0.0
+    assert frechet_distance(*sets[0], *sets[1]) == 0.0
+    assert frechet_distance(sets[0][0] + 1e-3, sets[0][1], *sets[1]) == pytest.approx(128e-6)
+    zero = torch.zeros(2)
+    assert math.isnan(frechet_distance(zero, torch.eye(2), zero * math.nan, torch.eye(2)))
 
 
 def test_inception_real_path_with_planted_weights(inception_home, monkeypatch):

@@ -12,6 +12,7 @@ from torch import nn
 
 import train_diffusion
 from conftest import ROOT
+from published import CURVES, TARGET, divergence
 
 README = (ROOT / "README.md").read_text()
 GUIDE = (ROOT / "GUIDE.md").read_text()
@@ -42,6 +43,11 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_is_one_sitting():
     assert len(README.splitlines()) <= 170
+
+
+def test_every_module_is_named():
+    """In the table of the files, or at its place in the text."""
+    assert [path.name for path in ROOT.glob("*.py") if f"`{path.name}`" not in README] == []
 
 
 def test_the_map_leads_somewhere():
@@ -134,5 +140,10 @@ def test_no_mask_set_but_the_papers():
 def test_the_papers_claim_about_spectra_stands_beside_ours():
     """The divergences of the published curves, and that the quick preset's order is another one."""
     section = GUIDE[GUIDE.index("## The five methods side by side"):GUIDE.index("## Teaching")]
+    curves = dict(CURVES["celeba"])
+    target, _ = curves.pop(TARGET), curves.pop("image")
+    found = {name: f"{divergence(target, curve):.2g}"[1:] for name, curve in curves.items()}
+    assert f"| {' | '.join(found)} |" in section
+    assert f"| {' | '.join(found.values())} |".replace(".02 |", ".020 |") in section
     assert "| .038 | .020 | .0054 | .0044 |" in section and "over-white" in section
     assert "Our quick preset's spectrum differs." in section
