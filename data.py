@@ -32,7 +32,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from leaves import DeadLeaves
-from runtime import one_line_errors, parse_args, write_atomic
+from runs import write_atomic
+from runtime import one_line_errors, parse_args
 from sources import LABELS_FILE, center_crop, divide, open_source, reason, to_rgb
 
 LARGEST_SIDE = 2 ** 14    # pixels

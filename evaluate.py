@@ -35,6 +35,7 @@ import time
 import numpy as np
 import torch
 
+import runs
 import runtime
 from data import LARGEST_SIDE, open_data, spread, val_batches
 from dit import DDPM, Interpolant, NoiseStream
@@ -147,10 +148,10 @@ def evaluate_recon(args, compute):
     mirrors; here each counts once, as it is.
     """
     device, authors = compute.device, args.protocol == "authors"
-    args.ae = args.ae or runtime.newest(f"out/ae/{args.preset}-*/ckpt.pt",
+    args.ae = args.ae or runs.newest(f"out/ae/{args.preset}-*/ckpt.pt",
                                         "--ae: train one with train_ae.py, or give a file")
     ae = load_autoencoder(args.ae).to(device)
-    trained = runtime.checkpoint_args(args.ae)
+    trained = runs.checkpoint_args(args.ae)
     data = args.data or trained.get("data")
     size = args.image_size or trained.get("image_size", 256)
     if size < 11 or size % ae.config.reduction:

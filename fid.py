@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import runs
 import runtime
 from data import ImageSet, open_data, spread, val_batches
 from latents import create_array, images_hash
@@ -132,7 +133,7 @@ def reference_statistics(inception, reference_set, folder, args, compute):
     keep = np.unique(np.linspace(0, len(reference_set) - 1, 10_000).astype(np.int64))
     n, mu, sigma, features, _ = inception_statistics(inception, batches, keep, folder, compute)
     if compute.rank == 0:
-        runtime.write_atomic(reference, lambda file: np.savez(
+        runs.write_atomic(reference, lambda file: np.savez(
             file, mu=mu.numpy(), sigma=sigma.numpy(), features=features.numpy(), readable=n,
             how=json.dumps(how)))
     runtime.barrier()

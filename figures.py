@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import runtime
+import runs
 from data import open_data, val_batches
 from losses import esm_loss
 from metrics import psnr
@@ -68,7 +68,7 @@ def picture_grid(images, path, columns=8):
     """Images (N, 3, H, W) in [0, 1], clipped, side by side as one PNG."""
     from torchvision.utils import save_image
     images = images.float().cpu().clamp(0, 1)
-    runtime.write_atomic(path, lambda file: save_image(
+    runs.write_atomic(path, lambda file: save_image(
         images, file, "png", nrow=columns, padding=2, pad_value=1.0))
 
 
@@ -84,7 +84,7 @@ def save_figure(figure, path, **options):
     """Write a figure as PNG, or what the path's suffix says, and close it."""
     import matplotlib.pyplot as plt
     suffix = pathlib.Path(path).suffix[1:] or "png"
-    runtime.write_atomic(path, lambda file: figure.savefig(file, format=suffix, **options))
+    runs.write_atomic(path, lambda file: figure.savefig(file, format=suffix, **options))
     plt.close(figure)
 
 
@@ -149,7 +149,7 @@ def unique_names(files, taken=()):
     parts = {}
     for path in paths:
         folder = path.parent.parent if path.name == "ckpt.pt" else path.parent
-        parts[path] = (*folder.parts, runtime.run_name(path))
+        parts[path] = (*folder.parts, runs.run_name(path))
     alike = Counter(parts.values())                    # x.pt and x.ckpt: these keep their endings
     parts = {path: path.parts if alike[own] > 1 else own for path, own in parts.items()}
     depth = dict.fromkeys(parts, 1)
@@ -172,7 +172,7 @@ def autoencoders(args, device):
                                 "with train_ae.py, or give files")
     for file, label in zip(files, unique_names(files, taken=("image", "images"))):
         ae = load_autoencoder(file).to(device)
-        yield label, ae, runtime.checkpoint_args(file)
+        yield label, ae, runs.checkpoint_args(file)
 
 
 @torch.no_grad()
@@ -261,7 +261,7 @@ def write_spectra(args, figure, columns, rows):
 
     def write(out):
         save_figure(figure, out, dpi=90)
-        runtime.write_atomic(table, lambda file: file.write(text.getvalue().encode()))
+        runs.write_atomic(table, lambda file: file.write(text.getvalue().encode()))
     write_out(args, write, f", {table}")
 
 

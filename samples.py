@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import runs
 import runtime
 from dit import DDPM, MODELS, Interpolant, NoiseStream
 from figures import picture_grid
@@ -33,7 +34,7 @@ from weights import load_autoencoder
 
 def checkpoint_files(args):
     """The files that gen samples from: --ckpt; with --every all ckpt_<step>.pt of these runs."""
-    places = args.ckpt or [runtime.newest(f"out/diffusion/{args.preset}-*/ckpt.pt",
+    places = args.ckpt or [runs.newest(f"out/diffusion/{args.preset}-*/ckpt.pt",
                                           "--ckpt: train one with train_diffusion.py")]
     files = []
     for place in map(pathlib.Path, places):
@@ -58,7 +59,7 @@ def load_diffusion(path, ae_path, device):
     A run of train_diffusion.py, ready to sample: (EMA model, process, autoencoder with the run's
     statistics, checkpoint).
     """
-    checkpoint = runtime.load_checkpoint(path, "diffusion")
+    checkpoint = runs.load_checkpoint(path, "diffusion")
     try:
         model = MODELS[checkpoint["model_name"]](**checkpoint["model_args"])
         model.load_state_dict(checkpoint["ema"])
@@ -146,7 +147,7 @@ def publish(samples, out, folder):
     """
     first = torch.from_numpy(samples[:64].copy()).movedim(-1, 1) / 255
     picture_grid(first, out / "grid.png")
-    runtime.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
+    runs.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
     images = out / "images"
     for path in list(images.glob("*.png")):
         if re.fullmatch(r"\d{6,}", path.stem):

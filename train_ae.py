@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import losses
+import runs
 import runtime
 from data import open_data, train_batches, val_batches
 from figures import figure_rows, pca_rgb
@@ -243,11 +244,11 @@ def resume(args, nets, images_id, checkpoint):
     runtime.need_same_step(args.out, checkpoint["step"] if checkpoint else 0)
     if not checkpoint:
         return 0, {}
-    runtime.need_same_images(args.out, checkpoint, images_id, args.data)
+    runs.need_same_images(args.out, checkpoint, images_id, args.data)
     # the discriminator's part is missing if --steps was below --gan_start
     parts = {name: part for name, part in saved_parts(nets).items()
              if "disc" not in name or "disc" in checkpoint}
-    runtime.restore(args.out, checkpoint, parts)
+    runs.restore(args.out, checkpoint, parts)
     return checkpoint["step"], checkpoint.get("means", {})
 
 
@@ -477,7 +478,7 @@ def save(args, nets, images_id, compute, log, step):
     for name, part in saved_parts(nets).items():
         state[name] = part.state_dict()
     if compute.rank == 0:
-        runtime.save_run(args.out, state, args.keep_every)
+        runs.save_run(args.out, state, args.keep_every)
 
 
 def evaluate_and_save(args, nets, images_id, compute, val_set, log, progress, step, speed):
@@ -535,8 +536,8 @@ def main():
     config, start = open_model(args)
     check(args, config, world)
     args.dtype = compute.dtype
-    checkpoint = runtime.open_run(args.out, "ae", vars(args), args.resume, args.overwrite,
-                                  runtime.FREE)
+    checkpoint = runs.open_run(args.out, "ae", vars(args), args.resume, args.overwrite,
+                                  runs.FREE)
     train_set, val_set = open_data(args.data, args.image_size, args.val_images, args.seed)
     nets = build(args, config, start, compute)
     images_id = runtime.from_rank_zero(lambda: images_hash(train_set))
@@ -548,7 +549,7 @@ def main():
     announce(args, nets, compute, train_set, val_set)
     compute.warn_of_compilation()
     runtime.need_steps_left(args, start_step)
-    log = runtime.RunLog(f"{args.out}/log.jsonl", rank, start_step, means)
+    log = runs.RunLog(f"{args.out}/log.jsonl", rank, start_step, means)
     batches = train_batches(train_set, args.batch_size, start_step, args.seed, rank, world,
                             args.workers, device)
     progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size,

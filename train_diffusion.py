@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import runs
 import runtime
 from data import open_data, take, train_batches
 from dit import DDPM, MODELS, Interpolant, NoiseStream, SiTBlock, UViTBlock
@@ -128,12 +129,12 @@ def get_args():
     add("--sample_steps", type=int, default=100, help="network calls per sample of the grid")
     add("--cfg", type=float, default=1.0, help="guidance scale of the grid; 1 = off")
     args = runtime.parse_args(parser, PRESETS)
-    args.ae = args.ae or runtime.newest(f"out/ae/{args.preset}-*/ckpt.pt",
+    args.ae = args.ae or runs.newest(f"out/ae/{args.preset}-*/ckpt.pt",
                                         "--ae: train one with train_ae.py, or give a file")
     if args.norm_std is None:
         args.norm_std = 0.6 if args.repa == "irepa" else 1.0
     repa = "" if args.repa == "none" else f"-{args.repa}"
-    args.out = args.out or f"out/diffusion/{runtime.run_name(args.ae)}{repa}"
+    args.out = args.out or f"out/diffusion/{runs.run_name(args.ae)}{repa}"
     return args
 
 
@@ -174,7 +175,7 @@ def open_images(args, ae):
     The training images: of --data at --image_size, or what the autoencoder was trained on.
     returns  the set of data.py, {what of it a checkpoint records}
     """
-    trained = runtime.checkpoint_args(args.ae)             # the autoencoder's flags, if it is ours
+    trained = runs.checkpoint_args(args.ae)             # the autoencoder's flags, if it is ours
     size, f = args.image_size or trained.get("image_size", 256), ae.config.reduction
     data, seed = args.data or trained.get("data"), trained.get("seed", 0)
     runtime.need(size > 0 and size % f == 0, f"--image_size {size}: must be a multiple of {f}, the "
@@ -271,8 +272,8 @@ def resume(args, nets, cache, checkpoint):
     runtime.need(checkpoint.get("autoencoder") == cache.meta["autoencoder"], f"--resume: --ae "
                  f"{args.ae} is not the autoencoder of {args.out}/ckpt.pt; restore it, or name "
                  "another --out")
-    runtime.need_same_images(args.out, checkpoint, cache.meta["images"], args.data)
-    runtime.restore(args.out, checkpoint, saved_parts(nets))
+    runs.need_same_images(args.out, checkpoint, cache.meta["images"], args.data)
+    runs.restore(args.out, checkpoint, saved_parts(nets))
     return checkpoint["step"], checkpoint.get("means", {})
 
 
@@ -362,7 +363,7 @@ def save(args, nets, compute, cache, origin, log, step):
     for name, part in saved_parts(nets).items():
         state[name] = part.shadow if part is nets.ema else part.state_dict()
     if compute.rank == 0:
-        runtime.save_run(args.out, state, args.keep_every)
+        runs.save_run(args.out, state, args.keep_every)
 
 
 def announce(args, nets, compute, origin):
@@ -386,9 +387,9 @@ def main():
     args.dtype = compute.dtype
     ae = load_autoencoder(args.ae).to(device).requires_grad_(False)
     train_set, origin = open_images(args, ae)
-    checkpoint = runtime.open_run(
+    checkpoint = runs.open_run(
         args.out, "diffusion", vars(args), args.resume, args.overwrite,
-        (*runtime.FREE, "ae", "cache", "encode_batch", "sample_steps", "cfg"),
+        (*runs.FREE, "ae", "cache", "encode_batch", "sample_steps", "cfg"),
         older=dict(schedule="sd", mirror="on", ema_warmup="on"))
     nets = build(args, ae, train_set, compute)
     cache = open_latents(args, ae, train_set, compute)
@@ -403,7 +404,7 @@ def main():
     announce(args, nets, compute, origin)
     compute.warn_of_compilation()
     runtime.need_steps_left(args, start_step)
-    log = runtime.RunLog(f"{args.out}/log.jsonl", rank, start_step, means)
+    log = runs.RunLog(f"{args.out}/log.jsonl", rank, start_step, means)
     stream = training_stream(args, nets, cache, train_set, start_step, compute)
     progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size,
                     disable=rank > 0 or not sys.stderr.isatty())

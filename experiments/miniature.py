@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import runs
 import runtime
 from data import open_data, train_batches, val_batches
 from figures import encode_all, figure_rows
@@ -189,7 +190,7 @@ def from_anywhere(word):
 def trained(folder, stage):
     """Steps that the run in a folder has behind it; 0 if there is none."""
     path = folder / "ckpt.pt"
-    return runtime.load_checkpoint(path, stage)["step"] if path.exists() else 0
+    return runs.load_checkpoint(path, stage)["step"] if path.exists() else 0
 
 
 def run_one(name, seed, data, out):
@@ -277,7 +278,7 @@ def train_labelnet(data, path=LABELNET, steps=6000, batch_size=64, seed=0):
     net.eval()
     with torch.no_grad():
         right = [net(images).argmax(1) == labels for images, labels, _ in val_batches(val_set, 250)]
-    runtime.save_checkpoint(path, dict(
+    runs.save_checkpoint(path, dict(
         stage="labelnet", model=weights, num_classes=num_classes,
         accuracy=torch.cat(right).float().mean().item(), steps=steps, batch_size=batch_size,
         seed=seed))
@@ -373,7 +374,7 @@ def collect(out):
         if path.exists() or not (sit / "samples" / "samples.npz").exists():
             continue
         if reference is None:
-            data = runtime.checkpoint_args(ae / "ckpt.pt")["data"]
+            data = runs.checkpoint_args(ae / "ckpt.pt")["data"]
             train_set, val_set = open_data(data, 32, val_images=2000)
             held_out = torch.cat([images for images, _, _ in val_batches(val_set, 500)])
             reference = pooled_moments(net, (x for x, _, _ in val_batches(train_set, 500)))
@@ -382,7 +383,7 @@ def collect(out):
             name=name, seed=seed, labelnet_accuracy=checkpoint["accuracy"],
             FD_cifar_of_held_out_images=unseen, **measure(net, ae, sit, held_out, reference))
         line = (json.dumps(result) + "\n").encode()
-        runtime.write_atomic(path, lambda file, line=line: file.write(line))
+        runs.write_atomic(path, lambda file, line=line: file.write(line))
         print(f"wrote {path}: FD-cifar {result['numbers']['FD_cifar']:.2f}")
 
 
@@ -471,7 +472,7 @@ def write_readme(text):
     before, rest = path.read_text().split(MARKS[0])
     _, after = rest.split(MARKS[1])
     page = f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}"
-    runtime.write_atomic(path, lambda file: file.write(page.encode()))
+    runs.write_atomic(path, lambda file: file.write(page.encode()))
 
 
 def draw_samples(out):

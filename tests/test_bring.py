@@ -2,14 +2,17 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import runs
 import runtime
 import train_ae
 import train_diffusion
-from conftest import run, same
+from conftest import ROOT, run, same
 from latents import autoencoder_hash
 from vae import CONFIGS
 from weights import load_autoencoder
@@ -122,12 +125,21 @@ def test_a_runs_folder_stands_for_its_checkpoint(material, tmp_path, monkeypatch
     """--ae FOLDER: images, size and seed are those of the run in it; its name keeps its dots."""
     folder = tmp_path / "run-0.5"
     folder.symlink_to(material / "ae")
-    assert runtime.checkpoint_args(folder) == runtime.checkpoint_args(folder / "ckpt.pt") != {}
-    assert {runtime.run_name(tmp_path / name) for name in ("v1.0", "v1.5", "a.safetensors")} == \
+    assert runs.checkpoint_args(folder) == runs.checkpoint_args(folder / "ckpt.pt") != {}
+    assert {runs.run_name(tmp_path / name) for name in ("v1.0", "v1.5", "a.safetensors")} == \
         {"v1.0", "v1.5", "a"}
     monkeypatch.chdir(tmp_path)
     run(train_diffusion, "--preset", "quick", "--model", "SiT-tiny/4", "--ae", folder, "--steps", 1,
         "--batch_size", 4, "--device", "cpu", "--sample_steps", 2, "--encode_batch", 8,
         "--out", "sit", monkeypatch=monkeypatch)
-    checkpoint = runtime.load_checkpoint("sit/ckpt.pt", "diffusion")
+    checkpoint = runs.load_checkpoint("sit/ckpt.pt", "diffusion")
     assert checkpoint["image_size"] == 16 and checkpoint["model_args"]["num_classes"] == 2
+
+
+def test_an_ascii_terminal_ends_no_run(tmp_path):
+    """PYTHONIOENCODING=ascii and a folder that is not: the line is printed, with escapes."""
+    environment = os.environ | dict(PYTHONIOENCODING="ascii", OMP_NUM_THREADS="1")
+    command = [sys.executable, ROOT / "data.py", "pack", "--data", "kätzchen", "--out", "x.zip"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "k\\xe4tzchen: no such folder or zip" in done.stderr
+    assert "Traceback" not in done.stderr

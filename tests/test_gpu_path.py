@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
+import runs
 import runtime
 import train_ae
 from conftest import run, start
@@ -145,7 +146,7 @@ def test_moments_follow_their_parameters_layout(before, after, tmp_path):
         optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
         parts, steps = dict(model=network, optimizer=optimizer), range(3)
         if start:
-            runtime.restore(tmp_path, torch.load(start, weights_only=True), parts)
+            runs.restore(tmp_path, torch.load(start, weights_only=True), parts)
             steps = range(3, 6)
         for step in steps:
             for p in network.parameters():
@@ -154,7 +155,7 @@ def test_moments_follow_their_parameters_layout(before, after, tmp_path):
             optimizer.step()
         return parts
     file = tmp_path / "ckpt.pt"
-    runtime.save_checkpoint(file, {k: v.state_dict() for k, v in trained(before).items()})
+    runs.save_checkpoint(file, {k: v.state_dict() for k, v in trained(before).items()})
     switched, straight = trained(after, file), trained(before, file)
     for a, b in zip(switched["model"].parameters(), straight["model"].parameters()):
         assert torch.equal(a, b)

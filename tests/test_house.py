@@ -13,7 +13,7 @@ FLOORS = {                                                 # a module stands on 
     4: "train_ae train_diffusion evaluate ideas",
     3: "figures latents fid samples",
     2: "losses repa data sources weights metrics",
-    1: "spectral vae dit runtime leaves published",
+    1: "spectral vae dit runs runtime leaves published",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 FOLDERS = (ROOT, ROOT / "experiments", ROOT / "tests")

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import losses
+import runs
 import runtime
 import train_ae
 from conftest import ROOT, run, same, start
@@ -259,7 +260,7 @@ def test_a_full_disk_keeps_the_checkpoint(straight, material, tmp_path):
     error = only_error(output, "train_diffusion")
     assert process.exitcode == 2 and "ckpt.pt: cannot be written (File too large)" in error
     assert (out / "ckpt.pt").read_bytes() == before and not list(out.glob(".*.tmp"))
-    assert runtime.load_checkpoint(out / "ckpt.pt", "diffusion")["step"] == 2
+    assert runs.load_checkpoint(out / "ckpt.pt", "diffusion")["step"] == 2
 
 
 @pytest.mark.parametrize("module, flags, culprit", [
@@ -293,14 +294,14 @@ def test_a_damaged_checkpoint_falls_back_to_an_older_one(tmp_path, capsys):
     """
     for name, step in (("ckpt_5", 5), ("ckpt_10", 10), ("ckpt", 12)):
         state = dict(stage="ae", step=step, args={}, x=torch.zeros(1000))
-        runtime.save_checkpoint(tmp_path / f"{name}.pt", state)
+        runs.save_checkpoint(tmp_path / f"{name}.pt", state)
     os.truncate(tmp_path / "ckpt.pt", 500)
-    assert runtime.open_run(tmp_path, "ae", {}, resume=True, overwrite=False)["step"] == 10
+    assert runs.open_run(tmp_path, "ae", {}, resume=True, overwrite=False)["step"] == 10
     assert "ckpt.pt: not a readable checkpoint" in capsys.readouterr().err
     for name in ("ckpt_5", "ckpt_10"):
         os.truncate(tmp_path / f"{name}.pt", 500)
     with pytest.raises(ValueError, match="ckpt_5.pt: not a readable"):
-        runtime.open_run(tmp_path, "ae", {}, resume=True, overwrite=False)
+        runs.open_run(tmp_path, "ae", {}, resume=True, overwrite=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -368,14 +369,14 @@ def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
     message = r"step 10: esm, grad_norm, loss not finite, 10 steps in a row.*--dtype fp32"
     with pytest.raises(ValueError, match=message):
         run(train_ae, *FLAGS, "--steps", 20, "--out", tmp_path / "ten", monkeypatch=monkeypatch)
-    assert runtime.load_checkpoint(tmp_path / "ten" / "ckpt.pt", "ae")["step"] == 0
+    assert runs.load_checkpoint(tmp_path / "ten" / "ckpt.pt", "ae")["step"] == 0
 
 
 def test_a_loss_without_a_finite_value_but_with_a_finite_gradient_is_skipped_too(tmp_path):
     """|inf - x| has the gradient 1: only the loss shows it."""
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    log = runtime.RunLog(tmp_path / "log.jsonl")
+    log = runs.RunLog(tmp_path / "log.jsonl")
     for step, loss in enumerate((float("inf"), 1.0)):
         weight.grad = torch.ones(3)
         log.add(step, dict(loss=torch.tensor(loss)))
@@ -390,7 +391,7 @@ def test_losses_that_stay_zero_are_reported(tmp_path, capsys):
     Ten lines of exact zeros: one message that names the term; a term that is small but not zero is
     left alone.
     """
-    log = runtime.RunLog(tmp_path / "log.jsonl")
+    log = runs.RunLog(tmp_path / "log.jsonl")
     for step in range(25):
         log.add(step, dict(align=torch.tensor(0.0), loss=torch.tensor(1e-9)))
         log.write(step)

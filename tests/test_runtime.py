@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+import runs
 import runtime
 from conftest import ROOT
 
@@ -34,28 +35,28 @@ def test_interrupted_write_keeps_the_old_file(tmp_path):
     An error in the middle of a write leaves the previous checkpoint whole and no temporary file.
     """
     path = tmp_path / "ckpt.pt"
-    runtime.save_checkpoint(path, dict(stage="ae", step=1, x=torch.ones(3)))
+    runs.save_checkpoint(path, dict(stage="ae", step=1, x=torch.ones(3)))
 
     def breaks(file):
         file.write(b"half of it")
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        runtime.write_atomic(path, breaks)
+        runs.write_atomic(path, breaks)
     assert os.listdir(tmp_path) == ["ckpt.pt"]
-    assert runtime.load_checkpoint(path, "ae")["step"] == 1
+    assert runs.load_checkpoint(path, "ae")["step"] == 1
 
 
 def test_load_checkpoint_names_the_culprit(tmp_path):
     """No file, not a checkpoint, another stage: one line each, with the path."""
     path = tmp_path / "ckpt.pt"
     with pytest.raises(FileNotFoundError, match="ckpt.pt: no such checkpoint"):
-        runtime.load_checkpoint(path, "ae")
+        runs.load_checkpoint(path, "ae")
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="ckpt.pt: not a readable checkpoint"):
-        runtime.load_checkpoint(path, "ae")
+        runs.load_checkpoint(path, "ae")
     torch.save(dict(stage="diffusion"), path)
     with pytest.raises(ValueError, match="stage 'diffusion', expected stage 'ae'"):
-        runtime.load_checkpoint(path, "ae")
+        runs.load_checkpoint(path, "ae")
 
 
 def test_open_run_protects_what_is_there(tmp_path):
@@ -65,9 +66,9 @@ def test_open_run_protects_what_is_there(tmp_path):
     args = dict(lr=1.0, steps=10, seed=0)
 
     def open_run(flags, resume=False, overwrite=False, **free):
-        return runtime.open_run(tmp_path, "ae", flags, resume=resume, overwrite=overwrite, **free)
+        return runs.open_run(tmp_path, "ae", flags, resume=resume, overwrite=overwrite, **free)
     assert open_run(args, resume=True) is None               # nothing yet: a fresh start
-    runtime.save_checkpoint(tmp_path / "ckpt.pt", dict(stage="ae", step=5, args=args))
+    runs.save_checkpoint(tmp_path / "ckpt.pt", dict(stage="ae", step=5, args=args))
     with pytest.raises(ValueError, match="--resume to continue"):
         open_run(args)
     assert open_run(args, overwrite=True) is None
@@ -79,12 +80,12 @@ def test_open_run_protects_what_is_there(tmp_path):
 def test_log_continues_without_gaps_or_repeats(tmp_path):
     """On resume at step 4, later lines and a half-written one go; earlier ones stay."""
     path = tmp_path / "log.jsonl"
-    log = runtime.RunLog(path)
+    log = runs.RunLog(path)
     for step in range(6):
         log.line(step, loss=step / 10)
     log.file.write('{"step": 6, "lo')
     log.file.close()
-    log = runtime.RunLog(path, start_step=4)
+    log = runs.RunLog(path, start_step=4)
     log.line(4, loss=0.4)
     log.file.close()
     steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
@@ -97,10 +98,10 @@ def test_only_a_fresh_start_removes_kept_checkpoints(tmp_path):
     that replaces another clears them.
     """
     for step in (5, 10):
-        runtime.save_checkpoint(tmp_path / f"ckpt_{step}.pt", dict(stage="ae", step=step))
-    runtime.RunLog(tmp_path / "log.jsonl", start_step=5)
+        runs.save_checkpoint(tmp_path / f"ckpt_{step}.pt", dict(stage="ae", step=step))
+    runs.RunLog(tmp_path / "log.jsonl", start_step=5)
     assert {path.name for path in tmp_path.glob("ckpt_*")} == {"ckpt_5.pt", "ckpt_10.pt"}
-    runtime.RunLog(tmp_path / "log.jsonl", start_step=0)
+    runs.RunLog(tmp_path / "log.jsonl", start_step=0)
     assert not list(tmp_path.glob("ckpt_*"))
 
 
@@ -141,7 +142,7 @@ def test_data_parallel_over_two_processes(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import torch, runtime
+import torch, runs, runtime
 network = torch.nn.Sequential(torch.nn.Linear(2, 1))
 assert runtime.data_parallel(network) is network           # no process group yet
 rank, world, device = runtime.start_processes("cpu")
@@ -173,7 +174,7 @@ with runtime.averaging(True, step, None):
     step(local).sum().backward()
 assert torch.equal(network[0].weight.grad, 3 * mean)
 
-log = runtime.RunLog({str(tmp_path / "log.jsonl")!r}, rank)
+log = runs.RunLog({str(tmp_path / "log.jsonl")!r}, rank)
 log.add(0, dict(a=torch.tensor(rank), b=torch.tensor(float("nan") if rank == 1 else 1.0)))
 assert not log.finite(0)
 log.add(1, dict(a=torch.tensor(rank + 2)))
@@ -191,7 +192,7 @@ def test_own_errors_are_one_line_and_library_errors_keep_their_traceback(tmp_pat
     visible.
     """
     with pytest.raises(SystemExit) as exit, runtime.one_line_errors():
-        runtime.load_checkpoint(tmp_path / "none.pt", "ae")
+        runs.load_checkpoint(tmp_path / "none.pt", "ae")
     assert exit.value.code == 2
     with pytest.raises(ValueError), runtime.one_line_errors():
         json.loads("{")

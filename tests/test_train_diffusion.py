@@ -14,6 +14,7 @@ from PIL import Image
 
 import dit
 import evaluate
+import runs
 import runtime
 import train_diffusion
 from conftest import ROOT, run, same
@@ -55,7 +56,7 @@ def test_trains_samples_and_evaluates(model, material, tmp_path, monkeypatch, ca
     log = read_log(tmp_path)
     assert [line["step"] for line in log] == [0, 1, 2]
     assert all(np.isfinite(line["loss"]) for line in log)
-    checkpoint = runtime.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
+    checkpoint = runs.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
     assert checkpoint["model_args"]["num_classes"] == 2
     assert (tmp_path / "samples.png").stat().st_size > 500
     run(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--num_samples", 5, "--steps", 3,
@@ -86,7 +87,7 @@ def test_resuming_equals_never_stopping(material, tmp_path, monkeypatch):
     (tmp_path / "b" / "ckpt_3.pt").rename(tmp_path / "b" / "ckpt.pt")
     train("b", "--resume")
     assert read_log(tmp_path / "a") == read_log(tmp_path / "b")
-    a, b = (runtime.load_checkpoint(tmp_path / name / "ckpt.pt", "diffusion") for name in "ab")
+    a, b = (runs.load_checkpoint(tmp_path / name / "ckpt.pt", "diffusion") for name in "ab")
     assert a.keys() == b.keys() and all(same(a[part], b[part]) for part in set(a) - {"args"})
 
 
@@ -139,7 +140,7 @@ def test_alignment_trains_the_blocks_below_it_and_no_others(kind, material, tmp_
     monkeypatch.setattr(dit, "regress", alignment_only)
     flags = ["--steps", 3, "--repa", kind, "--encoder_source", "random", "--lr", 0.01]
     run(train_diffusion, *flags_of(material, tmp_path, *flags), monkeypatch=monkeypatch)
-    checkpoint = runtime.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
+    checkpoint = runs.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
     fresh = fresh_weights(checkpoint)
     moved = lambda name: not torch.equal(fresh[name], checkpoint["model"][name])
     assert moved("blocks.0.mlp.fc1.weight") or moved("blocks.0.adaLN_modulation.1.weight")
@@ -198,10 +199,10 @@ def test_two_processes_equal_one_with_alignment(material, tmp_path, monkeypatch,
     for a, b in zip(read_log(one), read_log(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
         assert a["align"] == pytest.approx(b["align"], rel=1e-2, abs=1e-3)
-    straight, log = runtime.load_checkpoint(one / "ckpt.pt", "diffusion"), read_log(one)
+    straight, log = runs.load_checkpoint(one / "ckpt.pt", "diffusion"), read_log(one)
     (one / "ckpt_2.pt").rename(one / "ckpt.pt")
     run(train_diffusion, *kept, "--resume", monkeypatch=monkeypatch)
-    resumed = runtime.load_checkpoint(one / "ckpt.pt", "diffusion")
+    resumed = runs.load_checkpoint(one / "ckpt.pt", "diffusion")
     assert log == read_log(one)
     assert all(same(straight[part], resumed[part]) for part in set(straight) - {"args"})
 
@@ -213,7 +214,7 @@ def test_labels_are_dropped_and_average_is_sampled(material, tmp_path, monkeypat
     """
     flags = ["--steps", 3, "--label_dropout", 1, "--weight_decay", 0, "--lr", 0.01]
     run(train_diffusion, *flags_of(material, tmp_path, *flags), monkeypatch=monkeypatch)
-    checkpoint = runtime.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
+    checkpoint = runs.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
     table = "y_embedder.embedding_table.weight"
     moved = (checkpoint["model"][table] - fresh_weights(checkpoint)[table]).abs().amax(1)
     assert moved[2] > 0 and moved[:2].max() == 0
