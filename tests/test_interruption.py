@@ -1,7 +1,7 @@
 """
 Nothing is lost: runs are killed at random moments, stopped by signals, put on full disks and fed
-with numbers that are not finite. `--long` kills every method, 36 times in all; without it two
-methods, 4 times.
+with numbers that are not finite. `--long` kills every method, 36 times in all; without it one
+method, twice.
 """
 import json
 import os
@@ -90,7 +90,7 @@ def test_killed_at_random_moments(method, material, straight, tmp_path, request)
     as never having been killed.
     """
     long = request.config.getoption("--long")
-    if not long and method not in ("kl", "diffusion with dog"):
+    if not long and method != "kl":
         pytest.skip("--long runs every method")
     reference, seconds = straight(method)
     module, flags = command(method, material)

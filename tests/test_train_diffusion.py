@@ -99,11 +99,13 @@ def torchrun(script, *flags):
     assert result.returncode == 0, result.stderr
 
 
-def test_two_processes_equal_one(material, tmp_path, monkeypatch):
+def test_two_processes_equal_one(material, tmp_path, monkeypatch, request):
     """
     Encoding, training and sampling on 2 gloo processes: the cache, the losses and the samples of
     one process, to float tolerance.
     """
+    if not request.config.getoption("--long"):
+        pytest.skip("--long; test_processes.py has each of them")
     one, two = tmp_path / "one", tmp_path / "two"
 
     def on_one_and_two(module, flags_in):
