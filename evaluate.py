@@ -340,7 +340,8 @@ def get_args():
                                 allow_abbrev=False, formatter_class=raw)
         p.set_defaults(function=function)
         add = p.add_argument
-        add("--out", help="file or folder to write (default: under out/)")
+        if name not in ("recon", "fid"):               # which write no more than a result
+            add("--out", help="file or folder to write (default: under out/)")
         if name == "curves":                           # reads logs, measures nothing
             p.set_defaults(device="cpu", results=None)
             return add
@@ -353,8 +354,9 @@ def get_args():
         if name != "fid":
             add("--data", help="folder, .zip or cifar10 (default: what was trained on; similarity: "
                 "built-in)")
-        add("--image_size", type=int, default=224 if name == "similarity" else None,
-            help="pixels a side (default: as in training; similarity: 224; fid: see above)")
+        if name != "gen":
+            add("--image_size", type=int, default=224 if name == "similarity" else None,
+                help="pixels a side (default: as in training; similarity: 224; fid: see above)")
         add("--batch_size", type=int, default=50, help="images per network call and process")
         if name == "recon":
             add("--val_images", type=int,
@@ -447,7 +449,7 @@ def check_flags(args):
                          "to 1 = noise")
     if args.results:
         check_place("--results", args.results)
-    if args.out and args.command not in ("recon", "fid"):  # which write no more than a result
+    if getattr(args, "out", None):
         gen = args.command == "gen"
         check_place("--out", args.out, folder=gen, figure=not gen)
 

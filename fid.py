@@ -107,11 +107,13 @@ def stored_statistics(reference_set):
     Where the Inception statistics of a set are kept, what they are of, and the arrays if they are
     there, else None; ValueError if they are of something else, or damaged.
     """
-    identity = images_hash(reference_set)
+    identity = runtime.from_rank_zero(lambda: images_hash(reference_set))
     file = pathlib.Path("out/reference") / f"{identity}-{reference_set.size}.npz"
     how = dict(images=identity, size=reference_set.size, n=len(reference_set),
                crop="ADM centre crop, 8 bit", network="torch-fidelity")
-    stored = read_npz(file, "mu", "sigma", "features", "how") if file.exists() else None
+    stored = None
+    if runtime.from_rank_zero(file.exists):            # another run may be writing it just now
+        stored = read_npz(file, "mu", "sigma", "features", "how")
     if stored is not None and (len(stored) < 4 or str(stored["how"]) != json.dumps(how)):
         raise ValueError(f"{file}: statistics of {stored.get('how')}, wanted {json.dumps(how)}; "
                          "remove the file")

@@ -245,7 +245,11 @@ def spectrum_sets(args, device):
 
 
 def encoder_label(args):
-    return "random encoder" if args.encoder_source == "random" else args.encoder
+    """Whose features they are: the network's name, of a LabelNet that of its file."""
+    source = args.encoder_source or ""
+    if source == "random":
+        return "random encoder"
+    return pathlib.Path(source).stem if source.endswith(".pt") else args.encoder
 
 
 def spectrum_settings(args, found):
@@ -407,10 +411,11 @@ def bands_figure(args, device):
 
 def latents_figure(args, device):
     """Fig. 3: a few held-out images, and under them the latents of every autoencoder as PCA-RGB."""
-    rows = {}
+    rows, images = {}, None
     for label, ae, trained in autoencoders(args, device):
-        images = some_images(args, trained, device)
-        rows.setdefault("image", images * 0.5 + 0.5)
+        if images is None:                             # the same ones for all
+            images = some_images(args, trained, device)
+            rows["image"] = images * 0.5 + 0.5
         rows[label] = pca_rgb(encode_all(ae, images, args.batch_size))
     write_out(args, lambda out: figure_rows(rows, out))
     return ()                                          # nothing is measured
@@ -459,8 +464,7 @@ def similarity_figure(args, device):
         contrast = rmsc(target).mean().item()
         values[f"rmsc_{kind}"] = contrast
         rows[f"{label}\nRMSC {contrast:.2f}"] = (cosine * 0.5 + 0.5).expand(-1, 3, -1, -1)
-    name = args.encoder_source if args.encoder_source == "random" else args.encoder
-    yield values, dict(encoder=name, n=len(images), token=token)
+    yield values, dict(encoder=encoder_label(args), n=len(images), token=token)
     write_out(args, lambda out: figure_rows(rows, out), " (black = opposite, white = equal)")
 
 

@@ -1,7 +1,7 @@
 """
-What a run leaves behind in --out DIR: ckpt.pt, kept checkpoints, log.jsonl. Every file is written
-beside its place and renamed, so that a kill or a full disk leaves the old one whole; a run is
-continued only with the flags, the pictures and the weights that it was begun with.
+What a run leaves behind in --out DIR: ckpt.pt, kept checkpoints, log.jsonl. A file is written
+beside its place and renamed, so that a kill or a full disk leaves the old one whole; only the log
+grows, a line at a time. A run goes on only with the flags, pictures and weights it began with.
 
 Checkpoints are plain dicts of tensors and plain Python values: torch.load(weights_only=True) reads
 them, on any device.
@@ -210,8 +210,9 @@ def checkpoint_args(path):
     The flags with which train_ae.py made the checkpoint at path, a file or the run's folder; {} for
     other people's.
     """
-    if os.path.isdir(path):
-        path = f"{path}/ckpt.pt"
+    if os.path.isdir(path):                            # of a run, or of one kept checkpoint
+        kept = sorted(pathlib.Path(path).glob("*.pt"))
+        path = kept[0] if len(kept) == 1 else f"{path}/ckpt.pt"
     with contextlib.suppress(ValueError, OSError):
         return load_checkpoint(path, "ae").get("args", {})
     return {}
@@ -232,8 +233,12 @@ class RunLog:
     def __init__(self, path, rank=0, start_step=0, state=None, bad_limit=10):
         self.path, self.rank, self.bad_limit = pathlib.Path(path), rank, bad_limit
         # names of terms that come together: (sum, count) (2, k)
-        self.totals = {tuple(names.split()): total for names, total in (state or {}).items()}
-        self.not_finite, self.in_a_row, self.skipped, self.zeros = [], {}, 0, {}
+        state = state or {}
+        totals = state.get("totals", state)            # older checkpoints hold them alone
+        self.totals = {tuple(names.split()): total for names, total in totals.items()}
+        self.not_finite = []                           # (step, names, flags (k,)) not reported yet
+        self.skipped, self.zeros = state.get("skipped", 0), dict(state.get("zeros", {}))
+        self.in_a_row = dict(state.get("in_a_row", {}))    # names of a kind of step: bad ones
         if rank > 0:
             return
         kept = []
@@ -244,9 +249,9 @@ class RunLog:
                         kept.append(line + "\n")
         stale = [*self.path.parent.glob(".*.tmp")]     # of a write that was killed
         if start_step == 0:                            # of the run that this one replaces
-            stale += self.path.parent.glob("ckpt*.pt")
+            stale += [self.path.with_name("ckpt.pt"), *self.path.parent.glob("ckpt_*.pt")]
         for path in stale:
-            path.unlink()
+            path.unlink(missing_ok=True)
         write_atomic(self.path, lambda file: file.write("".join(kept).encode()))
         self.file = open(self.path, "a", buffering=1)  # a line at a time: a crash cuts only one
 
@@ -276,9 +281,15 @@ class RunLog:
         return mean_over_processes(flags.any().float()) == 0
 
     def state(self):
-        """What is collected and not yet written, for checkpoints. Call it on all processes."""
-        return {" ".join(names): mean_over_processes(total).cpu()
-                for names, total in self.totals.items()}
+        """
+        What is collected and not yet written, and what is counted, for checkpoints. Call it on all
+        processes; bad steps are reported first, so that a resumed run need not know of them.
+        """
+        self.report_skipped()
+        totals = {" ".join(names): mean_over_processes(total).cpu()
+                  for names, total in self.totals.items()}
+        return dict(totals=totals, skipped=self.skipped, zeros=dict(self.zeros),
+                    in_a_row=dict(self.in_a_row))
 
     def write(self, step):
         """
@@ -288,7 +299,7 @@ class RunLog:
         raises   ValueError after bad_limit steps in a row that were not finite: nothing was learned
                  from them, the checkpoint is good
         """
-        self._report_skipped()
+        self.report_skipped()
         sums = {}
         for names, total in self.totals.items():
             for name, value, count in zip(names, *all_sum(total.clone()).tolist()):
@@ -305,8 +316,10 @@ class RunLog:
         self.line(step, **means)
         return means
 
-    def _report_skipped(self):
-        """Lines for the steps since the last `write` that were not finite; see there."""
+    def report_skipped(self):
+        """Lines for the steps since the last report that were not finite; as `write`."""
+        if not self.not_finite:
+            return
         flags = torch.cat([flags for *_, flags in self.not_finite]).float()
         flags = all_sum(flags).tolist()                # the one wait for the device
         steps = {}                                     # step: (all its names, those not finite)
@@ -317,7 +330,7 @@ class RunLog:
             bad += [name for name, flag in zip(names, mine) if flag]
         self.not_finite = []
         for at, (everything, bad) in steps.items():
-            kind = frozenset(everything)               # a GAN's two kinds of steps count apart
+            kind = " ".join(sorted(set(everything)))   # a GAN's two kinds of steps count apart
             self.in_a_row[kind] = self.in_a_row.get(kind, 0) + 1 if bad else 0
             if bad:
                 self.skipped += 1

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import gc
 import os
 import pathlib
 import signal
@@ -64,8 +65,10 @@ def start_processes(device=None):
 
 
 def stop_processes():
-    """Leave the process group, if any."""
+    """Leave the process group, if any, all together."""
     if dist.is_initialized():
+        gc.collect()                                   # DistributedDataParallel holds itself, and
+        barrier()                                      # may not outlive its group
         dist.destroy_process_group()
 
 
@@ -89,7 +92,9 @@ def first_of_node():
 
 
 def nodes():
-    """How many machines take part, by torchrun's word or srun's."""
+    """How many machines take part, by torchrun's word or srun's; 1 for a single process."""
+    if "RANK" not in os.environ:
+        return 1
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
     return int(os.environ.get("SLURM_NNODES", 1))
@@ -178,7 +183,9 @@ class StopSignal:
     """
 
     def __enter__(self):
-        self.name, self.calls, self.previous = None, 0, {}
+        self.name, self.previous = None, {}
+        self.calls = self.last = self.ask_at = 0       # of asked(), see there
+        self.clock = time.perf_counter()
         for number in (signal.SIGTERM, signal.SIGINT):
             self.previous[number] = signal.signal(number, self._note)
         return self
@@ -195,13 +202,21 @@ class StopSignal:
     def asked(self):
         """
         True on all processes once one of them got a signal. Several ask one another at every tenth
-        call, for the answer costs them a round trip; it travels by CPU, no GPU waits.
+        call, sooner if that takes more than two seconds, for the answer costs them a round trip;
+        it travels by CPU, no GPU waits.
         """
+        if not dist.is_initialized():
+            return self.name is not None
         self.calls += 1
-        if dist.is_initialized() and self.calls % 10 != 1:
+        if self.calls < self.ask_at:
             return False
-        flag = torch.tensor(float(self.name is not None))
-        return bool(all_sum(flag) > 0)
+        now = time.perf_counter()
+        seconds = (now - self.clock) / max(1, self.calls - self.last)   # of a call, here
+        said = all_sum(torch.tensor([float(self.name is not None), seconds]))
+        seconds = said[1].item() / dist.get_world_size()                # the same everywhere
+        self.clock, self.last = now, self.calls
+        self.ask_at = self.calls + max(1, min(10, int(2 / max(seconds, 1e-3))))
+        return bool(said[0] > 0)
 
     def farewell(self, step, args):
         """What to say once the state before `step` is saved."""

@@ -43,7 +43,8 @@ def checkpoint_files(args):
             files.append(place / "ckpt.pt" if place.is_dir() else place)
             continue
         steps = [path.stem.removeprefix("ckpt_") for path in folder.glob("ckpt_*.pt")]
-        steps = sorted(int(step) for step in steps if step.isdecimal())
+        # not the untrained network's
+        steps = sorted(int(step) for step in steps if step.isdecimal() and int(step) > 0)
         if not steps:
             raise FileNotFoundError(f"--ckpt {place}: no ckpt_<step>.pt there; train_diffusion.py "
                                     "keeps them with --keep_every")

@@ -92,7 +92,7 @@ def get_args():
     add("--encoder", default=None, help="whose features the latents are aligned with (default: "
         "dinov2_vitl14 for vf, dinov2_vitb14_reg for uae, as their authors)")
     add("--encoder_source", default=None,
-        help="a local clone of facebookresearch/dinov2, or random (for tests)")
+        help="a local clone of facebookresearch/dinov2, a LabelNet's .pt, or random (for tests)")
     # reconstruction
     add("--lpips_weight", type=float, default=0.5, help="0 = off (needs no VGG weights)")
     add("--gan_weight", type=float, default=0.5, help="0 = off")
@@ -146,7 +146,7 @@ def open_model(args):
 
 
 def check(args, config, world):
-    """ValueError on the first flag that cannot work, before anything is loaded or written."""
+    """ValueError on the first flag that cannot work, before data is read or anything written."""
     need, f = runtime.need, config.reduction
     side, remainder = divmod(args.image_size, f)
     need(16 <= args.image_size <= 16384, f"--image_size {args.image_size}: must lie in 16..16384")
@@ -486,6 +486,7 @@ def evaluate_and_save(args, nets, images_id, compute, val_set, log, progress, st
     batches = val_batches(val_set, args.batch_size, compute.rank, compute.world,
                           device=compute.device)
     with compute.eager():
+        log.report_skipped()
         report = validate(nets.ae, batches, args, compute)
         log.line(step, **{f"val_{k}": v for k, v in report.items()})
         save(args, nets, images_id, compute, log, step)
@@ -536,8 +537,10 @@ def main():
     config, start = open_model(args)
     check(args, config, world)
     args.dtype = compute.dtype
-    checkpoint = runs.open_run(args.out, "ae", vars(args), args.resume, args.overwrite,
-                                  runs.FREE)
+    # what older checkpoints say nothing of: no --init, and other losses under vf and uae
+    older = {f"{reg}_weight": "an older loss" for reg in args.reg if reg in ("vf", "uae")}
+    checkpoint = runs.open_run(args.out, "ae", vars(args), args.resume, args.overwrite, runs.FREE,
+                               dict(init=None, **older))
     train_set, val_set = open_data(args.data, args.image_size, args.val_images, args.seed)
     nets = build(args, config, start, compute)
     images_id = runtime.from_rank_zero(lambda: images_hash(train_set))

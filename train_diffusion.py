@@ -96,7 +96,7 @@ def get_args():
         help="REPA, iREPA, or the paper's DoG band-pass target")
     add("--encoder", default="dinov2_vitb14", help="whose features are the target")
     add("--encoder_source", default=None,
-        help="a local clone of facebookresearch/dinov2, or random (for tests)")
+        help="a local clone of facebookresearch/dinov2, a LabelNet's .pt, or random (for tests)")
     add("--repa_weight", type=float, default=0.5,
         help="of the alignment loss, beside the diffusion loss")
     add("--repa_depth", type=int, default=4, help="the block, from 1, whose output is aligned")
@@ -155,6 +155,7 @@ def check(args, world):
     runtime.need_range(args, 2, 1000, "sample_steps")
     runtime.need_range(args, 1, 999, "repa_depth")
     runtime.need_positive(args, "lr", "log_every", "eval_every", "dog_sigma2")
+    runtime.need_range(args, 0, 1000, "dog_sigma2")
     runtime.need_run_flags(args)
     need(args.beta2 < 1, f"--beta2 {args.beta2}: must be below 1")
     need(0 <= args.dog_sigma1 < args.dog_sigma2, f"--dog_sigma1 {args.dog_sigma1}: must be at "
@@ -253,8 +254,9 @@ def add_alignment(args, nets, size, compute):
     # what does not fit says so now, not in hours
     nets.encoder(torch.zeros(1, 3, size, size, device=compute.device), grid)
     if grid != (16, 16):
+        p = nets.encoder.patch
         compute.say(f"--repa: a grid of {grid[0]}x{grid[1]} tokens, so the encoder sees "
-                    f"{14 * grid[0]} x {14 * grid[1]} pixels; the DoG's sigmas are in tokens, and "
+                    f"{p * grid[0]} x {p * grid[1]} pixels; the DoG's sigmas are in tokens, and "
                     "their defaults are meant for 16x16")
 
 
@@ -391,6 +393,9 @@ def main():
         args.out, "diffusion", vars(args), args.resume, args.overwrite,
         (*runs.FREE, "ae", "cache", "encode_batch", "sample_steps", "cfg"),
         older=dict(schedule="sd", mirror="on", ema_warmup="on"))
+    runtime.need(not checkpoint or args.repa != "irepa" or "mirror" in checkpoint["args"],
+                 f"--resume: {args.out}/ckpt.pt aligns as an older version did, where --norm_std "
+                 "meant something else; begin another --out")
     nets = build(args, ae, train_set, compute)
     cache = open_latents(args, ae, train_set, compute)
     num_classes = nets.model.num_classes

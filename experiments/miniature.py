@@ -30,7 +30,7 @@ from data import open_data, train_batches, val_batches
 from figures import encode_all, figure_rows
 from losses import esm_loss
 from metrics import Moments, frechet_distance, to_uint8
-from repa import LabelNet
+from repa import LabelNet, load_labelnet
 from weights import load_autoencoder
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -364,9 +364,8 @@ def collect(out):
     experiments/results/NAME-sSEED.json for every finished run that has none: its commands,
     hardware, commit, final numbers and loss curves.
     """
-    checkpoint = torch.load(LABELNET, weights_only=True)
-    net = LabelNet(checkpoint["num_classes"]).eval()
-    net.load_state_dict(checkpoint["model"])
+    net = load_labelnet(str(LABELNET)).eval()
+    checkpoint = torch.load(LABELNET, weights_only=True)   # for its accuracy
     reference = None
     for name, seed in plan():
         path = RESULTS / f"{name}-s{seed}.json"

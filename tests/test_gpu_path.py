@@ -212,7 +212,7 @@ def test_several_nodes_do_not_write_one_cache(material, tmp_path):
 
 
 def test_processes_ask_one_another_at_every_tenth_step(monkeypatch):
-    """One process answers at once; several exchange the flag at calls 1, 11, 21."""
+    """One process answers at once; several exchange it at calls 1, 11, 21, or after 2 seconds."""
     with runtime.StopSignal() as stop:
         stop.name = "SIGTERM"
         assert stop.asked()
@@ -220,8 +220,13 @@ def test_processes_ask_one_another_at_every_tenth_step(monkeypatch):
         stop.name, exchanged = "SIGTERM", []
         monkeypatch.setattr(runtime.dist, "is_initialized", lambda: True)
         monkeypatch.setattr(runtime.dist, "all_reduce", exchanged.append)
+        monkeypatch.setattr(runtime.dist, "get_world_size", lambda: 1)
         answers = [stop.asked() for _ in range(21)]
-    assert answers == [i % 10 == 0 for i in range(21)] and len(exchanged) == 3
+        assert answers == [i % 10 == 0 for i in range(21)] and len(exchanged) == 3
+        stop.clock -= 9                                    # the last ten steps took 0.9 s each
+        stop.last, stop.ask_at = stop.calls - 9, 0
+        slow = [stop.asked() for _ in range(5)]
+    assert slow == [True, False, True, False, False]
 
 
 # ---- torch.compile on the CPU

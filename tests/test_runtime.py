@@ -179,6 +179,7 @@ log.add(0, dict(a=torch.tensor(rank), b=torch.tensor(float("nan") if rank == 1 e
 assert not log.finite(0)
 log.add(1, dict(a=torch.tensor(rank + 2)))
 assert log.finite(1) and log.write(1) == dict(a=1.5, b=1.0)
+del step, network
 runtime.stop_processes()
 """)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
@@ -196,3 +197,52 @@ def test_own_errors_are_one_line_and_library_errors_keep_their_traceback(tmp_pat
     assert exit.value.code == 2
     with pytest.raises(ValueError), runtime.one_line_errors():
         json.loads("{")
+
+
+def test_the_log_goes_on_with_its_counts(tmp_path):
+    """A bad step between two lines is reported before the checkpoint; counts continue after it."""
+    def log_of(path, start_step=0, state=None):
+        return runs.RunLog(path / "log.jsonl", 0, start_step, state, bad_limit=3)
+
+    def steps(log, *range_):
+        for step in range(*range_):
+            log.add(step, dict(loss=torch.tensor(float("nan") if step in (2, 3) else 0.0)))
+            if step % 2 == 0:
+                log.write(step)
+    for name in ("straight", "stopped"):
+        (tmp_path / name).mkdir()
+    log = log_of(tmp_path / "straight")
+    steps(log, 0, 4)
+    log.state()
+    steps(log, 4, 9)
+    log.state()
+    first = log_of(tmp_path / "stopped")
+    steps(first, 0, 4)
+    state = first.state()
+    assert state["skipped"] == 2 and state["in_a_row"] == {"loss": 2}
+    torch.save(state, tmp_path / "state.pt")
+    first.file.close()
+    again = log_of(tmp_path / "stopped", 4, torch.load(tmp_path / "state.pt", weights_only=True))
+    steps(again, 4, 9)
+    assert again.state() == log.state()
+    texts = [(tmp_path / name / "log.jsonl").read_text() for name in ("straight", "stopped")]
+    assert texts[0] == texts[1] and texts[0].count("not_finite") == 2
+
+
+def test_a_fresh_run_removes_the_old_runs_checkpoints_alone(tmp_path):
+    """--overwrite: ckpt.pt and ckpt_<step>.pt go; a copy under another name is the user's."""
+    for name in ("ckpt.pt", "ckpt_5.pt", "ckpt-old.pt", "ckpt.best.pt"):
+        (tmp_path / name).write_bytes(b"x")
+    runs.RunLog(tmp_path / "log.jsonl")
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["ckpt-old.pt", "ckpt.best.pt"]
+
+
+def test_one_process_in_a_job_of_several_nodes_is_one_node(monkeypatch):
+    """SLURM_NNODES=2 and no RANK: a plain python may write its files."""
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    runtime.need_one_node("samples")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="samples: .*--nnodes=1"):
+        runtime.need_one_node("samples")
