@@ -63,7 +63,7 @@ def get_args():
     add("--dtype", choices=("fp32", "bf16"), default=None,
         help="of the networks (default: bf16 on cuda, fp32 on cpu)")
     add("--compile", choices=("on", "off"), default=None,
-        help="torch.compile the networks (default: on on cuda, off on cpu)")
+        help="torch.compile the networks (default: on on cuda, but for eq and se; off on cpu)")
     add("--grad_checkpoint", action="store_true",
         help="compute every block twice to keep less in memory")
     # data
@@ -528,12 +528,14 @@ def main():
     args = get_args()
     processes = runtime.start_processes(args.device)
     rank, world, device = processes
-    many = "eq" in args.reg and args.compile is None
-    compute = runtime.Compute(*processes, args.dtype, "off" if many else args.compile,
-                              fixed_size=not {"eq", "se"} & set(args.reg))
-    if many and compute.cuda:
-        compute.say("--reg eq: not compiled, for it shows the networks 24 image sizes, and each "
-                    "would be a compilation of its own (--compile on does so all the same)")
+    # eq shows 24 sizes; se three, but the discriminator compiles nine kinds of calls for them
+    sizes = [reg for reg in ("eq", "se") if reg in args.reg]
+    off = bool(sizes) and args.compile is None
+    compute = runtime.Compute(*processes, args.dtype, "off" if off else args.compile,
+                              fixed_size=not sizes)
+    if off and compute.cuda:
+        compute.say(f"--reg {sizes[0]}: not compiled, for it shows the networks many image sizes, "
+                    "each of them a compilation of its own (--compile on does so all the same)")
     config, start = open_model(args)
     check(args, config, world)
     args.dtype = compute.dtype

@@ -279,3 +279,31 @@ def test_what_differs_between_cpu_and_gpu_is_decided_in_one_place(monkeypatch, c
         compute.warn_of_compilation()
     said = capsys.readouterr().out
     assert said.count("from rank 0") == 1 and said.count("--compile off") == 1
+
+
+@pytest.mark.parametrize("reg, flags, compiled", [
+    ("esm", [], True), ("eq", [], False), ("se", [], False), ("eq", ["--compile", "on"], True)])
+def test_methods_of_many_sizes_are_not_compiled_by_themselves(reg, flags, compiled, monkeypatch):
+    """On CUDA: eq and se off, with a line that says why; --compile on wins."""
+    class Asked(Exception):
+        pass
+
+    def stop(self, text=None):
+        raise Asked
+    seen = []
+    monkeypatch.setattr(runtime, "start_processes", lambda device: (0, 1, torch.device("cuda")))
+    monkeypatch.setattr(train_ae, "open_model", lambda args: stop(None))
+    monkeypatch.setattr(runtime.Compute, "say", lambda self, text: seen.append(text))
+    built, init = [], runtime.Compute.__init__
+
+    def spy(self, *args, **options):
+        init(self, *args, **options)
+        built.append(self)
+    monkeypatch.setattr(runtime.Compute, "__init__", spy)
+    for name in ("allow_tf32", "benchmark"):
+        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+    with pytest.raises(Asked):
+        run(train_ae, "--reg", reg, *flags, monkeypatch=monkeypatch)
+    assert built[0].compiling == compiled
+    assert [f"--reg {reg}: not compiled" in text for text in seen] == [True] * (not compiled)
+    assert torch.backends.cudnn.benchmark == (reg == "esm")
