@@ -322,7 +322,8 @@ def test_the_benchmark_counts_one_walk_back():
     plain = flops()
     encoder = benchmark.Case("", lambda: nets.encoder(images, (16, 16)))
     rest = flops(reg="vf") - plain - benchmark.burn_in(encoder, cpu)[1]
-    assert 0 < rest < 0.1 * plain                          # a walk of the decoder is 0.2 of it
+    # the cosines of all pairs of cells are 0.14 of it; a second walk of the decoder would add 0.2
+    assert 0 < rest < 0.2 * plain
     assert flops(gan=True) > plain and flops(train_disc=True) > 0
     for repa in ("none", "dog"):
         encoder = benchmark.target_encoder(small=True)
