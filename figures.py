@@ -253,6 +253,7 @@ def encoder_label(args):
 
 
 def spectrum_settings(args, found):
+    """What a line of results.jsonl says of how a spectrum was measured."""
     return dict(autoencoder=found.label, gamma=args.gamma, n=len(found.images), seed=args.seed,
                 latent="x".join(map(str, found.latents.shape[1:])))
 
