@@ -387,6 +387,22 @@ def guided(model, shape, y, cfg, cfg_interval):
 class Interpolant:
     """The straight path x_t = (1 - t) x + t eps, velocity v = eps - x (REPA's loss.py)."""
 
+    def time(self, t):
+        """What the network is told at time t in [0, 1], 0 = data."""
+        return t
+
+    def alpha_bar_at(self, t):
+        """The data's share of the variance of x_t, for data of variance 1; t float or tensor."""
+        return (1 - t) ** 2 / ((1 - t) ** 2 + t ** 2)
+
+    def noisy(self, x, eps, t):
+        """x_t of latents x and noise eps (B, C, h, w); t a float in [0, 1]."""
+        return (1 - t) * x + t * eps
+
+    def clean(self, x_t, output, t):
+        """The network's answer at x_t as a clean latent: x_t - t v."""
+        return x_t - t * output
+
     def loss(self, model, x, y=None, generator=None, label_dropout=0.1, return_hidden=None,
              share=(0, 1)):
         """
@@ -404,7 +420,7 @@ class Interpolant:
 
     @torch.no_grad()
     def sample(self, model, shape, steps=100, y=None, cfg=1.0, cfg_interval=(0.0, 1.0),
-               sampler="em", noise=torch.randn):
+               sampler="em", noise=torch.randn, watch=None):
         """
         Latents from noise, one network call a step; the state is float64, the calls in the model's
         precision or the caller's autocast.
@@ -414,6 +430,7 @@ class Interpolant:
         shape    (B, C, h, w); y (B,) labels or None; cfg and cfg_interval as in `guided`
         noise    noise(shape) -> (B, C, h, w), called for the start and then for every noisy step;
                  a NoiseStream to fix each sample
+        watch    None, or called at every step with t and the predicted clean latent, float64
         returns  (B, C, h, w) float32 on the model's device
         raises   ValueError for an unknown sampler, too few steps, guidance without labels
         """
@@ -429,6 +446,8 @@ class Interpolant:
         x = noise(shape).to(device, torch.float64)
         for t, t_next in zip(times, times[1:]):
             drift = predict(x, t, t)
+            if watch:
+                watch(t, self.clean(x, drift, t))
             if sde:
                 # E[eps | x_t] = (1 - t) v + x_t = -t * score
                 score = -((1 - t) * drift + x) / t
@@ -457,6 +476,25 @@ class DDPM:
         one = torch.ones(1, dtype=torch.float64)
         self.alpha_bar = torch.cat([one, (1 - betas).cumprod(0)])
 
+    def time(self, t):
+        """The noise level n = 0 .. 1000 of time t in [0, 1], which the network is told."""
+        return round(1000 * t)
+
+    def alpha_bar_at(self, t):
+        """As Interpolant.alpha_bar_at; between two levels the lower one's."""
+        n = (1000 * torch.as_tensor(t)).long()
+        return self.alpha_bar[n]
+
+    def noisy(self, x, eps, t):
+        """As Interpolant.noisy, at level n = time(t)."""
+        a = float(self.alpha_bar[self.time(t)])
+        return math.sqrt(a) * x + math.sqrt(1 - a) * eps
+
+    def clean(self, x_t, output, t):
+        """As Interpolant.clean: (x_n - sqrt(1 - a_n) eps) / sqrt(a_n), n = time(t)."""
+        a = float(self.alpha_bar[self.time(t)])
+        return (x_t - math.sqrt(1 - a) * output) / math.sqrt(a)
+
     def loss(self, model, x, y=None, generator=None, label_dropout=0.1, return_hidden=None,
              share=(0, 1)):
         """Mean squared error of eps, n uniform in 1 .. 1000; the rest as Interpolant.loss."""
@@ -473,7 +511,7 @@ class DDPM:
         point if eps is the same. noise is used when eta > 0 (1 = DDPM).
         """
         a, b = float(self.alpha_bar[n]), float(self.alpha_bar[m])
-        x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+        x0 = self.clean(x, eps, n / 1000)
         if eta == 0:
             return math.sqrt(b) * x0 + math.sqrt(1 - b) * eps
         sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
@@ -481,7 +519,7 @@ class DDPM:
 
     @torch.no_grad()
     def sample(self, model, shape, steps=100, y=None, cfg=1.0, cfg_interval=(0.0, 1.0), eta=0.0,
-               noise=torch.randn):
+               noise=torch.randn, watch=None):
         """
         DDIM in `steps` (1 .. 1000) equal strides from n = 1000 to 0; t = n / 1000 in cfg_interval;
         the rest as Interpolant.sample.
@@ -494,5 +532,8 @@ class DDPM:
         for n, m in zip(levels, levels[1:]):
             # sigma is 0 on the way to n = 0
             z = noise(shape).to(device, torch.float64) if eta > 0 and m > 0 else 0.0
-            x = self.step(x, predict(x, n / 1000, n), n, m, eta, z)
+            eps = predict(x, n / 1000, n)
+            if watch:
+                watch(n / 1000, self.clean(x, eps, n / 1000))
+            x = self.step(x, eps, n, m, eta, z)
         return x.float()

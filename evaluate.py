@@ -13,8 +13,12 @@ Every number and figure of the project, by one command each.
     latents     latents as pictures, PCA to RGB                                     Fig. 3
     similarity  which tokens a token resembles, for each target of REPA             Fig. 6
     curves      what the logs of training runs say, also while they run             our figure
+    denoise     how much of the learnable power a network has learnt                Prop. 3.1
+    trajectory  in which order sampling brings the frequencies in                   Sec. 3.2
+    diffusability   what can be known of autoencoders before any diffusion          Table 1
 
-The formulas are in metrics.py, sets of images in fid.py, the last five commands in figures.py.
+The formulas are in metrics.py, sets of images in fid.py, the last three commands in theory.py, the
+five before them in figures.py.
 Every result is printed with its settings and appended to results.jsonl with command, commit and
 hardware. Without the Inception weights there is no FID, only the metrics that need none, under
 their own names.
@@ -70,6 +74,7 @@ from metrics import (
 )
 from published import CURVES
 from samples import checkpoint_files, load_diffusion, publish, sample_images, write_samples
+from theory import denoise_figure, diffusability_rows, trajectory_figure
 from weights import load_autoencoder
 
 PRESETS = {
@@ -340,7 +345,7 @@ def get_args():
                                 allow_abbrev=False, formatter_class=raw)
         p.set_defaults(function=function)
         add = p.add_argument
-        if name not in ("recon", "fid"):               # which write no more than a result
+        if name not in ("recon", "fid", "diffusability"):  # which write no more than a result
             add("--out", help="file or folder to write (default: under out/)")
         if name == "curves":                           # reads logs, measures nothing
             p.set_defaults(device="cpu", results=None)
@@ -354,19 +359,19 @@ def get_args():
         if name != "fid":
             add("--data", help="folder, .zip or cifar10 (default: what was trained on; similarity: "
                 "built-in)")
-        if name != "gen":
+        if name not in ("gen", "denoise", "trajectory"):
             add("--image_size", type=int, default=224 if name == "similarity" else None,
                 help="pixels a side (default: as in training; similarity: 224; fid: see above)")
         add("--batch_size", type=int, default=50, help="images per network call and process")
         if name == "recon":
             add("--val_images", type=int,
                 help="images to use (default: 1000 held-out ones, all of the training images)")
-        elif name not in ("gen", "fid"):
+        elif name not in ("gen", "fid", "trajectory"):
             few = name in ("latents", "similarity")
             add("--val_images", type=int, default=8 if few else 1000, help="held-out images to use")
         if name in ("recon", "gen"):
             add("--workers", type=int, default=4, help="loader processes")
-        if name in ("recon", "gen", "spectrum"):
+        if name in ("recon", "gen", "spectrum", "denoise", "trajectory"):
             add("--seed", type=int, default=0, help="of every draw, >= 0")
         add("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
         add("--results", default="results.jsonl", help="every result is appended here")
@@ -377,10 +382,15 @@ def get_args():
         help="how to measure, see above")
     add("--split", choices=("train", "val"),
         help="training or held-out images (default: val; with --protocol authors: train)")
-    add = command("gen", evaluate_gen)
-    add("--ckpt", nargs="+", help="run(s) of train_diffusion.py or their ckpt.pt (default: the "
-        "newest out/diffusion/<preset>-*/ckpt.pt)")
-    add("--every", action="store_true", help="all ckpt_<step>.pt that the run kept, in order")
+    def of_runs(name, function):
+        """A command on runs of train_diffusion.py."""
+        add = command(name, function)
+        add("--ckpt", nargs="+", help="run(s) of train_diffusion.py or their ckpt.pt (default: the "
+            "newest out/diffusion/<preset>-*/ckpt.pt)")
+        add("--every", action="store_true", help="all ckpt_<step>.pt that the run kept, in order")
+        return add
+
+    add = of_runs("gen", evaluate_gen)
     add("--num_samples", type=int, default=50_000, help="how many images to sample")
     add("--steps", type=int, default=100, help="network calls per sample")
     add("--sampler", choices=("em", "ode"), default="em",
@@ -417,6 +427,11 @@ def get_args():
         add("--encoder_source",
             help="a local clone of facebookresearch/dinov2, or random (for tests)")
 
+    of_runs("denoise", denoise_figure)
+    add = of_runs("trajectory", trajectory_figure)
+    add("--num_samples", type=int, default=64, help="how many samples to follow")
+    add("--steps", type=int, default=100, help="network calls per sample")
+    command("diffusability", diffusability_rows, many=True)
     add = command("curves", curves_figure)
     add("runs", nargs="+", metavar="RUN", help="a training run's folder, or its log.jsonl")
 

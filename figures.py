@@ -258,8 +258,8 @@ def spectrum_settings(args, found):
                 latent="x".join(map(str, found.latents.shape[1:])))
 
 
-def write_spectra(args, figure, columns, rows):
-    """The figure, and the table of its curves beside it."""
+def write_with_table(args, figure, columns, rows):
+    """The figure, and the numbers of its curves beside it as CSV."""
     table = out_path(args).with_suffix(".csv")
     text = io.StringIO(newline="")
     csv.writer(text).writerows([columns, *rows])
@@ -305,7 +305,7 @@ def spectrum_figure(args, device):
                 ylim=(0, None))
     for ax in axes:
         ax.legend(fontsize=8)
-    write_spectra(args, figure, ("curve", "ring", "power", "share", "descriptor"), rows)
+    write_with_table(args, figure, ("curve", "ring", "power", "share", "descriptor"), rows)
 
 
 def published_figure(args, device):
@@ -351,7 +351,7 @@ def published_figure(args, device):
     ax.set(title=f"log(1 + power) with DC, scaled to sum 1; {args.published}", ylim=(0, None),
            xlabel="ring (1 = low frequency)")
     ax.legend(fontsize=8)
-    write_spectra(args, figure, ("curve", "ring", "descriptor"), rows)
+    write_with_table(args, figure, ("curve", "ring", "descriptor"), rows)
 
 
 def band_matrix(decoded):

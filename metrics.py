@@ -125,6 +125,20 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     return 0.0 if distance <= 1e-9 * traces else float(distance)           # NaN stays NaN
 
 
+def frechet_parts(samples, reconstructions, images):
+    """
+    A Frechet distance of samples taken apart: what the autoencoder loses and what diffusion adds.
+    Distances do not add up, so the two parts are not shares of the total.
+    samples, reconstructions, images  (mean, covariance) each; reconstructions of these very images
+    returns  total      FD,  samples to images: what tables show as (g)FID
+             decoder    rFD, reconstructions to images: 0 for a lossless autoencoder
+             diffusion  dFD, samples to reconstructions: 0 for a diffusion model that draws its
+                        latents perfectly, whatever the decoder makes of them
+    """
+    return (frechet_distance(*samples, *images), frechet_distance(*reconstructions, *images),
+            frechet_distance(*samples, *reconstructions))
+
+
 def load_inception(device):
     """
     The FID Inception network, float32:

@@ -15,6 +15,7 @@ level first. Reduction f = 2^(levels - 1).
     f4d4         64 x (1, 2, 2)         4   4    5,120,039   for 64x64 images on one GPU
     f4d4-tiny    16 x (1, 2, 2)         4   4      242,327   for 64x64 images on a laptop CPU
     f2d4-tiny    16 x (1, 2)            2   4      167,959   for 32x32 images on a laptop CPU
+    f2d2-tiny    16 x (1, 2)            2   2      166,161   the same, compressing twice as much
 
 Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), h = H/f, w = W/f, not normalised:
 normalize() alone shifts and scales them. Module names are those of CompVis' latent-diffusion, so
@@ -56,6 +57,7 @@ CONFIGS = {
     "f4d4": AEConfig(ch_mult=(1, 2, 2), latent_channels=4, ch=64),
     "f4d4-tiny": AEConfig((1, 2, 2), 4, ch=16, num_res_blocks=1, norm_groups=4),
     "f2d4-tiny": AEConfig((1, 2), 4, ch=16, num_res_blocks=1, norm_groups=4),
+    "f2d2-tiny": AEConfig((1, 2), 2, ch=16, num_res_blocks=1, norm_groups=4),
 }
 
 

@@ -26,25 +26,28 @@ import torch.nn.functional as F
 
 import runs
 import runtime
-from data import open_data, train_batches, val_batches
+from data import open_data, take, train_batches, val_batches
 from figures import encode_all, figure_rows
-from losses import esm_loss
-from metrics import Moments, frechet_distance, to_uint8
+from metrics import Moments, frechet_distance, frechet_parts, to_uint8
+from published import divergence
 from repa import LabelNet, load_labelnet
+from spectral import match_resolution, spectrum_distribution
+from theory import diffusability
 from weights import load_autoencoder
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent                                         # the scripts
 RESULTS, LABELNET = HERE / "results", HERE / "labelnet.pt"
-SEEDS, AE_STEPS, SIT_STEPS = (0, 1), 1000, 3000
-AE = (f"--model f2d4-tiny --steps {AE_STEPS} --batch_size 16 --lr 2e-3 --eval_every 1000 "
-      "--val_images 1000")
+SEEDS, AE_STEPS, SIT_STEPS = (0, 1, 2), 1200, 2000
+REFERENCE = 10_000                                         # training images in FD, rFD and dFD
+AE = (f"--model f2d2-tiny --steps {AE_STEPS} --batch_size 16 --lr 2e-3 "
+      f"--eval_every {AE_STEPS} --val_images 1000")
 SIT = f"--steps {SIT_STEPS} --batch_size 32 --ema 0.998 --eval_every 1000"
 GEN = "--num_samples 2000 --steps 30 --batch_size 100 --reference_images 0"
 REPA = ("--repa_depth 1 --dog_sigma1 0.5 --dog_sigma2 1.25 "
         "--encoder_source experiments/labelnet.pt")
 AUTOENCODERS = {                                           # flags of train_ae.py
-    "kl": "--reg kl",
+    "kl": "--reg kl --kl_weight 3e-5",
     "se": "--reg se",
     "esm": "--reg esm",
     "dsm": "--reg dsm",
@@ -56,71 +59,65 @@ AUTOENCODERS = {                                           # flags of train_ae.p
     "dsm-0-6-8-10-12": "--reg dsm --dsm_masks 0 6 8 10 12",
     "dsm-0-8-10-12-13": "--reg dsm --dsm_masks 0 8 10 12 13",
     # not in the paper
-    "eq": "--reg eq --kl_weight 1e-6",                     # the default when it was run
-    "kl-f4": "--reg kl --model f4d4-tiny",
-    "esm-f4": "--reg esm --model f4d4-tiny",
+    "kl-1e-6": "--reg kl --kl_weight 1e-6",
     "esm-w1": "--reg esm --esm_weight 1",
-    "esm-w1-gamma0.6": "--reg esm --esm_weight 1 --gamma 0.6",
-    "esm-w1-gamma1.4": "--reg esm --esm_weight 1 --gamma 1.4",
-    "dsm-0-4-6-8": "--reg dsm --dsm_masks 0 4 6 8",
-    "dsm-0-12-13-14": "--reg dsm --dsm_masks 0 12 13 14",
+    "eq": "--reg eq",
 }
 VARIANTS = {                               # run: its autoencoder, flags of train_diffusion.py
-    "kl-f4": ("kl-f4", "--model SiT-tiny/1"),
-    "esm-f4": ("esm-f4", "--model SiT-tiny/1"),
     "kl-repa": ("kl", f"--repa repa {REPA}"),
     "dsm-repa": ("dsm", f"--repa repa {REPA}"),
     "kl-irepa": ("kl", f"--repa irepa {REPA}"),
     "kl-dog": ("kl", f"--repa dog {REPA}"),
 }
-FIRST = ["kl", "se", "eq", "esm", "esm-w1", "dsm"]         # run first; in figures/samples.png
+FIRST = ["kl", "dsm", "esm", "se"]         # all seeds, run first; in figures/samples.png
 TABLES = {
-    "Table 2, and with it `eq` and `esm-w1`, which are ours": FIRST,
-    "Table 3": ["kl", "dsm", "kl-repa", "dsm-repa"],
-    "Table 4": ["kl-repa", "kl-irepa", "kl-dog"],
+    "Table 2": FIRST,
     "Table 7": ["esm-gamma0.6", "esm", "esm-gamma1.4", "esm-w0.1", "esm-w0.001"],
     "Table 8": ["dsm-0-8-12", "dsm", "dsm-0-6-8-10-12", "dsm-0-8-10-12-13"],
-    "Ours: f = 4": ["kl-f4", "esm-f4"],
-    "Ours: gamma at weight 1": ["kl", "esm-w1-gamma0.6", "esm-w1", "esm-w1-gamma1.4"],
-    "Ours: masks that cut less, or more": ["dsm-0-4-6-8", "dsm", "dsm-0-12-13-14"],
+    "Table 4": ["kl-repa", "kl-irepa", "kl-dog"],
+    "Ours": ["kl", "kl-1e-6", "esm", "esm-w1", "eq", "dsm"],
+    "Table 3": ["kl", "dsm", "kl-repa", "dsm-repa"],
 }
 COLUMNS = {                                                # number: its heading, its digits
-    "psnr": ("PSNR, dB", 2), "rFD_cifar": ("rFD-cifar", 2), "esm": ("ESM divergence", 3),
-    "esm_shape": ("normalised, best scale", 3), "alpha": ("exponent of the PSD", 2),
-    "FD_cifar": ("FD-cifar", 2), "SWD_32px": ("SWD 32 px", 1), "spectral_KL": ("spectral KL", 4),
+    "psnr": ("PSNR, dB", 2), "alpha": ("exponent of the PSD", 2), "esm": ("ESM divergence", 3),
+    "esm_shape": ("normalised, best scale", 3), "kl_from_target": ("KL from target, with DC", 4),
+    "FD_cifar": ("FD", 2), "rFD_cifar": ("rFD", 2), "dFD_cifar": ("dFD", 2),
+    "SWD_32px": ("SWD 32 px", 1), "spectral_KL": ("spectral KL", 4),
 }
-# Where it is claimed, the number here, the order of the runs, and the claims: words, run, run.
+GFID = ["FD_cifar", "dFD_cifar"]                           # what stands here for the paper's gFID
+# Where it is claimed, the numbers here, the order of the runs, and the claims: words, run, run.
 PAPER_CLAIMS = [
-    ("Table 2, gFID", "FD_cifar", "below", [
+    ("Table 2, gFID", GFID, "below", [
         ("DSM below Scale Equivariance, 4.44 < 5.87 (f8d4), 4.49 < 5.46 (f16d16)", "dsm", "se"),
         ("Scale Equivariance below SD-VAE, 5.87 < 6.63 (f8d4), 5.46 < 6.88 (f16d16)", "se", "kl"),
         ("DSM below SD-VAE, 4.44 < 6.63 (f8d4), 4.49 < 6.88 (f16d16)", "dsm", "kl"),
         ("ESM below SD-VAE, 5.91 < 6.63 (f8d4), 5.84 < 6.88 (f16d16)", "esm", "kl"),
         ("DSM below ESM, 4.44 < 5.91 (f8d4), 4.49 < 5.84 (f16d16)", "dsm", "esm")]),
-    ("Table 2, PSNR", "psnr", "above", [
+    ("Table 2, PSNR", ["psnr"], "above", [
         ("ESM above SD-VAE, 31.63 > 31.23 (f8d4), 31.30 > 30.08 (f16d16)", "esm", "kl")]),
-    ("Table 3, gFID at 400k", "FD_cifar", "below", [
+    ("Table 3, gFID at 400k", GFID, "below", [
         ("DSM below SD-VAE without REPA, 12.20 < 14.58", "dsm", "kl"),
         ("DSM below SD-VAE with REPA, 6.48 < 7.60", "dsm-repa", "kl-repa"),
         ("SD-VAE with REPA below without, 7.60 < 14.58", "kl-repa", "kl")]),
-    ("Table 4, gFID at 400k", "FD_cifar", "below", [
+    ("Table 4, gFID at 400k", GFID, "below", [
         ("REPA-DoG below iREPA, 4.98 < 5.07 (cfg 1.8; from 300k on only), 20.37 < 21.40 "
          "(no guidance, Sec. 4.2)", "kl-dog", "kl-irepa"),
         ("iREPA below REPA, 5.07 < 5.68 (cfg 1.8), 21.40 < 22.75 (no guidance, Sec. 4.2)",
          "kl-irepa", "kl-repa")]),
-    ("Table 7, gFID", "FD_cifar", "below", [
+    ("Table 7, gFID", GFID, "below", [
         ("gamma 1.0 below 0.6 at weight 0.01, 5.84 < 5.90", "esm", "esm-gamma0.6"),
         ("gamma 1.0 below 1.4 at weight 0.01, 5.84 < 6.57", "esm", "esm-gamma1.4"),
         ("weight 0.01 below 0.1 at gamma 1, 5.84 < 6.82", "esm", "esm-w0.1"),
         ("weight 0.01 below 0.001 at gamma 1, 5.84 < 6.00", "esm", "esm-w0.001")]),
-    ("Table 8, gFID", "FD_cifar", "below", [
+    ("Table 8, gFID", GFID, "below", [
         ("{0, 8, 10, 12} below {0, 6, 8, 10, 12}, 4.49 < 4.61", "dsm", "dsm-0-6-8-10-12"),
         ("{0, 8, 10, 12} below {0, 8, 12}, 4.49 < 5.02", "dsm", "dsm-0-8-12"),
         ("{0, 8, 10, 12} below {0, 8, 10, 12, 13}, 4.49 < 5.33", "dsm", "dsm-0-8-10-12-13")]),
-    ("Fig. 3, smoothness of the latents", "alpha", "above", [
+    ("Fig. 3, smoothness of the latents", ["alpha"], "above", [
         ("DSM above SD-VAE", "dsm", "kl"),
         ("ESM above SD-VAE", "esm", "kl")]),
-    ("Figs. 4 and 5, KL of the published curves from the flattened target", "esm", "below", [
+    ("Figs. 4 and 5, KL of the published curves from the flattened target", ["kl_from_target"],
+     "below", [
         ("Scale Equivariance below SD-VAE, .020 < .038", "se", "kl"),
         ("DSM below SD-VAE, .0054 < .038", "dsm", "kl"),
         ("ESM below SD-VAE, .0044 < .038", "esm", "kl"),
@@ -128,20 +125,18 @@ PAPER_CLAIMS = [
         ("ESM below DSM, .0044 < .0054", "esm", "dsm")]),
 ]
 OUR_CLAIMS = [
-    ("EQ-VAE's place, generation", "FD_cifar", "below", [
+    ("KL's weight, generation", GFID, "below", [
+        ("DSM below KL with weight 1e-6", "dsm", "kl-1e-6"),
+        ("ESM below KL with weight 1e-6", "esm", "kl-1e-6")]),
+    ("ESM's weight 1, generation", GFID, "below", [
+        ("ESM with weight 1 below SD-VAE", "esm-w1", "kl"),
+        ("ESM with weight 1 below ESM", "esm-w1", "esm")]),
+    ("EQ-VAE's place, generation", GFID, "below", [
         ("DSM below EQ-VAE", "dsm", "eq"),
         ("EQ-VAE below SD-VAE", "eq", "kl")]),
-    ("Downsampling makes latents smoother", "alpha", "above", [
+    ("Downsampling makes latents smoother", ["alpha"], "above", [
         ("Scale Equivariance above SD-VAE", "se", "kl"),
         ("EQ-VAE above SD-VAE", "eq", "kl")]),
-    ("f = 4, generation", "FD_cifar", "below", [("ESM below SD-VAE", "esm-f4", "kl-f4")]),
-    ("Weight 1, generation", "FD_cifar", "below", [
-        ("ESM below SD-VAE", "esm-w1", "kl"),
-        ("gamma 1.0 below 0.6", "esm-w1", "esm-w1-gamma0.6"),
-        ("gamma 1.0 below 1.4", "esm-w1", "esm-w1-gamma1.4")]),
-    ("Masks, generation", "FD_cifar", "below", [
-        ("{0, 8, 10, 12} below {0, 4, 6, 8}", "dsm", "dsm-0-4-6-8"),
-        ("{0, 8, 10, 12} below {0, 12, 13, 14}", "dsm", "dsm-0-12-13-14")]),
 ]
 LOCKS = collections.defaultdict(threading.Lock)            # several runs share an autoencoder
 MARKS = "<!-- miniature.py table -->", "<!-- end of miniature.py table -->"
@@ -151,10 +146,12 @@ MARKS = "<!-- miniature.py table -->", "<!-- end of miniature.py table -->"
 # Training and sampling
 
 def plan():
-    """The runs in order of importance, (name, seed): FIRST with all seeds, then the rest."""
-    every = dict.fromkeys(name for names in TABLES.values() for name in names)
-    rest = [name for name in every if name not in FIRST]
-    return [(name, seed) for names in (FIRST, rest) for seed in SEEDS for name in names]
+    """The runs in order of importance, (name, seed): FIRST with all seeds, the rest with two."""
+    runs = [(name, seed) for seed in SEEDS for name in FIRST]
+    for names in TABLES.values():
+        runs += [(name, seed) for seed in SEEDS[:2] for name in names]
+    slow = lambda run: run[0] in ("kl-repa", "dsm-repa")   # for their MLP; they come last
+    return sorted(dict.fromkeys(runs), key=slow)
 
 
 def folders(name, seed, out):
@@ -297,26 +294,12 @@ def pooled_moments(net, batches):
 
 
 @torch.no_grad()
-def reconstructions(ae, images, batch_size=100):
+def reconstruction(ae, images):
     """
-    Images (N, 3, H, W) through the autoencoder, by the posterior's mode, rounded as a PNG would:
-    batches (b, 3, H, W) in [-1, 1].
+    Images (b, 3, H, W) through the autoencoder, by the posterior's mode, rounded as a PNG would:
+    the same shape, in [-1, 1].
     """
-    for x in images.split(batch_size):
-        yield to_uint8(ae.decode(ae.encode(x).mode())).float() / 127.5 - 1
-
-
-@torch.no_grad()
-def divergences(ae, images):
-    """
-    ESM divergence (gamma 1, nats) of the latents of images (N, 3, H, W), and of the normalised
-    latents at the best of scales from 1/8 to 54. log(1 + P) sees the latent's scale and the
-    diffusion model does not, for it normalises: the second is what is left for the latter.
-    """
-    latents = encode_all(ae, images, 100, seed=0)
-    scales = 2 ** torch.arange(-3, 6, 0.25)
-    best = min(esm_loss(images, scale * ae.normalize(latents)).item() for scale in scales)
-    return esm_loss(images, latents).item(), best
+    return to_uint8(ae.decode(ae.encode(images).mode())).float() / 127.5 - 1
 
 
 def load_logs(ae, sit):
@@ -334,29 +317,41 @@ def loss_curve(lines):
     return [[line["step"], round(line["loss"], 4)] for line in lines if "loss" in line][::10]
 
 
-def measure(net, ae, sit, held_out, reference):
+def measure(net, ae, sit, held_out, train_set, moments):
     """
     A finished run's numbers, loss curves, commands and hardware, as a dict.
     held_out   images (N, 3, 32, 32) in [-1, 1]
-    reference  pooled_moments of the training images
+    train_set  images that it was trained on, and their pooled_moments
     """
     logs, gen = load_logs(ae, sit)
     samples = np.load(sit / "samples" / "samples.npz")["arr_0"]             # (N, 32, 32, 3) uint8
     samples = torch.from_numpy(samples).movedim(-1, 1)                      # (N, 3, 32, 32)
-    distance = lambda batches: frechet_distance(*pooled_moments(net, batches), *reference)
-    last = logs["ae"][-1]
-    numbers = {key.removeprefix("val_"): last[key] for key in last if key != "step"}
-    numbers |= {key: gen[key] for key in gen if key.startswith(("SWD", "spectral"))}
     network = load_autoencoder(ae / "ckpt.pt")
-    # anew: the log's "esm" is for the gamma of the run
-    numbers["esm"], numbers["esm_shape"] = divergences(network, held_out[::4])
-    numbers["rFD_cifar"] = distance(reconstructions(network, held_out))
-    numbers["FD_cifar"] = distance((samples / 127.5 - 1).split(500))
+    decoded = (reconstruction(network, images) for images, _, _ in val_batches(train_set, 100))
+    parts = frechet_parts(pooled_moments(net, (samples / 127.5 - 1).split(500)),
+                          pooled_moments(net, decoded), moments)
+    numbers = {key: gen[key] for key in gen if key.startswith(("SWD", "spectral"))}
+    numbers |= dict(zip(("FD_cifar", "rFD_cifar", "dFD_cifar"), parts))
+    numbers |= diffusability(network, held_out[:1000])
+    numbers["kl_from_target"] = kl_from_target(network, held_out[:1000])
+    numbers["ssim"] = logs["ae"][-1]["val_ssim"]
     return dict(
-        samples=len(samples), numbers=numbers,
+        samples=len(samples), reference=len(train_set), numbers=numbers,
         loss_curve={stage: loss_curve(lines) for stage, lines in logs.items()},
         commands=(sit / "commands.txt").read_text().splitlines(),
         **{key: gen[key] for key in ("commit", "hardware", "torch", "time")})
+
+
+@torch.no_grad()
+def kl_from_target(ae, images):
+    """
+    The paper's form of a latent's spectrum (Figs. 4 and 5): KL(target || latents), nats, of mean
+    shares of log(1 + P) with DC kept; target: images (N, 3, H, W) flattened by gamma 1.
+    """
+    latents = encode_all(ae, images, 100, seed=0)
+    small = match_resolution(images, latents.shape[-2:])
+    target = spectrum_distribution(small, gamma=1.0, remove_dc=False).mean(0)
+    return divergence(target, spectrum_distribution(latents, remove_dc=False).mean(0))
 
 
 def collect(out):
@@ -366,24 +361,27 @@ def collect(out):
     """
     net = load_labelnet(str(LABELNET)).eval()
     checkpoint = torch.load(LABELNET, weights_only=True)   # for its accuracy
-    reference = None
+    train_set = None
     for name, seed in plan():
         path = RESULTS / f"{name}-s{seed}.json"
         ae, _, sit = folders(name, seed, out)
         if path.exists() or not (sit / "samples" / "samples.npz").exists():
             continue
-        if reference is None:
+        if train_set is None:
             data = runs.checkpoint_args(ae / "ckpt.pt")["data"]
-            train_set, val_set = open_data(data, 32, val_images=2000)
+            every, val_set = open_data(data, 32, val_images=2000)
+            train_set = take(every, np.arange(0, len(every), len(every) // REFERENCE))
             held_out = torch.cat([images for images, _, _ in val_batches(val_set, 500)])
-            reference = pooled_moments(net, (x for x, _, _ in val_batches(train_set, 500)))
-            unseen = frechet_distance(*pooled_moments(net, held_out.split(500)), *reference)
+            moments = pooled_moments(net, (images for images, _, _ in val_batches(train_set, 500)))
+            unseen = frechet_distance(*pooled_moments(net, held_out.split(500)), *moments)
         result = dict(
             name=name, seed=seed, labelnet_accuracy=checkpoint["accuracy"],
-            FD_cifar_of_held_out_images=unseen, **measure(net, ae, sit, held_out, reference))
+            FD_cifar_of_held_out_images=unseen,
+            **measure(net, ae, sit, held_out, train_set, moments))
         line = (json.dumps(result) + "\n").encode()
         runs.write_atomic(path, lambda file, line=line: file.write(line))
-        print(f"wrote {path}: FD-cifar {result['numbers']['FD_cifar']:.2f}")
+        shown = " ".join(f"{key} {result['numbers'][key]:.2f}" for key in GFID)
+        print(f"wrote {path}: {shown}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -430,13 +428,17 @@ def run_row(name, results):
 
 
 def claims_table(heading, claims, results, whose):
-    """PAPER_CLAIMS or OUR_CLAIMS as lines of a markdown table, each with its verdict."""
+    """PAPER_CLAIMS or OUR_CLAIMS as lines of a markdown table, with a verdict for each number."""
     lines = [table_row(heading, "here", "measured by"), "|---|---|---|"]
-    for where, key, order, group in claims:
-        column, _ = COLUMNS[key]
+    for where, keys, order, group in claims:
         for words, a, b in group:
-            lines.append(table_row(f"{where}: {words}", verdict(results, key, a, order, b, whose),
-                                   f"{column}: `{a}` {order} `{b}`"))
+            cells = []
+            for key in keys:
+                name = f"{COLUMNS[key][0]}: " if len(keys) > 1 else ""
+                cells.append(name + verdict(results, key, a, order, b, whose))
+            columns = " and ".join(COLUMNS[key][0] for key in keys)
+            lines.append(table_row(f"{where}: {words}", "<br>".join(cells),
+                                   f"{columns}: `{a}` {order} `{b}`"))
     return lines
 
 
@@ -450,10 +452,11 @@ def table():
     one, hardware = found[0], sorted({result["hardware"] for result in found})
     lines = textwrap.wrap(
         f"Each run has {one['samples']:,} samples, and the numbers of its seeds stand side by "
-        "side. FD-cifar and rFD-cifar use the features of a network with "
-        f"{100 * one['labelnet_accuracy']:.1f}% accuracy on held-out images. 2,000 held-out images "
-        f"themselves have an FD-cifar of {one['FD_cifar_of_held_out_images']:.2f}. Hardware: "
-        f"{', '.join(hardware)}. Commands, logs and versions are in `experiments/results/`.",
+        f"side. FD, rFD and dFD are of {one['reference']:,} training images, in the features of a "
+        f"network with {100 * one['labelnet_accuracy']:.1f}% accuracy on held-out images. 2,000 "
+        f"held-out images themselves have an FD of {one['FD_cifar_of_held_out_images']:.2f}. "
+        f"Hardware: {', '.join(hardware)}. Commands, logs and versions are in "
+        "`experiments/results/`.",
         110, break_on_hyphens=False)
     for title, names in TABLES.items():
         lines += ["", f"**{title}**", ""]

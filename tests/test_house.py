@@ -11,7 +11,7 @@ from conftest import ROOT
 
 FLOORS = {                                                 # a module stands on the floors below it
     4: "train_ae train_diffusion evaluate ideas",
-    3: "figures latents fid samples",
+    3: "figures latents fid samples theory",
     2: "losses repa data sources weights metrics",
     1: "spectral vae dit runs runtime leaves published",
 }
