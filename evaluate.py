@@ -356,7 +356,7 @@ def get_args():
             which = "all" if many else "the newest"
             add("--ae", nargs="+" if many else None, help="autoencoder(s): ckpt.pt or released "
                 f"weights (default: {which} of out/ae/<preset>-*/ckpt.pt)")
-        if name != "fid":
+        if name not in ("fid", "trajectory"):
             add("--data", help="folder, .zip or cifar10 (default: what was trained on; similarity: "
                 "built-in)")
         if name not in ("gen", "denoise", "trajectory"):

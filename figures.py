@@ -354,6 +354,14 @@ def published_figure(args, device):
     write_with_table(args, figure, ("curve", "ring", "descriptor"), rows)
 
 
+def need_blocks(args, label, ae, images):
+    """ValueError unless the latents of images (N, 3, H, W) tile into DSM's 8x8 blocks."""
+    h, w = ae.latent_shape(images)[-2:]
+    if h % 8 or w % 8:
+        raise ValueError(f"{args.command}: {label}'s latents of {h}x{w} do not tile into 8x8 "
+                         f"blocks; --image_size must be a multiple of {8 * ae.config.reduction}")
+
+
 def band_matrix(decoded):
     """
     The share of each band of the image in what each band of the latent adds; a band is an
@@ -385,11 +393,8 @@ def bands_figure(args, device):
     left = axes[0, 0]
     for ax, (label, ae, trained) in zip(axes[0, 1:], models):
         images = some_images(args, trained, device)
+        need_blocks(args, label, ae, images)
         latents = encode_all(ae, images, args.batch_size)
-        h, w = latents.shape[-2:]
-        if h % 8 or w % 8:
-            raise ValueError(f"bands: {label}'s latents of {h}x{w} do not tile into 8x8 blocks; "
-                             f"--image_size must be a multiple of {8 * ae.config.reduction}")
         decoded, scores = {}, []
         for n in range(15):
             parts = latents.split(args.batch_size)

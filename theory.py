@@ -15,7 +15,6 @@ Latents (N, C, h, w) normalised to std 1; t from 0 = data to 1 = noise; rings as
 spectral.radial_profile, up to 16. The functions take evaluate.py's flags and the device, yield
 (values, settings), and write their figure at the end.
 """
-import math
 from types import SimpleNamespace
 
 import torch
@@ -25,6 +24,7 @@ from dit import NoiseStream
 from figures import (
     autoencoders,
     encode_all,
+    need_blocks,
     some_images,
     subplots,
     unique_names,
@@ -47,7 +47,7 @@ SHOWN = (3, 7, 11, 15)                                     # of TIMES: t = .175,
 
 
 def rings_of(latents):
-    """How many rings a latent's spectrum is cut into: one a row, at most 16."""
+    """How many rings a latent's spectrum is cut into, none of them empty: at most 16."""
     return min(16, *latents.shape[-2:])
 
 
@@ -95,10 +95,10 @@ def share_learnt(found, weights):
     Of the power that Prop. 3.1 calls learnable, the share that the network saves, over all times:
     above 1 where it beats the bound, below 0 where it is worse than predicting 0.
     weights  (R,) coefficients of each ring
-    returns  of each ring (R,), NaN for one without a coefficient; of all of them, a float
+    returns  of each ring (R,); of all of them, a float
     """
     saved, learnable = (found.power - found.left).sum(0), found.learnable.sum(0)
-    return saved / learnable, float((weights * saved).nansum() / (weights * learnable).nansum())
+    return saved / learnable, float((weights * saved).sum() / (weights * learnable).sum())
 
 
 def ring_sizes(h, w, rings):
@@ -146,22 +146,21 @@ def denoise_figure(args, device):
                                batch_size=args.batch_size)
         rings = len(found.power)
         shares, total = share_learnt(found, ring_sizes(*run.latents.shape[-2:], rings))
-        there = ~shares.isnan()                            # an 8x8 latent has no ring 2
-        ring = torch.arange(1, rings + 1)[there]
+        ring = torch.arange(1, rings + 1)
         for ax, k in zip(axes, SHOWN):
             alpha_bar = float(run.process.alpha_bar_at(TIMES[k]))
             bound = found.power - found.learnable[k]
-            ax.semilogy(ring, found.power[there], color=f"C{i}", lw=5, alpha=0.25)
-            ax.semilogy(ring, bound[there], color=f"C{i}", ls="--", lw=1)
-            ax.semilogy(ring, found.left[k][there], color=f"C{i}", marker="o", ms=3, label=name)
+            ax.semilogy(ring, found.power, color=f"C{i}", lw=5, alpha=0.25)
+            ax.semilogy(ring, bound, color=f"C{i}", ls="--", lw=1)
+            ax.semilogy(ring, found.left[k], color=f"C{i}", marker="o", ms=3, label=name)
             if i == 0:
                 ax.axhline((1 - alpha_bar) / alpha_bar, color="gray", lw=1)
-                ax.set(title=f"t = {TIMES[k]:.3g}", xlabel="ring (1 = low frequency)")
+                ax.set(title=f"t = {TIMES[k]:.3g}", xlabel="ring (1 = low frequency)",
+                       xticks=(1, 4, 8, 12, 16))
         for k, t in enumerate(TIMES):
-            for r in (ring - 1).tolist():
-                rows.append((name, t, r + 1, float(found.power[r]), float(found.learnable[k, r]),
-                             float(found.left[k, r])))
-        by_ring = " ".join(f"{share:.2f}" for share in shares[there].tolist())
+            columns = (ring, found.power, found.learnable[k], found.left[k])
+            rows += [(name, t, *line) for line in zip(*(column.tolist() for column in columns))]
+        by_ring = " ".join(f"{share:.2f}" for share in shares.tolist())
         yield dict(share_learnt=total, by_ring=by_ring), run.settings
     styles = [dict(lw=5, alpha=0.25), dict(ls="--", lw=1), dict(marker="o", ms=3), dict(lw=1)]
     words = ["power of the latent", "left by the bound of Prop. 3.1", "left by the network",
@@ -199,34 +198,32 @@ def follow_sampling(model, process, shape, steps, seed=0, labels=None, keep=1):
 
 def half_times(times, power):
     """
-    When each ring has reached half of its final power: (R,) t, between two steps by the straight
-    line; NaN for a ring without power.
+    When each ring has reached half of its final power for good: (R,) t, between two steps by the
+    straight line.
     times    (T,) falling; power (T, R), the last row the final one
     """
-    share = power / power[-1]
-    result = torch.full_like(share[0], math.nan)
-    for r in (power[-1] > 0).nonzero().flatten().tolist():
-        below = (share[:, r] < 0.5).nonzero().flatten()    # the last time it is below half
-        k = int(below[-1]) if len(below) else -1
-        if k < 0:
-            result[r] = times[0]
+    half = []
+    for share in (power / power[-1]).T:                    # (T,) of a ring
+        below = (share < 0.5).nonzero().flatten()
+        if not len(below):
+            half.append(times[0])
             continue
-        low, high = share[k, r], share[k + 1, r]
-        result[r] = times[k] + (0.5 - low) / (high - low) * (times[k + 1] - times[k])
-    return result
+        k = int(below[-1])                                 # the last step below half
+        part = (0.5 - share[k]) / (share[k + 1] - share[k])
+        half.append(times[k] + part * (times[k + 1] - times[k]))
+    return torch.stack(half)
 
 
 def half_times_of(power, process):
     """
     The same for the best denoiser of Gaussian latents: what it predicts has the power S * SNR /
     (1 + SNR), so half of S where SNR = 1, on a grid of 1000 times.
-    power    (R,) -> (R,) t, NaN for a ring without power
+    power    (R,) -> (R,) t
     """
     t = torch.arange(1, 1000, dtype=torch.float64) / 1000
     alpha_bar = process.alpha_bar_at(t).double()
     noise = (1 - alpha_bar) / alpha_bar                    # (999,), rises with t
-    found = t[torch.searchsorted(noise, power).clamp_max(998)]
-    return torch.where(power > 0, found, math.nan)
+    return t[torch.searchsorted(noise, power).clamp_max(998)]
 
 
 def diagonal(half):
@@ -235,11 +232,9 @@ def diagonal(half):
     frequency comes in, by least squares on log2 of a ring's number; ring 0 holds DC and is left
     out. half (R,) t.
     """
-    ring = torch.arange(len(half), dtype=half.dtype)
-    fits = (ring > 0) & ~half.isnan()
-    x, y = ring[fits].log2(), half[fits]
-    x = x - x.mean()
-    return -float((x * y).sum() / x.square().sum())
+    octave = torch.arange(1, len(half), dtype=half.dtype).log2()
+    octave = octave - octave.mean()
+    return -float((octave * half[1:]).sum() / octave.square().sum())
 
 
 @torch.no_grad()
@@ -264,21 +259,21 @@ def trajectory_figure(args, device):
         shape = (args.num_samples, model.in_channels, *model.input_size)
         times, power, kept = follow_sampling(model, process, shape, args.steps, args.seed, labels)
         half, ideal = half_times(times, power), half_times_of(power[-1], process)
-        rings = torch.arange(1, power.shape[1] + 1)
+        rings = range(1, power.shape[1] + 1)
         at = torch.linspace(1, 0, 200)                     # steps may be uneven: redraw on a grid
         nearest = (times[None] - at[:, None]).abs().argmin(1)
         share = (power / power[-1])[nearest].clamp(0, 1)
-        top.imshow(share.T, origin="lower", aspect="auto", cmap="magma", vmin=0, vmax=1,
+        top.imshow(share.T.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=0, vmax=1,
                    extent=(1, 0, 0.5, len(rings) + 0.5))
-        top.plot(half, rings, "o", color="white", ms=4, label="half of the final power")
-        top.plot(ideal, rings, "--", color="cyan", lw=1.5, label="SNR = 1")
+        top.plot(half.tolist(), rings, "o", color="white", ms=4, label="half of the final power")
+        top.plot(ideal.tolist(), rings, "--", color="cyan", lw=1.5, label="SNR = 1")
         top.set(title=f"{name}: {diagonal(half):.2f} in t an octave", xlabel="t (1 = noise)",
                 ylabel="ring (1 = low frequency)", xlim=(1, 0))
         top.legend(fontsize=8, loc="upper left")
         shown = [int((times - t).abs().argmin()) for t in torch.linspace(times[0], 0, strip)]
         frames = torch.cat([ae.decode(ae.denormalize(kept[k])) for k in shown])  # (8, 3, H, W)
         wide = torch.cat(list(frames.cpu() * 0.5 + 0.5), dim=2).clamp(0, 1)      # side by side
-        bottom.imshow(wide.movedim(0, -1))
+        bottom.imshow(wide.movedim(0, -1).numpy())
         bottom.set_axis_off()
         for t, line in zip(times.tolist(), power.tolist()):
             rows += [(name, t, r + 1, value) for r, value in enumerate(line)]
@@ -346,5 +341,6 @@ def diffusability_rows(args, device):
     """
     for label, ae, trained in autoencoders(args, device):
         images = some_images(args, trained, device)
+        need_blocks(args, label, ae, images)
         yield (diffusability(ae, images, args.batch_size),
                dict(autoencoder=label, n=len(images)))

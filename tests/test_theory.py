@@ -1,0 +1,272 @@
+"""
+theory.py against closed forms: Gaussian latents of a known spectrum, whose best denoiser is the
+Wiener filter. H != W, so that a swapped axis fails.
+"""
+import csv
+import json
+import math
+
+import pytest
+import torch
+
+import evaluate
+import theory
+import train_diffusion
+from conftest import run
+from dit import DDPM, Interpolant, NoiseStream
+from metrics import frechet_distance, frechet_parts
+from spectral import dct2, idct2, radial_profile, wiener_gain
+from test_train_diffusion import flags_of
+from vae import AEConfig, AutoencoderKL, Posterior
+
+C, H, W = 2, 8, 12
+PROCESSES = [Interpolant(), DDPM("vp"), DDPM("sd")]
+NAMES = ["interpolant", "vp", "sd"]
+
+
+def spectrum():
+    """Power (C, H, W): a power law that differs by channel and by axis."""
+    u, v = torch.arange(H, dtype=torch.float64), torch.arange(W, dtype=torch.float64)
+    r2 = 1 + u[:, None] ** 2 + 0.5 * v[None, :] ** 2
+    return torch.stack([8 / r2, 3 / r2.sqrt()])
+
+
+def gaussian_latents(n, seed=0):
+    white = NoiseStream(seed, range(n))((n, C, H, W)).double()
+    return idct2(white * spectrum().sqrt())
+
+
+class Denoiser(torch.nn.Module):
+    """The exact denoiser of gaussian_latents as a network of the process; gain(alpha_bar)."""
+    num_classes, in_channels, input_size = 0, C, (H, W)
+
+    def __init__(self, process, gain):
+        super().__init__()
+        self.process, self.gain = process, gain
+        self.nothing = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x_t, time, y=None):
+        ddpm = isinstance(self.process, DDPM)
+        t = float(time[0]) / (1000 if ddpm else 1)
+        alpha_bar = float(self.process.alpha_bar_at(t))
+        a = math.sqrt(alpha_bar) if ddpm else 1 - t            # x_t = a x + s eps
+        s = math.sqrt(1 - alpha_bar) if ddpm else t
+        if a == 0:                                             # pure noise says nothing
+            clean = torch.zeros_like(x_t, dtype=torch.float64)
+        else:
+            clean = idct2(dct2(x_t.double()) * self.gain(alpha_bar)) / a
+        eps = (x_t - a * clean) / s
+        return eps if ddpm else eps - clean
+
+
+def wiener(process):
+    return Denoiser(process, lambda alpha_bar: wiener_gain(spectrum(), alpha_bar))
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=NAMES)
+def test_noisy_and_clean_are_inverse(process):
+    """The true answer at x_t gives the clean latent again; alpha_bar is its share of variance."""
+    x, eps = torch.randn(2, 4, C, H, W, dtype=torch.float64)
+    for t in (0.1, 0.5, 0.9):
+        x_t = process.noisy(x, eps, t)
+        truth = eps if isinstance(process, DDPM) else eps - x
+        torch.testing.assert_close(process.clean(x_t, truth, t), x)
+        data, noise = process.noisy(x, 0 * x, t), process.noisy(0 * x, eps, t)
+        share = (data / x).mean() ** 2 / ((data / x).mean() ** 2 + (noise / eps).mean() ** 2)
+        assert float(process.alpha_bar_at(t)) == pytest.approx(float(share))
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=NAMES)
+def test_the_exact_denoiser_meets_the_bound(process):
+    """Prop. 3.1: the Wiener filter leaves S / (1 + SNR) in every ring, at every time."""
+    latents = gaussian_latents(600)
+    found = theory.denoised_power(wiener(process), process, latents, times=(0.15, 0.4, 0.7))
+    torch.testing.assert_close(found.left, found.power - found.learnable, rtol=0.12, atol=0)
+    shares, total = theory.share_learnt(found, theory.ring_sizes(H, W, theory.rings_of(latents)))
+    assert total == pytest.approx(1, abs=0.03)
+    torch.testing.assert_close(shares, torch.ones_like(shares), rtol=0.08, atol=0)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=NAMES)
+def test_a_network_that_answers_zero_leaves_all_the_power(process):
+    latents = gaussian_latents(40)
+    nothing = Denoiser(process, lambda alpha_bar: 0.0)
+    found = theory.denoised_power(nothing, process, latents, times=(0.2, 0.8), batch_size=7)
+    torch.testing.assert_close(found.left, found.power.expand(2, -1))
+    assert theory.share_learnt(found, theory.ring_sizes(H, W, 8))[1] == pytest.approx(0, abs=1e-9)
+
+
+def test_power_and_bound_are_those_of_the_spectrum():
+    """power: the mean of a ring; learnable: Eq. 1 per channel and coefficient, then the mean."""
+    latents, process = gaussian_latents(50), Interpolant()
+    found = theory.denoised_power(wiener(process), process, latents, times=(0.4,))
+    torch.testing.assert_close(found.power, theory.ring_power(latents, 8))
+    S, alpha_bar = dct2(latents).square().mean(0), 0.36 / 0.52
+    eq1 = S * (alpha_bar * S / (1 - alpha_bar)) / (1 + alpha_bar * S / (1 - alpha_bar))
+    torch.testing.assert_close(found.learnable[0], radial_profile(eq1.mean(0)[None], 8)[0])
+
+
+def test_ring_sizes_count_every_coefficient():
+    """No ring is empty, whatever the sides; DC is in the first."""
+    for h, w in ((8, 12), (8, 8), (2, 3), (4, 40), (16, 16), (5, 3)):
+        sizes = theory.ring_sizes(h, w, theory.rings_of(torch.zeros(1, 1, h, w)))
+        assert sizes.sum() == h * w and (sizes > 0).all()
+
+
+@pytest.mark.parametrize("process", PROCESSES[:2], ids=NAMES[:2])
+def test_sampling_with_the_exact_denoiser_is_coarse_to_fine(process):
+    """
+    Each ring comes in where the theory says, low frequencies first; the predictions end at the
+    samples, and these have the spectrum.
+    """
+    times, power, kept = theory.follow_sampling(wiener(process), process, (400, C, H, W), 100)
+    assert times[-1] == 0 and (times.diff() < 0).all() and kept[-1].shape == (1, C, H, W)
+    rings = theory.rings_of(kept[0])
+    exact = radial_profile(spectrum().mean(0)[None], rings)[0]
+    torch.testing.assert_close(power[-1], exact, rtol=0.2, atol=0)
+    half = theory.half_times(times, power)
+    assert (half.diff() < 0.02).all() and theory.diagonal(half) > 0.03
+    flat = torch.stack([radial_profile((spectrum() * wiener_gain(spectrum(), float(
+        process.alpha_bar_at(t)))).mean(0)[None], rings)[0] for t in times[1:-1].tolist()])
+    ideal = theory.half_times(times[1:], torch.cat([flat, exact[None]]))
+    torch.testing.assert_close(half.double(), ideal.double(), rtol=0, atol=0.04)
+
+
+def test_half_times_by_hand():
+    """Between two steps by the straight line; the last crossing counts."""
+    times = torch.tensor([1.0, 0.6, 0.2, 0.0])
+    power = torch.tensor([[0.0, 4.0, 3.0], [1.0, 1.0, 3.0], [3.0, 3.0, 4.0], [4.0, 4.0, 4.0]])
+    assert theory.half_times(times, power).tolist() == pytest.approx([0.4, 0.4, 1.0])
+    for process in PROCESSES:                              # SNR = 1 is alpha_bar S = 1 - alpha_bar
+        t = float(theory.half_times_of(torch.tensor([2.5]).double(), process))
+        alpha_bar = float(process.alpha_bar_at(t))
+        assert alpha_bar * 2.5 / (1 - alpha_bar) == pytest.approx(1, rel=0.01)
+    half = 0.8 - 0.1 * torch.tensor([5.0, 1.0, 2.0, 3.0, 4.0, 5.0]).log2()  # ring 0 does not count
+    assert theory.diagonal(half) == pytest.approx(0.1)
+
+
+def test_watching_changes_no_sample():
+    for process in PROCESSES:
+        network = wiener(process)
+        shape = (2, C, H, W)
+        plain = process.sample(network, shape, 6, noise=NoiseStream(0, range(2)))
+        _, _, kept = theory.follow_sampling(network, process, shape, 6, keep=2)
+        assert torch.equal(kept[-1], plain)
+
+
+def test_neighbour_correlation():
+    """White cells 0, constant pictures 1, a checkerboard -1."""
+    assert abs(theory.neighbour_correlation(torch.randn(50, C, H, W))) < 0.02
+    pictures = torch.randn(500, C, 1, 1).expand(-1, -1, H, W)
+    assert theory.neighbour_correlation(pictures) == pytest.approx(1, abs=1e-4)
+    board = (-1.0) ** (torch.arange(H)[:, None] + torch.arange(W))
+    assert theory.neighbour_correlation(board.expand(3, C, H, W)) == pytest.approx(-1)
+
+
+def autoencoder():
+    torch.manual_seed(0)
+    return AutoencoderKL(AEConfig((1, 2), C, ch=8, num_res_blocks=1, norm_groups=2)).eval()
+
+
+def test_diffusability_without_the_scale():
+    """
+    Latents three times as large have another ESM divergence, and the same everything else:
+    diffusion sees no scale.
+    """
+    ae, images = autoencoder(), torch.nn.functional.interpolate(
+        torch.randn(4, 3, 8, 12), scale_factor=4, mode="bilinear")[..., :32]
+    before = theory.diffusability(ae, images)
+    with torch.no_grad():
+        ae.quant_conv.weight[:C] *= 3
+        ae.quant_conv.bias[:C] *= 3
+        ae.quant_conv.bias[C:] += 2 * math.log(3)          # the posterior's noise, too
+        ae.post_quant_conv.weight /= 3
+    after = theory.diffusability(ae, images)
+    assert abs(after.pop("esm") - before.pop("esm")) > 1e-3
+    assert after == pytest.approx(before, rel=1e-3)
+
+
+def test_diffusability_of_a_perfect_pair():
+    """
+    A lossless autoencoder whose latent is the image: all of the high band is lost with it, and
+    low-passed latents decode to low-passed images exactly.
+    """
+    class Same(torch.nn.Module):
+        def encode(self, images):
+            return Posterior(images, torch.full_like(images, -30.0))
+
+        def decode(self, z):
+            return z
+
+    images = torch.rand(3, 3, 16, 24) * 2 - 1
+    found = theory.diffusability(Same(), images)
+    assert found["psnr"] == 100 and found["dsm"] > 50 and found["high_band"] > 60
+
+
+def test_frechet_parts():
+    """Total, decoder, diffusion: each between its own pair."""
+    def moments(seed, shift):
+        torch.manual_seed(seed)
+        features = torch.randn(100, 5) + shift
+        return features.mean(0), features.T.cov()
+    s, r, i = moments(0, 3.0), moments(1, 1.0), moments(2, 0.0)
+    assert frechet_parts(s, r, i) == (frechet_distance(*s, *i), frechet_distance(*r, *i),
+                                      frechet_distance(*s, *r))
+    assert frechet_parts(r, r, i)[2] == 0 and frechet_parts(s, i, i)[1] == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands
+
+@pytest.fixture(scope="module")
+def runs_of(material, tmp_path_factory):
+    """Folders of two short runs: SiT with classes, U-ViT."""
+    out = tmp_path_factory.mktemp("diffusion")
+    with pytest.MonkeyPatch.context() as patch:
+        run(train_diffusion, *flags_of(material, out / "sit", "--steps", 2), monkeypatch=patch)
+        run(train_diffusion, *flags_of(material, out / "uvit", "--steps", 2),
+            "--model", "UViT-tiny/2", monkeypatch=patch)
+    return [out / "sit", out / "uvit"]
+
+
+def command(name, folder, *more, monkeypatch):
+    """The command's lines of results.jsonl and the lines of its CSV."""
+    run(evaluate, name, *more, "--device", "cpu", "--batch_size", 2,
+        "--results", folder / "results.jsonl", monkeypatch=monkeypatch)
+    results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    table = folder / "figure.csv"
+    return results, list(csv.DictReader(table.open())) if table.exists() else []
+
+
+def test_denoise_writes_figure_and_table(runs_of, tmp_path, monkeypatch):
+    """One result a run, one row a run, time and ring; figure beside it."""
+    results, rows = command("denoise", tmp_path, "--ckpt", *runs_of, "--val_images", 3, "--out",
+                            tmp_path / "figure.png", monkeypatch=monkeypatch)
+    assert [line["model"] for line in results] == ["SiT-tiny/4", "UViT-tiny/2"]
+    assert all(line["share_learnt"] < 1.5 and line["n"] >= 1 for line in results)
+    rings = len(results[0]["by_ring"].split())
+    assert len(rows) == 2 * len(theory.TIMES) * rings and (tmp_path / "figure.png").exists()
+    for row in rows:                                       # learnable is part of the power
+        assert 0 <= float(row["learnable"]) <= float(row["power"])
+
+
+def test_trajectory_writes_figure_and_table(runs_of, tmp_path, monkeypatch):
+    results, rows = command("trajectory", tmp_path, "--ckpt", *runs_of, "--num_samples", 3,
+                            "--steps", 5, "--out", tmp_path / "figure.png",
+                            monkeypatch=monkeypatch)
+    assert all(math.isfinite(line["slope"]) for line in results) and len(results) == 2
+    assert {row["run"] for row in rows} == {"sit", "uvit"}
+    assert {float(row["t"]) for row in rows} >= {0.0, 1.0}
+
+
+def test_diffusability_has_a_row_for_each_autoencoder(material, tmp_path, monkeypatch):
+    results, _ = command("diffusability", tmp_path, "--ae", material / "ae" / "ckpt.pt",
+                         "--val_images", 2, "--image_size", 32, monkeypatch=monkeypatch)
+    assert [line["n"] for line in results] == [1]          # one of twelve is held out
+    assert set(results[0]) >= {"esm", "esm_shape", "alpha", "neighbours", "high_band", "dsm"}
+
+
+def test_latents_that_do_not_tile_are_refused(material, tmp_path, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="ae.s latents of 12x12 do not tile"):
+        command("diffusability", tmp_path, "--ae", material / "ae" / "ckpt.pt",
+                "--image_size", 24, monkeypatch=monkeypatch)
