@@ -31,7 +31,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from leaves import DeadLeaves
+from leaves import SETS, DeadLeaves
 from runs import write_atomic
 from runtime import one_line_errors, parse_args
 from sources import LABELS_FILE, center_crop, divide, open_source, reason, to_rgb
@@ -81,9 +81,9 @@ class ImageSet:
 def open_data(spec, size, val_images=500, seed=0, builtin_images=4_000):
     """
     What --data names, as (train_set, val_set).
-    spec     "" or None: built-in; a folder or .zip, flat, with one folder per class (its
-             subfolders count with it), or with a dataset.json; 'cifar10'. sources.divide says what
-             is held out and where labels come from
+    spec     a built-in set: a name of leaves.SETS, "" or None for leaves; or a folder or .zip,
+             flat, with one folder per class (its subfolders count with it), or with a dataset.json;
+             or 'cifar10'. sources.divide says what is held out and where labels come from
     val_set  never overlaps train_set: the first val_images of what is held out, in shuffled order
     seed, builtin_images    of the built-in images only
     raises   FileNotFoundError or ValueError, one line that starts with `--data {spec}:`
@@ -92,9 +92,10 @@ def open_data(spec, size, val_images=500, seed=0, builtin_images=4_000):
         shown = spec or "built-in"
         raise ValueError(f"--data {shown}: needs a size >= 8, at most {LARGEST_SIDE}, and "
                          f"val_images >= 0, got {size} and {val_images}")
-    if not spec:
-        return (DeadLeaves(size, builtin_images, seed),
-                DeadLeaves(size, val_images, seed, first=HELD_OUT_FIRST))
+    if not spec or spec in SETS:
+        kind = spec or "leaves"
+        return (DeadLeaves(size, builtin_images, seed, 0, kind),
+                DeadLeaves(size, val_images, seed, HELD_OUT_FIRST, kind))
     source = open_source(spec)
     parts = divide(spec, source)
     return tuple(ImageSet(spec, source, rows, parts.labels[rows], parts.classes, size)
@@ -113,7 +114,7 @@ def spread(dataset, n):
     """n pictures evenly spread over a set (the first n would be one class); all if it has fewer."""
     n = min(n, len(dataset))
     if isinstance(dataset, DeadLeaves):
-        return DeadLeaves(dataset.size, n, dataset.seed, dataset.first)
+        return DeadLeaves(dataset.size, n, dataset.seed, dataset.first, dataset.kind)
     return take(dataset, np.linspace(0, len(dataset) - 1, n).astype(np.int64))
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -274,7 +275,7 @@ def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
     survive, with a dataset.json if it had one; same input, same bytes. BMP is lossless, a
     fifth to a half larger than PNG, and read some thirty times faster (tests/benchmark.py, section
     load). What open_data would refuse is refused before anything is written.
-    spec     as --data; "" packs `count` built-in images
+    spec     as --data; of built-in ones `count` images
     returns  (number of images written, number left out)
     raises   FileNotFoundError or ValueError, one line; no partial file is left, an older zip stays
     """
@@ -292,7 +293,8 @@ def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
     for flag, value, low, high in limits:
         if not low <= value <= high:
             raise ValueError(f"--{flag} {value}: must lie in {low}..{high}")
-    if spec:
+    built_in = not spec or spec in SETS
+    if not built_in:
         source = open_source(spec)
         names = [str(PurePosixPath(name).with_suffix(".bmp")) for name in source.names]
         for name in source.names:
@@ -303,11 +305,11 @@ def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
         dataset = ImageSet(spec, source, rows, np.zeros_like(rows), [], size)
     else:
         names = [f"{i:06d}.bmp" for i in range(count)]
-        dataset = DeadLeaves(size, count)
+        dataset = DeadLeaves(size, count, kind=spec or "leaves")
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise ValueError(f"--data {spec}: {times} images would become {name}; rename all but one")
-    parts = divide(spec, source) if spec else None
+    parts = None if built_in else divide(spec, source)
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_bmp)
 
     def write(file):
@@ -335,11 +337,12 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("pack", help="crop a set once into a zip of BMPs")
     add = command.add_argument
-    add("--data", default="", help="folder, .zip or 'cifar10'; nothing: built-in images")
+    add("--data", default="leaves",
+        help="folder, .zip or 'cifar10'; leaves or discs: built-in images")
     add("--size", type=int, default=256, help="side in pixels")
     add("--out", required=True, help="the .zip to write")
     add("--count", type=int, default=10_000,
-        help="number of built-in images, when --data is not given")
+        help="number of built-in images")
     add("--workers", type=int, default=os.cpu_count(), help="processes that decode; 0 = this one")
     add("--overwrite", action="store_true", help="replace --out if it exists")
     args = parse_args(parser, {}, command)

@@ -56,7 +56,8 @@ def images_hash(dataset):
         lines = zip((name[start:] for name in names), dataset.labels.tolist(), prints)
         text = "\n".join(map(repr, lines))
     else:
-        text = f"dead leaves, seed {dataset.seed}, {len(dataset)} from {dataset.first}"
+        name = {"leaves": "dead leaves"}.get(dataset.kind, dataset.kind)  # as it was always called
+        text = f"{name}, seed {dataset.seed}, {len(dataset)} from {dataset.first}"
     # names on disk need not be UTF-8
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 

@@ -1,14 +1,20 @@
 """
 The built-in images, drawn in milliseconds from a seed: no experiment needs a download.
 
-Dead leaves: opaque discs fall on one another, radii with density r^-3. The picture then looks alike
-at every scale, and its power spectrum falls like f^-2 as that of photographs does (Lee, Mumford &
-Huang, IJCV 2001).
+    leaves   dead leaves: opaque discs fall on one another, radii with density r^-3. The picture
+             then looks alike at every scale, and its power spectrum falls like f^-2 as that of
+             photographs does (Lee, Mumford & Huang, IJCV 2001)
+    discs    a few of the large ones on a plain ground: a small diffusion model learns them in
+             minutes. Edges without small things: the spectrum is steeper, near f^-3
 """
 import numpy as np
 import torch
 
 f32 = np.float32
+SETS = {                                           # arguments of dead_leaves for a side
+    "leaves": lambda size: dict(r_min=1.3, r_max=0.4, cover=1.4),
+    "discs": lambda size: dict(r_min=0.22 * size, r_max=0.35, cover=0.8),
+}
 
 
 def _covered(centre, half, size):
@@ -36,7 +42,7 @@ def _colours(n, rng):
     return (v * (1 - s + s * np.clip(ramp, 0, 1))).astype(f32)
 
 
-def dead_leaves(size, rng, r_min=1.3, r_max=0.4, cover=1.4):
+def dead_leaves(size, rng, r_min, r_max, cover):
     """
     One picture of shaded discs that hide each other.
     rng      numpy Generator: the only source of chance
@@ -98,12 +104,13 @@ class DeadLeaves:
     """
     Built-in images: picture i is dead_leaves drawn from (seed, first + i), the same on every rank
     and in every run.
-    size   pixels, 8 or more; count: number of pictures; items: (uint8 (3, size, size), 0, i, False)
+    size   pixels, 8 or more; count: number of pictures; kind: a name of SETS
+    items  (uint8 (3, size, size), 0, i, False)
     """
     classes, unreadable = [], frozenset()
 
-    def __init__(self, size, count, seed=0, first=0):
-        self.size, self.count, self.seed, self.first = size, count, seed, first
+    def __init__(self, size, count, seed=0, first=0, kind="leaves"):
+        self.size, self.count, self.seed, self.first, self.kind = size, count, seed, first, kind
 
     def __len__(self):
         return self.count
@@ -112,4 +119,5 @@ class DeadLeaves:
         if not 0 <= i < len(self):
             raise IndexError(i)
         rng = np.random.default_rng((self.seed, self.first + i))
-        return torch.from_numpy(dead_leaves(self.size, rng)), 0, i, False
+        image = dead_leaves(self.size, rng, **SETS[self.kind](self.size))
+        return torch.from_numpy(image), 0, i, False

@@ -336,7 +336,7 @@ def open_source(spec):
         source = Cifar10(spec)
     elif not path.exists():
         raise FileNotFoundError(f"--data {spec}: no such folder or zip; give one, or 'cifar10', "
-                                "or nothing for built-in images")
+                                "or leaves or discs, which are built in")
     elif path.is_dir():
         source = Folder(spec)
     elif path.suffix.lower() == ".zip":

@@ -39,7 +39,7 @@ PRESETS = {
     # 64 px, an hour for both stages on one GPU of 24 GB: estimated from FLOPs, see GUIDE.md
     "one-gpu": dict(model="f4d4", image_size=64, steps=20_000, batch_size=32, lr=1e-4,
                     warmup_steps=500, gan_start=5000, eval_every=2500, val_images=500),
-    "quick": dict(model="f2d4-tiny", image_size=32, steps=1200, batch_size=8, lr=4e-3,
+    "quick": dict(data="discs", image_size=32, model="f2d4-tiny", steps=1200, batch_size=8, lr=4e-3,
                   warmup_steps=40, lpips_weight=0.0, gan_weight=0.0, eval_every=300, log_every=10,
                   val_images=256, workers=0),
 }
@@ -68,7 +68,7 @@ def get_args():
         help="compute every block twice to keep less in memory")
     # data
     add("--data", default=None,
-        help="folder, .zip, or cifar10 (default: built-in dead-leaves images)")
+        help="folder, .zip, or cifar10; built in: leaves (default) or discs")
     add("--image_size", type=int, default=256, help="pixels a side")
     add("--val_images", type=int, default=1000, help="held-out images")
     add("--workers", type=int, default=8, help="loader processes per training process")

@@ -6,7 +6,9 @@ two CPU cores. README.md beside this file has the protocol, the results and what
     python -m experiments.miniature collect    finished runs into experiments/results/*.json
     python -m experiments.miniature table      experiments/results/ into the README's tables
     python -m experiments.miniature figure     experiments/figures/samples.png: samples of each
-                                               method from the same noise
+                                               method from the same noise; reconstructions.png
+    python -m experiments.miniature scatter    experiments/figures/scatter.png: which number of an
+                                               autoencoder predicts dFD, from experiments/results/
 """
 import argparse
 import collections
@@ -23,11 +25,12 @@ import threading
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import spearmanr
 
 import runs
 import runtime
 from data import open_data, take, train_batches, val_batches
-from figures import encode_all, figure_rows
+from figures import encode_all, figure_rows, save_figure, subplots
 from metrics import Moments, frechet_distance, frechet_parts, to_uint8
 from published import divergence
 from repa import LabelNet, load_labelnet
@@ -83,6 +86,12 @@ COLUMNS = {                                                # number: its heading
     "esm_shape": ("normalised, best scale", 3), "kl_from_target": ("KL from target, with DC", 4),
     "FD_cifar": ("FD", 2), "rFD_cifar": ("rFD", 2), "dFD_cifar": ("dFD", 2),
     "SWD_32px": ("SWD 32 px", 1), "spectral_KL": ("spectral KL", 4),
+}
+PREDICTORS = {                                             # known before diffusion, and in words
+    "kl_from_target": "KL from target, with DC", "esm": "ESM divergence, as it is",
+    "esm_shape": "ESM divergence, normalised", "alpha": "exponent of the PSD",
+    "neighbours": "correlation of neighbouring cells", "high_band": "dB in the latent's high band",
+    "dsm": "DSM consistency, dB", "psnr": "PSNR, dB",
 }
 GFID = ["FD_cifar", "dFD_cifar"]                           # what stands here for the paper's gFID
 # Where it is claimed, the numbers here, the order of the runs, and the claims: words, run, run.
@@ -387,6 +396,12 @@ def collect(out):
 # --------------------------------------------------------------------------------------------------
 # Tables and samples
 
+def load_results():
+    """{(name, seed): what is in its file}, from experiments/results/."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-s?.json"))]
+    return {(result["name"], result["seed"]): result for result in found}
+
+
 def verdict(results, key, a, order, b, whose="the paper"):
     """
     The protocol's rule, over the seeds that both runs have, for the claim that run `a` is "below"
@@ -444,12 +459,12 @@ def claims_table(heading, claims, results, whose):
 
 def table():
     """The tables of the README beside this file as markdown, from experiments/results/ alone."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-s?.json"))]
-    if not found:
+    results = load_results()
+    if not results:
         raise FileNotFoundError(f"{RESULTS}: no results yet; `python -m experiments.miniature run` "
                                 "makes them")
-    results = {(result["name"], result["seed"]): result for result in found}
-    one, hardware = found[0], sorted({result["hardware"] for result in found})
+    one = next(iter(results.values()))
+    hardware = sorted({result["hardware"] for result in results.values()})
     lines = textwrap.wrap(
         f"Each run has {one['samples']:,} samples, and the numbers of its seeds stand side by "
         f"side. FD, rFD and dFD are of {one['reference']:,} training images, in the features of a "
@@ -477,24 +492,63 @@ def write_readme(text):
     runs.write_atomic(path, lambda file: file.write(page.encode()))
 
 
-def draw_samples(out):
-    """figures/samples.png: ten samples of each run of FIRST, seed 0."""
-    rows = {}
-    for name in FIRST:
-        path = folders(name, 0, out)[-1] / "samples" / "samples.npz"
-        if path.exists():
-            rows[name] = torch.from_numpy(np.load(path)["arr_0"][:10]).movedim(-1, 1) / 255
-    if not rows:
+def draw_pictures(out):
+    """
+    figures/samples.png, ten samples of each run of FIRST, and figures/reconstructions.png, ten
+    held-out images and what becomes of them; seed 0.
+    """
+    found = [name for name in FIRST
+             if (folders(name, 0, out)[-1] / "samples" / "samples.npz").exists()]
+    if not found:
         raise FileNotFoundError(f"--out {out}: no samples of seed 0 here yet; "
                                 "`python -m experiments.miniature run` makes them")
-    figure_rows(rows, HERE / "figures" / "samples.png")
+    samples, decoded, images = {}, {}, None
+    for name in found:
+        ae, _, sit = folders(name, 0, out)
+        pixels = np.load(sit / "samples" / "samples.npz")["arr_0"][:10]
+        samples[name] = torch.from_numpy(pixels).movedim(-1, 1) / 255
+        if images is None:
+            _, val_set = open_data(runs.checkpoint_args(ae / "ckpt.pt")["data"], 32, val_images=10)
+            images, _, _ = next(iter(val_batches(val_set, 10)))
+            decoded["image"] = images * 0.5 + 0.5
+        decoded[name] = reconstruction(load_autoencoder(ae / "ckpt.pt"), images) * 0.5 + 0.5
+    figure_rows(samples, HERE / "figures" / "samples.png")
+    figure_rows(decoded, HERE / "figures" / "reconstructions.png")
+
+
+def scatter():
+    """
+    figures/scatter.png: dFD of every run without alignment against each number that is known of
+    its autoencoder beforehand, with Spearman's rank correlation, which is printed.
+    """
+    found = [result for result in load_results().values() if result["name"] in AUTOENCODERS]
+    if len(found) < 3:
+        raise FileNotFoundError(f"{RESULTS}: a correlation needs three runs or more; "
+                                "`python -m experiments.miniature run` makes them")
+    names = list(dict.fromkeys(result["name"] for result in found))
+    figure, axes = subplots(2, 4, figsize=(15, 7), sharey=True, layout="constrained")
+    for ax, (key, words) in zip(axes.flat, PREDICTORS.items()):
+        x, y = ([result["numbers"][k] for result in found] for k in (key, "dFD_cifar"))
+        rho = spearmanr(x, y).statistic
+        print(f"{key}: rank correlation {rho:+.2f} with dFD, {len(found)} runs")
+        for i, name in enumerate(names):
+            mine = [k for k, result in enumerate(found) if result["name"] == name]
+            ax.plot([x[k] for k in mine], [y[k] for k in mine], "os^Dvp*X"[i // 10], ms=5,
+                    color=f"C{i % 10}", label=name)
+        ax.set(xlabel=words, title=f"rank correlation {rho:+.2f}")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("dFD: what diffusion adds")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
+                  ncols=8, fontsize=8)
+    save_figure(figure, HERE / "figures" / "scatter.png", dpi=80)
 
 
 def get_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
-    parser.add_argument("command", choices=("run", "collect", "table", "figure"))
+    parser.add_argument("command", choices=("run", "collect", "table", "figure",
+                                            "scatter"))
     parser.add_argument("--data", default="cifar10", help="cifar10, or a folder or zip of the same "
                         "images by class; used by run")
     parser.add_argument("--out", default="out/miniature", help="folder of the runs")
@@ -518,7 +572,9 @@ def main():
         write_readme(text)
         print(text)
     if args.command == "figure":
-        draw_samples(out)
+        draw_pictures(out)
+    if args.command == "scatter":
+        scatter()
     if failed:
         raise ValueError("; ".join(failed))
 

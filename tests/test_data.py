@@ -16,8 +16,18 @@ from PIL import Image
 from scipy.fft import dctn
 
 import data
-from data import center_crop, open_data, pack, stream_entries, to_rgb, train_batches, val_batches
+from data import (
+    center_crop,
+    open_data,
+    pack,
+    spread,
+    stream_entries,
+    to_rgb,
+    train_batches,
+    val_batches,
+)
 from leaves import DeadLeaves
+from spectral import fit_power_law, power_spectrum, radial_profile
 
 
 def picture(i, height=9, width=11):
@@ -79,6 +89,25 @@ def test_dead_leaves_have_the_power_law_of_photographs(size):
     cycles = np.arange(3, size // 4)
     alpha = -np.polyfit(np.log(cycles + 0.5), np.log(profile[cycles]), 1)[0]
     assert 1.7 < alpha < 2.4
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_discs_are_few_and_large_at_every_size(size):
+    """A steeper spectrum than the leaves', a plain ground, and the same share of it at any side."""
+    _, discs = open_data("discs", size, val_images=40)
+    _, leaves = open_data("leaves", size, val_images=40)
+
+    def alpha(pictures):
+        images = torch.stack([pictures[i][0] for i in range(40)]) / 127.5 - 1
+        return fit_power_law(radial_profile(power_spectrum(images)).mean(0)).item()
+    assert 2.8 < alpha(discs) < 3.6 and alpha(leaves) < alpha(discs) - 0.5
+
+
+def test_the_built_in_sets_have_names():
+    """No name is leaves, as before; spread keeps the set; a set packs under its name."""
+    first = [open_data(spec, 16)[0][0][0] for spec in (None, "leaves", "discs")]
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+    assert torch.equal(spread(open_data("discs", 16)[0], 3)[0][0], first[2])
 
 
 def test_a_built_in_picture_depends_on_seed_and_index_only():
@@ -768,6 +797,8 @@ def test_packed_built_in_pictures_are_the_built_in_pictures(tmp_path):
     assert pack("", 17, tmp_path / "x.zip", count=11) == (11, 0)
     pack("", 17, tmp_path / "y.zip", count=11)
     assert (tmp_path / "x.zip").read_bytes() == (tmp_path / "y.zip").read_bytes()
+    pack("discs", 17, tmp_path / "discs.zip", count=11)
+    assert (tmp_path / "x.zip").read_bytes() != (tmp_path / "discs.zip").read_bytes()
     train, _ = open_data(tmp_path / "x.zip", 17)
     for i in range(len(train)):
         assert torch.equal(train[i][0], DeadLeaves(17, 11)[int(train.name(i)[:6])][0])

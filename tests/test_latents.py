@@ -96,6 +96,7 @@ def test_hashes_see_weights_and_images_but_not_statistics():
     assert autoencoder_hash(ae) != before
     sets = ((4, 0, 0), (5, 0, 0), (4, 1, 0), (4, 0, 9))
     assert len({images_hash(DeadLeaves(16, n, seed=s, first=f)) for n, s, f in sets}) == 4
+    assert images_hash(DeadLeaves(16, 4, kind="discs")) != images_hash(DeadLeaves(16, 4))
 
 
 def write_pictures(folder, seed=0, suffix=".png", spot=0):

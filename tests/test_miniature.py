@@ -3,7 +3,6 @@ The miniature's bookkeeping: tables and verdicts from result files, its page in 
 the network whose features it uses.
 """
 import json
-import math
 import pathlib
 import re
 
@@ -16,6 +15,7 @@ import repa
 import train_ae
 import train_diffusion
 from experiments import miniature
+from spectral import dct2, match_resolution, radial_profile
 from vae import AEConfig, AutoencoderKL
 
 
@@ -24,9 +24,12 @@ def plant(folder, **values):
     for name, distances in values.items():
         for seed, distance in enumerate(distances):
             numbers = dict(psnr=30.0 + seed, rFD_cifar=3.0, esm=0.05, esm_shape=0.04, alpha=1.5,
-                           FD_cifar=distance, SWD_32px=40.0, spectral_KL=0.002)
-            result = dict(name=name, seed=seed, samples=2000, labelnet_accuracy=0.75,
-                          FD_cifar_of_held_out_images=0.5, hardware="a laptop", numbers=numbers)
+                           kl_from_target=0.03, FD_cifar=distance, dFD_cifar=distance / 2,
+                           SWD_32px=40.0, spectral_KL=0.002, neighbours=0.1 * distance,
+                           high_band=-distance, dsm=20.0 + seed)
+            result = dict(name=name, seed=seed, samples=2000, reference=10_000,
+                          labelnet_accuracy=0.75, FD_cifar_of_held_out_images=0.5,
+                          hardware="a laptop", numbers=numbers)
             (folder / f"{name}-s{seed}.json").write_text(json.dumps(result))
 
 
@@ -35,7 +38,7 @@ def test_the_table_shows_every_run_and_says_what_is_missing(tmp_path, monkeypatc
     monkeypatch.setattr(miniature, "RESULTS", tmp_path)
     plant(tmp_path, kl=[10.0, 11.0], esm=[8.0, 8.5])
     text = miniature.table()
-    assert "| `kl` | 30.00 / 31.00 | 3.00 / 3.00 |" in text and "| 10.00 / 11.00 |" in text
+    assert "| `kl` | 30.00 / 31.00 | 1.50 / 1.50 |" in text and "| 10.00 / 11.00 |" in text
     assert "| `se` | not run |" in text
     words = " ".join(text.split())                         # prose is wrapped
     assert "75.0% accuracy" in words and "a laptop" in words
@@ -46,12 +49,12 @@ def test_the_table_shows_every_run_and_says_what_is_missing(tmp_path, monkeypatc
     ([9.0, 11.0], [10.0, 11.5], "undecided"), ([8.0], [10.0], "one seed, as the paper"),
     ([], [1.0], "not run")])
 def test_the_verdict_follows_the_protocol(esm, kl, word, tmp_path, monkeypatch):
-    """The gap of the means must exceed the larger spread between two seeds."""
+    """The gap of the means must exceed the larger spread between two seeds; by FD and by dFD."""
     monkeypatch.setattr(miniature, "RESULTS", tmp_path)
     plant(tmp_path, kl=kl, esm=esm)
     row, = [line for line in miniature.table().splitlines()
-            if line.endswith("| FD-cifar: `esm` below `kl` |")]
-    assert word in row
+            if line.endswith("| FD and dFD: `esm` below `kl` |")]
+    assert row.count(word) == 2 and "| FD: " in row and "<br>dFD: " in row
 
 
 @pytest.mark.parametrize("a, b, word", [
@@ -69,9 +72,9 @@ def test_above_is_below_the_other_way_round(a, b, word):
 
 
 def claims(lists):
-    """[where, words, number here, run, order, run] of PAPER_CLAIMS or OUR_CLAIMS, flat."""
-    return [(where, words, key, a, order, b)
-            for where, key, order, group in lists for words, a, b in group]
+    """[where, words, numbers here, run, order, run] of PAPER_CLAIMS or OUR_CLAIMS, flat."""
+    return [(where, words, keys, a, order, b)
+            for where, keys, order, group in lists for words, a, b in group]
 
 
 # Tables 2 (f8d4 and f16d16), 3, 4 (cfg 1.8 and none), 7 and 8, and the divergences of Figs. 4 and 5
@@ -111,9 +114,8 @@ def test_every_number_of_the_papers_tables_is_in_a_claim():
 
 
 def test_what_the_paper_does_not_have_is_ours():
-    """EQ-VAE, f = 4, weight 1 and our mask sets stand in no claim of the paper's."""
-    ours = {"eq", "kl-f4", "esm-f4", "esm-w1", "esm-w1-gamma0.6", "esm-w1-gamma1.4", "dsm-0-4-6-8",
-            "dsm-0-12-13-14"}
+    """EQ-VAE, KL at 1e-6 and ESM at weight 1 stand in no claim of the paper's."""
+    ours = {"eq", "kl-1e-6", "esm-w1"}
     runs_of = lambda lists: {name for _, _, _, a, _, b in claims(lists) for name in (a, b)}
     assert not ours & runs_of(miniature.PAPER_CLAIMS) and ours <= runs_of(miniature.OUR_CLAIMS)
     paper, mine = miniature.table().split("| the paper says |")[1].split("| ours |")
@@ -122,10 +124,11 @@ def test_what_the_paper_does_not_have_is_ours():
 
 def test_the_page_counts_the_runs():
     """What `run` trains, and how much of it we have."""
-    page = (miniature.HERE / "README.md").read_text()
+    page = " ".join((miniature.HERE / "README.md").read_text().split())
     models, have = {name for name, _ in miniature.plan()}, list(miniature.RESULTS.glob("*.json"))
     assert (f"`run` trains {len(miniature.AUTOENCODERS)} autoencoders and {len(models)} diffusion "
-            f"models with two seeds each, {len(miniature.plan())} runs in all") in page
+            "models. Those of Table 2 have three seeds each, the others two: "
+            f"{len(miniature.plan())} runs in all") in page
     assert f"Of these we have made {len(have)}." in page
 
 
@@ -150,12 +153,17 @@ def test_the_tables_go_between_their_marks(tmp_path, monkeypatch):
 
 
 def test_every_run_of_the_plan_appears_in_a_table():
-    """No run without a table, no row and no claim without a run; each run with each seed, once."""
+    """
+    No run without a table, no row and no claim without a run; each run with each of its seeds,
+    once: three in Table 2, else two.
+    """
     names = {name for rows in miniature.TABLES.values() for name in rows}
-    every = [(name, seed) for name in names for seed in miniature.SEEDS]
+    every = [(name, seed) for name in names
+             for seed in miniature.SEEDS[:3 if name in miniature.TABLES["Table 2"] else 2]]
     assert sorted(miniature.plan()) == sorted(every)
-    for _, _, key, a, order, b in claims(miniature.PAPER_CLAIMS + miniature.OUR_CLAIMS):
-        assert {a, b} <= names and key in miniature.COLUMNS and order in ("below", "above")
+    for _, _, keys, a, order, b in claims(miniature.PAPER_CLAIMS + miniature.OUR_CLAIMS):
+        assert {a, b} <= names and order in ("below", "above")
+        assert keys and all(key in miniature.COLUMNS for key in keys)
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in miniature.plan()}))
@@ -238,25 +246,36 @@ def test_the_project_is_found_from_any_folder(called, tmp_path, monkeypatch):
     assert recorded.startswith("python train_ae.py ") and str(miniature.ROOT) not in recorded
 
 
-def test_divergence_without_the_scale():
-    """
-    Latents three times as large have another ESM divergence, and the same one at their best scale:
-    diffusion sees no scale.
-    """
+def test_the_form_of_the_papers_figures():
+    """KL from the target, DC kept: as `evaluate.py spectrum --published` prints it."""
+    torch.manual_seed(0)
     ae = AutoencoderKL(AEConfig(ch=8, ch_mult=(1, 2), latent_channels=2, num_res_blocks=1,
                                 norm_groups=2))
-    images = F.interpolate(torch.randn(4, 3, 8, 12), scale_factor=2, mode="bilinear")
-    latents = miniature.encode_all(ae, images, 4, seed=0).transpose(0, 1).flatten(1)  # (C, B*h*w)
-    mean, std = latents.mean(1), latents.std(1)
-    ae.set_latent_stats(mean, std)
-    before = miniature.divergences(ae, images)
-    with torch.no_grad():
-        ae.quant_conv.weight[:2] *= 3
-        ae.quant_conv.bias[:2] *= 3
-        ae.quant_conv.bias[2:] += 2 * math.log(3)          # the posterior's noise, too
-    ae.set_latent_stats(3 * mean, 3 * std)
-    after = miniature.divergences(ae, images)
-    assert abs(after[0] - before[0]) > 1e-3 and after[1] == pytest.approx(before[1], rel=1e-4)
+    images = F.interpolate(torch.randn(4, 3, 8, 12), scale_factor=4, mode="bilinear")
+    latents = miniature.encode_all(ae, images, 100, seed=0)
+    P = dct2(match_resolution(images, (16, 24))).square().mean(1)       # (4, 16, 24), with DC
+    ring = torch.arange(1.0, 17)
+    target = torch.log1p(radial_profile(P) * ring)
+    target = (target / target.sum(1, keepdim=True)).mean(0)
+    got = torch.log1p(radial_profile(dct2(latents).square().mean(1)))
+    got = (got / got.sum(1, keepdim=True)).mean(0)
+    expected = (target * (target / got).log()).sum()
+    assert miniature.kl_from_target(ae, images) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_the_scatter_ranks(tmp_path, monkeypatch, capsys):
+    """Rank correlation of each predictor with dFD, over the runs without alignment."""
+    (tmp_path / "figures").mkdir()
+    monkeypatch.setattr(miniature, "RESULTS", tmp_path)
+    monkeypatch.setattr(miniature, "HERE", tmp_path)
+    with pytest.raises(FileNotFoundError, match="three runs"):
+        miniature.scatter()
+    plant(tmp_path, **{"kl": [10.0, 11.0], "esm": [8.0, 8.5], "kl-dog": [1.0]})
+    miniature.scatter()
+    printed = capsys.readouterr().out
+    assert "neighbours: rank correlation +1.00 with dFD, 4 runs" in printed
+    assert "high_band: rank correlation -1.00 with dFD, 4 runs" in printed
+    assert (tmp_path / "figures" / "scatter.png").exists()
 
 
 def test_the_network_of_fd_cifar_is_part_of_the_project():
