@@ -14,7 +14,6 @@ write their figure at the end. Pictures are in [0, 1] here, images that go throu
 """
 import csv
 import io
-import itertools
 import json
 import pathlib
 from collections import Counter
@@ -310,47 +309,48 @@ def spectrum_figure(args, device):
 
 def published_figure(args, device):
     """
-    The authors' printed spectra, not solid, and in their form those of the images, the target, the
+    Left the authors' printed spectra, right in their form those of the images, the target, the
     latents and the features of --encoder, these as the encoder scales them: KL(target || curve).
     """
-    figure, ax = subplots(figsize=(7.5, 5), layout="constrained")
+    ours = args.encoder or autoencoder_files(args)
+    figure, axes = subplots(1, 2 if ours else 1, figsize=(12 if ours else 6.5, 4.8), sharey=True,
+                            squeeze=False, layout="constrained")
     rows, rings = [], range(1, 17)
 
-    def draw(name, shares, **style):
+    def draw(ax, name, shares, where="", **style):
         ax.plot(rings, shares, marker="o", ms=3, label=name, **style)
-        rows.extend(zip(16 * [name], rings, shares))
+        rows.extend(zip(16 * [name + where], rings, shares))
 
     def measure(batches, gamma=0.0):
         shares = [spectrum_distribution(x, gamma=gamma, remove_dc=False) for x in batches]
         return torch.cat(shares).mean(0).tolist()
+    image, dotted = dict(color="black", lw=2), dict(color="black", ls=":")
+    styles, left, right = {"image": image, TARGET: dotted}, axes[0, 0], axes[0, -1]
     printed = CURVES[args.published]
-    colour = itertools.count()                         # one for each latent, theirs and ours
     for name, shares in printed.items():
-        if name in ("image", TARGET):
-            style = dict(color="gray", ls="--" if name == "image" else ":")
-        else:
-            style = dict(color=f"C{next(colour)}", ls="--")
+        draw(left, name, shares, ", published", **styles.get(name, {}))
+        if name not in styles:
             kl = divergence(printed[TARGET], shares)
             print(f"published, {args.published}, {name}: KL(target || curve) {kl:.4f}")
-        draw(f"{name}, published", shares, **style)
     for found in spectrum_sets(args, device):
         target = measure([found.small], args.gamma)
         if found.new:
-            draw(f"images{found.at}", measure([found.small]), color="black", lw=2)
-            draw(f"target, gamma {args.gamma:g}{found.at}", target, color="black", ls=":")
+            draw(right, f"images{found.at}", measure([found.small]), **image)
+            draw(right, f"target, gamma {args.gamma:g}{found.at}", target, **dotted)
         curves = {}
         if found.features:
             curves[encoder_label(args) + found.at] = measure(found.features)
         if found.label:
             curves[found.label] = measure([found.latents])
         for name, shares in curves.items():
-            draw(name, shares, color=f"C{next(colour)}")
+            draw(right, name, shares)
             settings = dict(curve=name, gamma=args.gamma, n=len(found.images), seed=args.seed,
                             rings=16, dc="kept", published=args.published)
             yield dict(kl_from_target=divergence(target, shares)), settings
-    ax.set(title=f"log(1 + power) with DC, scaled to sum 1; {args.published}", ylim=(0, None),
-           xlabel="ring (1 = low frequency)")
-    ax.legend(fontsize=8)
+    for ax, title in ((right, "yours"), (left, f"published, {args.published}")):
+        ax.set(title=f"log(1 + power) with DC, scaled to sum 1; {title}", ylim=(0, None),
+               xlabel="ring (1 = low frequency)")
+        ax.legend(fontsize=8)
     write_with_table(args, figure, ("curve", "ring", "descriptor"), rows)
 
 

@@ -4,17 +4,14 @@ The built-in images, drawn in milliseconds from a seed: no experiment needs a do
     leaves   dead leaves: opaque discs fall on one another, radii with density r^-3. The picture
              then looks alike at every scale, and its power spectrum falls like f^-2 as that of
              photographs does (Lee, Mumford & Huang, IJCV 2001)
-    discs    a few of the large ones on a plain ground: a small diffusion model learns them in
-             minutes. Edges without small things: the spectrum is steeper, near f^-3
+    discs    one or two of them on a plain ground, one lamp for all pictures: so simple that a
+             small diffusion model learns to draw them in minutes. The spectrum is steeper, near
+             f^-3: edges, and nothing small
 """
 import numpy as np
 import torch
 
 f32 = np.float32
-SETS = {                                           # arguments of dead_leaves for a side
-    "leaves": lambda size: dict(r_min=1.3, r_max=0.4, cover=1.4),
-    "discs": lambda size: dict(r_min=0.22 * size, r_max=0.35, cover=0.8),
-}
 
 
 def _covered(centre, half, size):
@@ -42,7 +39,7 @@ def _colours(n, rng):
     return (v * (1 - s + s * np.clip(ramp, 0, 1))).astype(f32)
 
 
-def dead_leaves(size, rng, r_min, r_max, cover):
+def dead_leaves(size, rng, r_min=1.3, r_max=0.4, cover=1.4):
     """
     One picture of shaded discs that hide each other.
     rng      numpy Generator: the only source of chance
@@ -60,15 +57,31 @@ def dead_leaves(size, rng, r_min, r_max, cover):
     r = r_min / np.sqrt(1 - r * (1 - ratio))       # (N,), inverse of the law's CDF
     x[0], y[0], r[0] = size / 2, size / 2, 4 * size  # the background is a leaf as well
     seen = (np.abs(x - size / 2) < size / 2 + r) & (np.abs(y - size / 2) < size / 2 + r)
-    x, y, r = x[seen], y[seen], r[seen]            # (n,), the last one lies on top
+    return _paint(size, rng, x[seen], y[seen], r[seen])
 
-    n = len(r)
+
+def few_discs(size, rng):
+    """One picture of one or two shaded discs on a plain ground, (3, size, size) uint8."""
+    x, y, r = rng.random((3, int(rng.integers(2, 4))), dtype=f32)
+    r = size * (f32(0.18) + f32(0.14) * r)
+    x, y = size * (f32(0.15) + f32(0.7) * x), size * (f32(0.15) + f32(0.7) * y)
+    x[0], y[0], r[0] = size / 2, size / 2, 4 * size  # the ground
+    return _paint(size, rng, x, y, r, ripples=0, lamp=0.62)
+
+
+def _paint(size, rng, x, y, r, ripples=0.18, lamp=None):
+    """
+    Discs of centres x, y and radii r (n,), in pixels, the last on top, as (3, size, size) uint8.
+    ripples  strength of the stripes that some have; lamp: where the light comes from, in turns;
+             None: anywhere, but one lamp for the picture
+    """
+    n = len(r)                                     # the last one lies on top
     rgb = _colours(n, rng)
     angle, waves, ripple = rng.random((3, n), dtype=f32)
     wave_x = (2 + 6 * waves) * np.cos(2 * np.pi * angle)
     wave_y = (2 + 6 * waves) * np.sin(2 * np.pi * angle)
-    ripple = 0.18 * ripple ** 2                    # most discs are nearly plain
-    light = 2 * np.pi * rng.random()               # one lamp for the whole picture
+    ripple = ripples * ripple ** 2                 # most discs are nearly plain
+    light = 2 * np.pi * (rng.random() if lamp is None else lamp)
     light_x, light_y = f32(0.22 * np.cos(light)), f32(0.22 * np.sin(light))
 
     disc, rows = _covered(y, r + f32(0.5), size)   # rows of every disc, half a pixel of soft edge
@@ -100,10 +113,13 @@ def dead_leaves(size, rng, r_min, r_max, cover):
     return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8).reshape(3, size, size)
 
 
+SETS = {"leaves": dead_leaves, "discs": few_discs}
+
+
 class DeadLeaves:
     """
-    Built-in images: picture i is dead_leaves drawn from (seed, first + i), the same on every rank
-    and in every run.
+    Built-in images: picture i is drawn from (seed, first + i), the same on every rank and in every
+    run.
     size   pixels, 8 or more; count: number of pictures; kind: a name of SETS
     items  (uint8 (3, size, size), 0, i, False)
     """
@@ -119,5 +135,4 @@ class DeadLeaves:
         if not 0 <= i < len(self):
             raise IndexError(i)
         rng = np.random.default_rng((self.seed, self.first + i))
-        image = dead_leaves(self.size, rng, **SETS[self.kind](self.size))
-        return torch.from_numpy(image), 0, i, False
+        return torch.from_numpy(SETS[self.kind](self.size, rng)), 0, i, False

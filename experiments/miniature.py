@@ -42,7 +42,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent                                         # the scripts
 RESULTS, LABELNET = HERE / "results", HERE / "labelnet.pt"
 SEEDS, AE_STEPS, SIT_STEPS = (0, 1, 2), 1200, 2000
-REFERENCE = 10_000                                         # training images in FD, rFD and dFD
+REFERENCE = 5_000                                          # training images in FD, rFD and dFD
 AE = (f"--model f2d2-tiny --steps {AE_STEPS} --batch_size 16 --lr 2e-3 "
       f"--eval_every {AE_STEPS} --val_images 1000")
 SIT = f"--steps {SIT_STEPS} --batch_size 32 --ema 0.998 --eval_every 1000"
@@ -341,7 +341,7 @@ def measure(net, ae, sit, held_out, train_set, moments):
                           pooled_moments(net, decoded), moments)
     numbers = {key: gen[key] for key in gen if key.startswith(("SWD", "spectral"))}
     numbers |= dict(zip(("FD_cifar", "rFD_cifar", "dFD_cifar"), parts))
-    numbers |= diffusability(network, held_out[:1000])
+    numbers |= diffusability(network, held_out[:500])
     numbers["kl_from_target"] = kl_from_target(network, held_out[:1000])
     numbers["ssim"] = logs["ae"][-1]["val_ssim"]
     return dict(
