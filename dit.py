@@ -300,7 +300,8 @@ class UViT(LatentTransformer):
 # MODELS["SiT-B/2"](input_size=32, in_channels=4, num_classes=1000), /2 being the patch size. Names
 # are those of willisma/SiT, sihyun-yu/REPA and baofff/U-ViT, whose files weights.py reads.
 SIZES = [  # name, class, depth, dim, heads
-    ("SiT-tiny", SiT, 2, 128, 4), ("SiT-S", SiT, 12, 384, 6), ("SiT-B", SiT, 12, 768, 12),
+    ("SiT-tiny", SiT, 2, 128, 4), ("SiT-mini", SiT, 4, 128, 4),
+    ("SiT-S", SiT, 12, 384, 6), ("SiT-B", SiT, 12, 768, 12),
     ("SiT-L", SiT, 24, 1024, 16), ("SiT-XL", SiT, 28, 1152, 16),
     ("UViT-tiny", UViT, 2, 96, 3), ("UViT-S", UViT, 12, 512, 8), ("UViT-M", UViT, 16, 768, 12),
     ("UViT-L", UViT, 20, 1024, 16), ("UViT-H", UViT, 28, 1152, 16)]

@@ -35,7 +35,12 @@ def _colours(n, rng):
     h = hue[pick] + 0.015 * jitter[0]
     s = np.clip(saturation[pick] + 0.08 * jitter[1], 0, 1)
     v = np.clip(value[pick] + 0.08 * jitter[2], 0.05, 1)
-    ramp = np.abs((6 * h + np.array([[0], [4], [2]])) % 6 - 3) - 1  # (3, n), HSV to RGB
+    return _rgb(h, s, v)
+
+
+def _rgb(h, s, v):
+    """Hue in turns, saturation and value, (n,) each, as (3, n) float32 RGB."""
+    ramp = np.abs((6 * h + np.array([[0], [4], [2]])) % 6 - 3) - 1
     return (v * (1 - s + s * np.clip(ramp, 0, 1))).astype(f32)
 
 
@@ -57,27 +62,29 @@ def dead_leaves(size, rng, r_min=1.3, r_max=0.4, cover=1.4):
     r = r_min / np.sqrt(1 - r * (1 - ratio))       # (N,), inverse of the law's CDF
     x[0], y[0], r[0] = size / 2, size / 2, 4 * size  # the background is a leaf as well
     seen = (np.abs(x - size / 2) < size / 2 + r) & (np.abs(y - size / 2) < size / 2 + r)
-    return _paint(size, rng, x[seen], y[seen], r[seen])
+    x, y, r = x[seen], y[seen], r[seen]
+    return _paint(size, rng, x, y, r, _colours(len(r), rng))
 
 
 def few_discs(size, rng):
-    """One picture of one or two shaded discs on a plain ground, (3, size, size) uint8."""
-    x, y, r = rng.random((3, int(rng.integers(2, 4))), dtype=f32)
-    r = size * (f32(0.18) + f32(0.14) * r)
-    x, y = size * (f32(0.15) + f32(0.7) * x), size * (f32(0.15) + f32(0.7) * y)
-    x[0], y[0], r[0] = size / 2, size / 2, 4 * size  # the ground
-    return _paint(size, rng, x, y, r, ripples=0, lamp=0.62)
+    """One picture of one or two vivid shaded discs on a pale ground, (3, size, size) uint8."""
+    n = int(rng.integers(2, 4))                    # the ground is the first
+    x, y, r, hue, light = rng.random((5, n), dtype=f32)
+    x, y, r = size * (0.15 + 0.7 * x), size * (0.15 + 0.7 * y), size * (0.18 + 0.14 * r)
+    x[0], y[0], r[0] = size / 2, size / 2, 4 * size
+    saturation, value = np.full(n, 0.75), 0.5 + 0.4 * light
+    saturation[0], value[0] = 0.2, 0.85 + 0.15 * light[0]
+    return _paint(size, rng, x, y, r, _rgb(hue, saturation, value), ripples=0, lamp=0.62)
 
 
-def _paint(size, rng, x, y, r, ripples=0.18, lamp=None):
+def _paint(size, rng, x, y, r, rgb, ripples=0.18, lamp=None):
     """
-    Discs of centres x, y and radii r (n,), in pixels, the last on top, as (3, size, size) uint8.
+    Discs of centres x, y and radii r (n,), in pixels, and colours rgb (3, n), the last on top, as
+    (3, size, size) uint8.
     ripples  strength of the stripes that some have; lamp: where the light comes from, in turns;
              None: anywhere, but one lamp for the picture
     """
-    n = len(r)                                     # the last one lies on top
-    rgb = _colours(n, rng)
-    angle, waves, ripple = rng.random((3, n), dtype=f32)
+    angle, waves, ripple = rng.random((3, len(r)), dtype=f32)
     wave_x = (2 + 6 * waves) * np.cos(2 * np.pi * angle)
     wave_y = (2 + 6 * waves) * np.sin(2 * np.pi * angle)
     ripple = ripples * ripple ** 2                 # most discs are nearly plain

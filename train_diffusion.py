@@ -42,9 +42,9 @@ PRESETS = {
     "imagenet-repa": dict(model="SiT-B/2", cfg=1.8, repa="dog", **IMAGENET),
     "one-gpu": dict(model="SiT-S/2", steps=20_000, ema=0.9995, eval_every=2500,
                     keep_every=-1, **SIT),
-    "quick": dict(model="SiT-tiny/2", steps=1500, batch_size=32, log_every=10, eval_every=500,
-                  sample_steps=50, ema=0.99, workers=0, repa_depth=1, keep_every=-1, schedule="sd",
-                  **SIT | dict(lr=1e-3, warmup_steps=50)),
+    "quick": dict(model="SiT-mini/2", steps=3000, batch_size=8, log_every=10, eval_every=1000,
+                  sample_steps=50, ema=0.998, workers=0, repa_depth=1, keep_every=-1, schedule="sd",
+                  **SIT | dict(lr=2e-3, warmup_steps=50)),
 }
 
 

@@ -45,7 +45,8 @@ SEEDS, AE_STEPS, SIT_STEPS = (0, 1, 2), 1200, 2000
 REFERENCE = 5_000                                          # training images in FD, rFD and dFD
 AE = (f"--model f2d2-tiny --steps {AE_STEPS} --batch_size 16 --lr 2e-3 "
       f"--eval_every {AE_STEPS} --val_images 1000")
-SIT = f"--steps {SIT_STEPS} --batch_size 32 --ema 0.998 --eval_every 1000"
+SIT = (f"--model SiT-tiny/2 --steps {SIT_STEPS} --batch_size 32 --lr 1e-3 --ema 0.998 "
+       "--eval_every 1000")
 GEN = "--num_samples 2000 --steps 30 --batch_size 100 --reference_images 0"
 REPA = ("--repa_depth 1 --dog_sigma1 0.5 --dog_sigma2 1.25 "
         "--encoder_source experiments/labelnet.pt")

@@ -1,0 +1,195 @@
+"""
+The lecture: experiments/lecture.ipynb runs from a fresh clone, its exercises can be solved and tell
+right from wrong, and the file that is kept is whole and small.
+"""
+import re
+import shutil
+import sys
+
+import nbformat
+import pytest
+from matplotlib import pyplot as plt
+from nbclient import NotebookClient
+
+from conftest import ROOT
+from figures import encode_all
+from runs import checkpoint_args
+from spectral import fit_power_law, power_spectrum, radial_profile
+from weights import load_autoencoder
+
+FILE = ROOT / "experiments" / "lecture.ipynb"
+WEIGHTS = [ROOT / "experiments" / "lecture" / f"{name}.pt" for name in ("kl", "dsm")]
+NOTEBOOK = nbformat.read(FILE, as_version=4)
+CODE = {cell.id: cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"}
+DRAWING = [name for name, source in CODE.items()
+           if re.search(r"^(plt\.show|slider)\(", source, re.M)]
+
+# What stands in the place of `raise NotImplementedError`: number of the exercise, body
+RIGHT = {
+    1: "return 1 / (1 + S)",
+    2: """small = spectral.match_resolution(images, latents.shape[-2:])
+    P = spectral.spectrum_distribution(small, gamma=gamma)
+    Q = spectral.spectrum_distribution(latents)
+    return (P * (P / Q).log()).sum(1).mean()""",
+    3: "return spectral.block_idct2(spectral.block_dct2(x) * spectral.triangle_mask(n))",
+}
+WRONG = [                                                  # and what the check says to it
+    (1, "return 0.5", "for S = 0.1 you say alpha_bar = 0.5; there 9% is learnable"),
+    (1, "return 1 + S", "for S = 0.1 you say alpha_bar = 1.1, but it lies between 0 and 1"),
+    (2, RIGHT[2].replace("mean()", "sum()"), "this is the sum over the batch"),
+    (2, RIGHT[2].replace("P * (P / Q)", "Q * (Q / P)"), "with gamma = 0.0 you get"),
+    (2, RIGHT[2].replace("gamma=gamma", "gamma=0"), "with gamma = 1.0 you get"),
+    (2, RIGHT[2].replace("small, ", "images, "), "with gamma = 0.0 you get"),
+    (3, RIGHT[3].replace("(n)", "(n).logical_not()"), "a high-pass"),
+    (3, RIGHT[3].replace("(n)", "(n + 1)"), "with n = 8 you are off by up to"),
+    (3, "return spectral.block_dct2(x)", "the answer has the shape (2, 3, 4, 4, 8, 8), the image"),
+    (3, "return x.nothing", "your function stops with AttributeError"),
+]
+
+
+def execute(names, scope):
+    """Code cells in this process, without their magic lines."""
+    for name in names:
+        lines = [line for line in CODE[name].splitlines() if not line.startswith("%")]
+        exec("\n".join(lines), scope)
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    """The namespace after the cells that the exercises need."""
+    scope = {}
+    with pytest.MonkeyPatch.context() as patch, plt.rc_context():
+        patch.chdir(ROOT)
+        patch.setattr(sys, "path", list(sys.path))
+        execute(("setup", "helpers", "checker", "pictures"), scope)
+    return scope
+
+
+def answer(number, body, scope):
+    """Whether the notebook takes this body for the function of an exercise."""
+    stub = CODE[f"exercise-{number}"]
+    assert stub.count("raise NotImplementedError") == 1
+    exec(stub.replace("raise NotImplementedError", body), scope)
+    execute([f"check-{number}"], scope)
+    return scope["SOLVED"][number]
+
+
+def test_it_runs_from_top_to_bottom(tmp_path):
+    """In a copy of what it needs, started in experiments/: every figure is drawn, nothing fails."""
+    (tmp_path / "experiments" / "lecture").mkdir(parents=True)
+    for path in (*ROOT.glob("*.py"), *WEIGHTS):
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    notebook = nbformat.read(FILE, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    NotebookClient(notebook, timeout=170, kernel_name="python3",
+                   resources={"metadata": {"path": str(tmp_path / "experiments")}}).execute()
+    for cell in notebook.cells:
+        if cell.id in DRAWING:
+            assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell.id
+    assert notebook.cells[-1].outputs[0].text == "0 of 3 exercises solved\n"
+
+
+@pytest.mark.parametrize("folder", [".", "experiments"])
+def test_the_first_cell_finds_the_project(folder, monkeypatch):
+    monkeypatch.chdir(ROOT / folder)
+    monkeypatch.setattr(sys, "path", [])
+    scope = {}
+    execute(["setup"], scope)
+    assert scope["ROOT"] == ROOT and sys.path == [str(ROOT)]
+
+
+def test_the_first_cell_says_where_to_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="start Jupyter in the project's folder"):
+        execute(["setup"], {})
+
+
+def test_unsolved_exercises_say_so(prepared, capsys):
+    """In one line each, and the notebook goes on."""
+    for number in RIGHT:
+        assert not answer(number, "raise NotImplementedError", prepared)
+        line, = capsys.readouterr().out.splitlines()
+        assert line.startswith(f"Exercise {number}: not solved yet: ")
+
+
+@pytest.mark.parametrize("number", RIGHT)
+def test_a_right_answer_solves_it(number, prepared, capsys):
+    assert answer(number, RIGHT[number], prepared)
+    assert capsys.readouterr().out == f"Exercise {number}: solved\n"
+
+
+@pytest.mark.parametrize("number, body, said", WRONG)
+def test_a_wrong_answer_does_not(number, body, said, prepared, capsys):
+    """The check says in one line what is wrong."""
+    assert not answer(number, body, prepared)
+    line, = capsys.readouterr().out.splitlines()
+    assert said in line
+
+
+def test_a_slider_without_ipywidgets_is_three_pictures(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)   # its import fails
+    monkeypatch.setattr(plt, "show", lambda: None)
+    scope, drawn = {}, []
+    with plt.rc_context():                                 # the cell has settings of its own
+        execute(["helpers"], scope)
+        scope["slider"](lambda part, v: drawn.append((part, v)), "v", (1, 2, 3, 4, 5), 4)
+    plt.close("all")
+    assert [v for _, v in drawn] == [1, 3, 5] and len({part for part, _ in drawn}) == 3
+
+
+def test_the_kept_outputs_are_whole():
+    """One run in order; a picture of each figure; no error, warning or widget, nobody's paths."""
+    cells = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert len(DRAWING) >= 12
+    words = [cell.source for cell in NOTEBOOK.cells]
+    for cell in cells:
+        kinds = set()
+        for output in cell.outputs:
+            assert output.output_type != "error" and output.get("name") != "stderr", cell.id
+            kinds |= output.get("data", {}).keys()
+            words += [output.get("text", ""), output.get("data", {}).get("text/plain", "")]
+        assert ("image/png" in kinds) == (cell.id in DRAWING), cell.id
+        assert not any("widget" in kind for kind in kinds), cell.id
+    assert not re.search(r"(^|[\s\"'(=])(/(home|root|tmp|usr|opt|work|Users)/|[A-Z]:\\)",
+                         "\n".join(words), re.M)
+    assert set(NOTEBOOK.metadata) == {"kernelspec", "language_info"}
+    assert NOTEBOOK.metadata.kernelspec.name == "python3"
+
+
+def test_it_is_small():
+    """An hour has room for some forty cells; a cell fits on a screen; the clone stays light."""
+    assert 30 <= len(NOTEBOOK.cells) <= 50
+    for cell in NOTEBOOK.cells:
+        assert len(cell.source.splitlines()) <= 40, cell.id
+    assert FILE.stat().st_size < 2e6
+    assert all(path.stat().st_size < 1e6 for path in WEIGHTS)
+
+
+@pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)
+def test_the_commands_made_these_weights(path):
+    """Every flag of the command in the text is the one in the file."""
+    text, = (cell.source for cell in NOTEBOOK.cells if cell.id == "pair-text")
+    command, = re.findall(rf"^python train_ae.py (.* --out out/lecture/{path.stem})$", text, re.M)
+    args = checkpoint_args(path)
+    for flag, value in re.findall(r"--(\w+) (\S+)", command):
+        kept = args[flag][0] if flag == "reg" else args[flag]
+        assert type(kept)(value) == kept, flag
+
+
+def test_kl_is_the_whiter_of_the_pair(prepared):
+    """What parts 4 to 7 are about."""
+    images, alpha = prepared["built_in"](32, 32), []
+    for path in WEIGHTS:
+        z = encode_all(load_autoencoder(path).requires_grad_(False), images, 32, seed=0)
+        alpha.append(fit_power_law(radial_profile(power_spectrum(z)).mean(0)).item())
+    assert alpha[0] < alpha[1] - 0.3
+
+
+def test_every_link_leads_somewhere():
+    text = "\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert len(links) >= 3
+    assert [link for link in links if not (FILE.parent / link).exists()] == []
