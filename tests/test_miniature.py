@@ -263,6 +263,7 @@ def test_the_form_of_the_papers_figures():
     assert miniature.kl_from_target(ae, images) == pytest.approx(float(expected), rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:An input array is constant")
 def test_the_scatter_ranks(tmp_path, monkeypatch, capsys):
     """Rank correlation of each predictor with dFD, over the runs without alignment."""
     (tmp_path / "figures").mkdir()

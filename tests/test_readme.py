@@ -138,7 +138,7 @@ def test_no_mask_set_but_the_papers():
 
 
 def test_the_papers_claim_about_spectra_stands_beside_ours():
-    """The divergences of the published curves, and that the quick preset's order is another one."""
+    """The divergences of the published curves, and that our figure's order is another one."""
     section = GUIDE[GUIDE.index("## The five methods side by side"):GUIDE.index("## Teaching")]
     curves = dict(CURVES["celeba"])
     target, _ = curves.pop(TARGET), curves.pop("image")
@@ -146,4 +146,4 @@ def test_the_papers_claim_about_spectra_stands_beside_ours():
     assert f"| {' | '.join(found)} |" in section
     assert f"| {' | '.join(found.values())} |".replace(".02 |", ".020 |") in section
     assert "| .038 | .020 | .0054 | .0044 |" in section and "over-white" in section
-    assert "Our quick preset's spectrum differs." in section
+    assert "The spectrum of this figure differs." in section
