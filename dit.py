@@ -482,9 +482,8 @@ class DDPM:
         return round(1000 * t)
 
     def alpha_bar_at(self, t):
-        """As Interpolant.alpha_bar_at; between two levels the lower one's."""
-        n = (1000 * torch.as_tensor(t)).long()
-        return self.alpha_bar[n]
+        """As Interpolant.alpha_bar_at, of level n = time(t)."""
+        return self.alpha_bar[(1000 * torch.as_tensor(t)).round().long()]
 
     def noisy(self, x, eps, t):
         """As Interpolant.noisy, at level n = time(t)."""
