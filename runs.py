@@ -147,9 +147,9 @@ def need_same_images(out, checkpoint, identity, data):
         need(checkpoint["pictures"] == identity, f"--resume: --data {data} holds other pictures "
              f"than {out}/ckpt.pt was trained on; restore them, or name another --out")
     else:
-        before = checkpoint["args"].get("data")
-        need(data == before, f"--resume: {out}/ckpt.pt was made with other flags: --data {data} "
-             f"(was {before}); give the same ones or another --out")
+        before = checkpoint["args"].get("data") or "leaves"    # a set had no name then
+        need((data or "leaves") == before, f"--resume: {out}/ckpt.pt was made with other flags: "
+             f"--data {data} (was {before}); give the same ones or another --out")
 
 
 def restore(out, checkpoint, parts):

@@ -229,8 +229,8 @@ def test_a_checkpoint_of_before_the_rewrite_resumes(tmp_path, monkeypatch):
     The fixture is step 3 of a run that the code of commit b96e215 made, with the first line of
     flags below; resumed today it goes on as it did then, to what other machines round.
     """
-    flags = ("--preset quick --reg esm --image_size 16 --batch_size 4 --warmup_steps 2 "
-             "--log_every 1 --eval_every 3 --val_images 4 --device cpu").split()
+    flags = ("--preset quick --data leaves --reg esm --image_size 16 --batch_size 4 "
+             "--warmup_steps 2 --log_every 1 --eval_every 3 --val_images 4 --device cpu").split()
     shutil.copy(ROOT / "tests" / "fixtures" / "ckpt_b96e215.pt", tmp_path / "ckpt.pt")
     run(train_ae, *flags, "--resume", "--steps", 6, "--out", tmp_path, monkeypatch=monkeypatch)
     expected = [                                           # what commit b96e215 logged
