@@ -397,7 +397,7 @@ class Interpolant:
         return (1 - t) ** 2 / ((1 - t) ** 2 + t ** 2)
 
     def noisy(self, x, eps, t):
-        """x_t of latents x and noise eps (B, C, h, w); t a float in [0, 1]."""
+        """x_t of latents x and noise eps (B, C, h, w); t in [0, 1], a float or (B, 1, 1, 1)."""
         return (1 - t) * x + t * eps
 
     def clean(self, x_t, output, t):
@@ -417,7 +417,7 @@ class Interpolant:
         """
         t, eps, drop = draw(x, generator, label_dropout, share)  # (B,), (B, C, h, w), (B,)
         s = t.view(-1, 1, 1, 1)
-        return regress(model, (1 - s) * x + s * eps, t, eps - x, y, drop, return_hidden)
+        return regress(model, self.noisy(x, eps, s), t, eps - x, y, drop, return_hidden)
 
     @torch.no_grad()
     def sample(self, model, shape, steps=100, y=None, cfg=1.0, cfg_interval=(0.0, 1.0),
@@ -483,7 +483,7 @@ class DDPM:
 
     def alpha_bar_at(self, t):
         """As Interpolant.alpha_bar_at, of level n = time(t)."""
-        return self.alpha_bar[(1000 * torch.as_tensor(t)).round().long()]
+        return self.alpha_bar[(1000 * torch.as_tensor(t, dtype=torch.float64)).round().long()]
 
     def noisy(self, x, eps, t):
         """As Interpolant.noisy, at level n = time(t)."""

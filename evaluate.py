@@ -357,12 +357,13 @@ def get_args():
             add("--ae", nargs="+" if many else None, help="autoencoder(s): ckpt.pt or released "
                 f"weights (default: {which} of out/ae/<preset>-*/ckpt.pt)")
         if name not in ("fid", "trajectory"):
-            add("--data", help="folder, .zip or cifar10 (default: what was trained on; similarity: "
-                "built-in)")
+            add("--data", help="folder, .zip, cifar10, leaves or discs (default: what was trained "
+                "on; similarity: leaves)")
         if name not in ("gen", "denoise", "trajectory"):
             add("--image_size", type=int, default=224 if name == "similarity" else None,
                 help="pixels a side (default: as in training; similarity: 224; fid: see above)")
-        add("--batch_size", type=int, default=50, help="images per network call and process")
+        if name != "trajectory":                       # one batch of --num_samples
+            add("--batch_size", type=int, default=50, help="images per network call and process")
         if name == "recon":
             add("--val_images", type=int,
                 help="images to use (default: 1000 held-out ones, all of the training images)")
@@ -429,7 +430,7 @@ def get_args():
 
     of_runs("denoise", denoise_figure)
     add = of_runs("trajectory", trajectory_figure)
-    add("--num_samples", type=int, default=64, help="how many samples to follow")
+    add("--num_samples", type=int, default=64, help="samples to follow, as one batch")
     add("--steps", type=int, default=100, help="network calls per sample")
     command("diffusability", diffusability_rows, many=True)
     add = command("curves", curves_figure)

@@ -5,8 +5,8 @@ The built-in images, drawn in milliseconds from a seed: no experiment needs a do
              then looks alike at every scale, and its power spectrum falls like f^-2 as that of
              photographs does (Lee, Mumford & Huang, IJCV 2001)
     discs    one or two of them on a plain ground, one lamp for all pictures: so simple that a
-             small diffusion model learns to draw them in minutes. The spectrum is steeper, near
-             f^-3: edges, and nothing small
+             small diffusion model learns to draw them in minutes. The spectrum is steeper, for
+             there are edges, and nothing small
 """
 import numpy as np
 import torch

@@ -129,7 +129,8 @@ def frechet_parts(samples, reconstructions, images):
     """
     A Frechet distance of samples taken apart: what the autoencoder loses and what diffusion adds.
     Distances do not add up, so the two parts are not shares of the total.
-    samples, reconstructions, images  (mean, covariance) each; reconstructions of these very images
+    samples, reconstructions, images  (mean, covariance) each; reconstructions of these very images,
+             from posterior samples, which are what diffusion learns to draw
     returns  total      FD,  samples to images: what tables show as (g)FID
              decoder    rFD, reconstructions to images: 0 for a lossless autoencoder
              diffusion  dFD, samples to reconstructions: 0 for a diffusion model that draws its

@@ -33,7 +33,7 @@ from weights import load_autoencoder
 
 
 def checkpoint_files(args):
-    """The files that gen samples from: --ckpt; with --every all ckpt_<step>.pt of these runs."""
+    """What a command reads: --ckpt; with --every all ckpt_<step>.pt of these runs."""
     places = args.ckpt or [runs.newest(f"out/diffusion/{args.preset}-*/ckpt.pt",
                                           "--ckpt: train one with train_diffusion.py")]
     files = []

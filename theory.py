@@ -8,8 +8,8 @@ The paper's argument, measured on trained models. evaluate.py's commands:
 Prop. 3.1: of a frequency of power S, seen in noise at alpha_bar, a denoiser can save at most
 S * SNR / (1 + SNR) of the squared error over predicting 0, if the data are Gaussian and the
 frequencies independent. The rest, S / (1 + SNR), is the bound. A network also sees how frequencies,
-channels and places hang together, so that it may get below the bound; it gets above it where it is
-too small or trained too briefly.
+channels and places hang together, their means and the class, so that it may get below the bound; it
+gets above it where it is too small or trained too briefly.
 
 Latents (N, C, h, w) normalised to std 1; t from 0 = data to 1 = noise; rings as in
 spectral.radial_profile, up to 16. The functions take evaluate.py's flags and the device, yield
@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import torch
 
 from data import open_data, val_batches
-from dit import NoiseStream
+from dit import Interpolant, NoiseStream
 from figures import (
     autoencoders,
     encode_all,
@@ -64,7 +64,7 @@ def denoised_power(model, process, latents, labels=None, times=TIMES, seed=0, ba
     """
     Prop. 3.1 and a network, by ring and time.
     latents  (N, C, h, w) normalised, on the model's device; labels (N,) or None
-    times    t in (0, 1) each; the noise of a latent at a time follows from (seed, its number)
+    times    t in (0, 1) each; the noise of a latent follows from (seed, its number), at all times
     returns  power (R,): of the latents; learnable (T, R): Prop. 3.1 on every channel and
              coefficient, then the mean of a ring; left (T, R): the squared error of the predicted
              clean latent; all float64, per coefficient
@@ -113,12 +113,16 @@ def held_out(file, args, device):
     latents (N, C, h, w), and labels (N,) or None, all on the device.
     """
     model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
-    _, val_set = open_data(args.data or checkpoint["data"], checkpoint["image_size"],
-                           val_images=args.val_images, seed=checkpoint["data_seed"])
+    data, classes = args.data or checkpoint["data"], model.num_classes
+    _, val_set = open_data(data, checkpoint["image_size"], val_images=args.val_images,
+                           seed=checkpoint["data_seed"])
+    if classes and len(val_set.classes) != classes:
+        raise ValueError(f"--data {data}: has {len(val_set.classes)} classes, and {file} was "
+                         f"trained with {classes}; give images of these classes")
     batches = [(images, labels) for images, labels, _ in val_batches(val_set, args.batch_size,
                                                                      device=device)]
     images = torch.cat([images for images, _ in batches])
-    labels = torch.cat([labels for _, labels in batches]) if model.num_classes else None
+    labels = torch.cat([labels for _, labels in batches]) if classes else None
     latents = ae.normalize(encode_all(ae, images, args.batch_size, seed=args.seed))
     return SimpleNamespace(model=model, process=process, ae=ae, latents=latents, labels=labels,
                            settings=dict(ckpt=file, step=checkpoint["step"], n=len(latents),
@@ -138,7 +142,7 @@ def denoise_figure(args, device):
     """
     figure, axes = subplots(1, len(SHOWN), figsize=(4 * len(SHOWN), 4.4), sharey=True,
                             layout="constrained")
-    rows = []
+    rows, levels = [], set()
     files = checkpoint_files(args)
     for i, (file, name) in enumerate(zip(files, unique_names(files))):
         run = held_out(file, args, device)
@@ -153,8 +157,10 @@ def denoise_figure(args, device):
             ax.semilogy(ring, found.power, color=f"C{i}", lw=5, alpha=0.25)
             ax.semilogy(ring, bound, color=f"C{i}", ls="--", lw=1)
             ax.semilogy(ring, found.left[k], color=f"C{i}", marker="o", ms=3, label=name)
-            if i == 0:
-                ax.axhline((1 - alpha_bar) / alpha_bar, color="gray", lw=1)
+            if i == 0 or alpha_bar not in levels:          # other processes, other levels
+                levels.add(alpha_bar)
+                colour = f"C{i}" if i else "gray"
+                ax.axhline((1 - alpha_bar) / alpha_bar, color=colour, lw=1)
                 ax.set(title=f"t = {TIMES[k]:.3g}", xlabel="ring (1 = low frequency)",
                        xticks=(1, 4, 8, 12, 16))
         for k, t in enumerate(TIMES):
@@ -180,7 +186,8 @@ def denoise_figure(args, device):
 def follow_sampling(model, process, shape, steps, seed=0, labels=None, keep=1):
     """
     The predicted clean latents of one sampling run.
-    shape    (N, C, h, w); N samples of the run's own sampler with its noise of --seed
+    shape    (N, C, h, w): N samples, as `evaluate.py gen` draws them by default: Euler-Maruyama for
+             SiT, DDIM for U-ViT, no guidance
     returns  times (T,), falling to 0; power (T, R) of the predictions by ring, the last row that of
              the samples; predictions, T tensors (keep, C, h, w), float32
     """
@@ -229,10 +236,10 @@ def half_times_of(power, process):
 def diagonal(half):
     """
     Slope of the diagonal, in t an octave: by how much later (closer to t = 0) a ring of twice the
-    frequency comes in, by least squares on log2 of a ring's number; ring 0 holds DC and is left
+    frequency comes in, by least squares on log2 of a ring's middle; ring 0 holds DC and is left
     out. half (R,) t.
     """
-    octave = torch.arange(1, len(half), dtype=half.dtype).log2()
+    octave = (torch.arange(1, len(half), dtype=half.dtype) + 0.5).log2()
     octave = octave - octave.mean()
     return -float((octave * half[1:]).sum() / octave.square().sum())
 
@@ -243,7 +250,8 @@ def trajectory_figure(args, device):
     Coarse to fine: along a sampling run, the power of the predicted clean latent in each radial
     ring as a share of its final power. A ring comes in when it reaches half (white dots); the
     dashed line is when the best denoiser of Gaussian latents would bring it in, where SNR = 1.
-    Under the map what one sample's prediction decodes to, by time.
+    Power counts here whether it is right or wrong. Under the map what one sample's prediction
+    decodes to, by time.
 
     Printed: the slope of the diagonal, in t an octave, of the run and of that denoiser.
     """
@@ -279,6 +287,7 @@ def trajectory_figure(args, device):
             rows += [(name, t, r + 1, value) for r, value in enumerate(line)]
         yield (dict(slope=diagonal(half), slope_where_snr_is_1=diagonal(ideal)),
                dict(ckpt=file, step=checkpoint["step"], n=args.num_samples, steps=args.steps,
+                    sampler="em" if isinstance(process, Interpolant) else "ddim", cfg=1,
                     seed=args.seed))
     write_with_table(args, figure, ("run", "t", "ring", "power"), rows)
 

@@ -68,7 +68,8 @@ def get_args():
         help="compute every block twice to keep less in memory")
     # data
     add("--data", default=None,
-        help="folder, .zip, or cifar10; built in: leaves (default) or discs")
+        help="folder, .zip, or cifar10; built in: leaves (default) or discs; a "
+        "folder of such a name is ./leaves")
     add("--image_size", type=int, default=256, help="pixels a side")
     add("--val_images", type=int, default=1000, help="held-out images")
     add("--workers", type=int, default=8, help="loader processes per training process")

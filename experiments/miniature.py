@@ -30,6 +30,7 @@ from scipy.stats import spearmanr
 import runs
 import runtime
 from data import open_data, take, train_batches, val_batches
+from dit import NoiseStream
 from figures import encode_all, figure_rows, save_figure, subplots
 from metrics import Moments, frechet_distance, frechet_parts, to_uint8
 from published import divergence
@@ -304,12 +305,15 @@ def pooled_moments(net, batches):
 
 
 @torch.no_grad()
-def reconstruction(ae, images):
+def reconstruction(ae, images, indices):
     """
-    Images (b, 3, H, W) through the autoencoder, by the posterior's mode, rounded as a PNG would:
-    the same shape, in [-1, 1].
+    Images (b, 3, H, W) through the autoencoder, rounded as a PNG would: the same shape, in [-1, 1].
+    By a sample of the posterior, drawn from (0, index): latents like those that diffusion is
+    trained on, so that one that draws them perfectly has dFD 0. The authors decode a sample, too.
     """
-    return to_uint8(ae.decode(ae.encode(images).mode())).float() / 127.5 - 1
+    posterior = ae.encode(images)
+    noise = NoiseStream(0, indices)(posterior.mean.shape)
+    return to_uint8(ae.decode(posterior.sample(noise))).float() / 127.5 - 1
 
 
 def load_logs(ae, sit):
@@ -337,7 +341,8 @@ def measure(net, ae, sit, held_out, train_set, moments):
     samples = np.load(sit / "samples" / "samples.npz")["arr_0"]             # (N, 32, 32, 3) uint8
     samples = torch.from_numpy(samples).movedim(-1, 1)                      # (N, 3, 32, 32)
     network = load_autoencoder(ae / "ckpt.pt")
-    decoded = (reconstruction(network, images) for images, _, _ in val_batches(train_set, 100))
+    decoded = (reconstruction(network, images, indices.tolist())
+               for images, _, indices in val_batches(train_set, 100))
     parts = frechet_parts(pooled_moments(net, (samples / 127.5 - 1).split(500)),
                           pooled_moments(net, decoded), moments)
     numbers = {key: gen[key] for key in gen if key.startswith(("SWD", "spectral"))}
@@ -510,9 +515,10 @@ def draw_pictures(out):
         samples[name] = torch.from_numpy(pixels).movedim(-1, 1) / 255
         if images is None:
             _, val_set = open_data(runs.checkpoint_args(ae / "ckpt.pt")["data"], 32, val_images=10)
-            images, _, _ = next(iter(val_batches(val_set, 10)))
+            images, _, indices = next(iter(val_batches(val_set, 10)))
             decoded["image"] = images * 0.5 + 0.5
-        decoded[name] = reconstruction(load_autoencoder(ae / "ckpt.pt"), images) * 0.5 + 0.5
+        network = load_autoencoder(ae / "ckpt.pt")
+        decoded[name] = reconstruction(network, images, indices.tolist()) * 0.5 + 0.5
     figure_rows(samples, HERE / "figures" / "samples.png")
     figure_rows(decoded, HERE / "figures" / "reconstructions.png")
 
@@ -564,6 +570,9 @@ def main():
     args = get_args()
     out, failed = pathlib.Path(args.out), []
     if args.command == "run":
+        train_set, _ = open_data(args.data, 32)            # what collect needs, before hours
+        runtime.need(len(train_set.classes) == 10 and len(train_set) >= REFERENCE, f"--data "
+                     f"{args.data}: needs ten classes and {REFERENCE:,} images, as CIFAR-10 has")
         train_labelnet(args.data)
         failed = run_all(args.data, out, args.jobs)
     if args.command in ("run", "collect"):

@@ -5,6 +5,7 @@ Wiener filter. H != W, so that a swapped axis fails.
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import evaluate
 import theory
 import train_diffusion
 from conftest import run
+from data import open_data
 from dit import DDPM, Interpolant, NoiseStream
 from metrics import frechet_distance, frechet_parts
 from spectral import dct2, idct2, radial_profile, wiener_gain
@@ -141,7 +143,7 @@ def test_half_times_by_hand():
         t = float(theory.half_times_of(torch.tensor([2.5]).double(), process))
         alpha_bar = float(process.alpha_bar_at(t))
         assert alpha_bar * 2.5 / (1 - alpha_bar) == pytest.approx(1, rel=0.01)
-    half = 0.8 - 0.1 * torch.tensor([5.0, 1.0, 2.0, 3.0, 4.0, 5.0]).log2()  # ring 0 does not count
+    half = 0.8 - 0.1 * torch.tensor([9.0, 1.5, 2.5, 3.5, 4.5, 5.5]).log2()  # ring 0 does not count
     assert theory.diagonal(half) == pytest.approx(0.1)
 
 
@@ -231,7 +233,7 @@ def runs_of(material, tmp_path_factory):
 
 def command(name, folder, *more, monkeypatch):
     """The command's lines of results.jsonl and the lines of its CSV."""
-    run(evaluate, name, *more, "--device", "cpu", "--batch_size", 2,
+    run(evaluate, name, *more, "--device", "cpu",
         "--results", folder / "results.jsonl", monkeypatch=monkeypatch)
     results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     table = folder / "figure.csv"
@@ -243,11 +245,28 @@ def test_denoise_writes_figure_and_table(runs_of, tmp_path, monkeypatch):
     results, rows = command("denoise", tmp_path, "--ckpt", *runs_of, "--val_images", 3, "--out",
                             tmp_path / "figure.png", monkeypatch=monkeypatch)
     assert [line["model"] for line in results] == ["SiT-tiny/4", "UViT-tiny/2"]
-    assert all(line["share_learnt"] < 1.5 and line["n"] >= 1 for line in results)
     rings = len(results[0]["by_ring"].split())
     assert len(rows) == 2 * len(theory.TIMES) * rings and (tmp_path / "figure.png").exists()
-    for row in rows:                                       # learnable is part of the power
-        assert 0 <= float(row["learnable"]) <= float(row["power"])
+
+
+def test_held_out_latents_are_normalised_and_have_their_labels(runs_of, tmp_path):
+    """Sampled with --seed, by the run's own statistics; other data's classes are refused."""
+    def held_out(**values):
+        args = SimpleNamespace(**dict(ae=None, data=None, val_images=3, batch_size=2, seed=0)
+                               | values)
+        return theory.held_out(str(runs_of[0] / "ckpt.pt"), args, "cpu")
+    run = held_out()
+    _, val_set = open_data(torch.load(runs_of[0] / "ckpt.pt")["data"], 16, val_images=3)
+    images = torch.stack([val_set[i][0] for i in range(len(val_set))]) / 127.5 - 1
+    assert run.labels.tolist() == [val_set[i][1] for i in range(len(val_set))]
+    posterior = run.ae.encode(images)
+    mean, std = run.ae.latent_mean.view(-1, 1, 1), run.ae.latent_std.view(-1, 1, 1)
+    difference = run.latents * std + mean - posterior.mode()   # the posterior's noise is left
+    noise = difference / (0.5 * posterior.logvar).exp()
+    assert abs(noise.mean()) < 0.2 and 0.8 < noise.std() < 1.2
+    assert not torch.equal(held_out(seed=1).latents, run.latents)
+    with pytest.raises(ValueError, match="--data discs: has 0 classes, and .* trained with 2"):
+        held_out(data="discs")
 
 
 def test_trajectory_writes_figure_and_table(runs_of, tmp_path, monkeypatch):
@@ -257,6 +276,8 @@ def test_trajectory_writes_figure_and_table(runs_of, tmp_path, monkeypatch):
     assert all(math.isfinite(line["slope"]) for line in results) and len(results) == 2
     assert {row["run"] for row in rows} == {"sit", "uvit"}
     assert {float(row["t"]) for row in rows} >= {0.0, 1.0}
+    assert len(rows) == 8 * (6 + 6)                        # rings; steps and the sample itself
+    assert [line["sampler"] for line in results] == ["em", "ddim"]
 
 
 def test_diffusability_has_a_row_for_each_autoencoder(material, tmp_path, monkeypatch):
