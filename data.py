@@ -31,7 +31,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from leaves import SETS, DeadLeaves
+from leaves import SETS, BuiltInImages
 from runs import write_atomic
 from runtime import one_line_errors, parse_args
 from sources import LABELS_FILE, center_crop, divide, open_source, reason, to_rgb
@@ -94,8 +94,8 @@ def open_data(spec, size, val_images=500, seed=0, builtin_images=4_000):
                          f"val_images >= 0, got {size} and {val_images}")
     if not spec or spec in SETS:
         kind = spec or "leaves"
-        return (DeadLeaves(size, builtin_images, seed, 0, kind),
-                DeadLeaves(size, val_images, seed, HELD_OUT_FIRST, kind))
+        return (BuiltInImages(size, builtin_images, seed, 0, kind),
+                BuiltInImages(size, val_images, seed, HELD_OUT_FIRST, kind))
     source = open_source(spec)
     parts = divide(spec, source)
     return tuple(ImageSet(spec, source, rows, parts.labels[rows], parts.classes, size)
@@ -113,8 +113,8 @@ def take(dataset, chosen):
 def spread(dataset, n):
     """n pictures evenly spread over a set (the first n would be one class); all if it has fewer."""
     n = min(n, len(dataset))
-    if isinstance(dataset, DeadLeaves):
-        return DeadLeaves(dataset.size, n, dataset.seed, dataset.first, dataset.kind)
+    if isinstance(dataset, BuiltInImages):
+        return BuiltInImages(dataset.size, n, dataset.seed, dataset.first, dataset.kind)
     return take(dataset, np.linspace(0, len(dataset) - 1, n).astype(np.int64))
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
         dataset = ImageSet(spec, source, rows, np.zeros_like(rows), [], size)
     else:
         names = [f"{i:06d}.bmp" for i in range(count)]
-        dataset = DeadLeaves(size, count, kind=spec or "leaves")
+        dataset = BuiltInImages(size, count, kind=spec or "leaves")
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise ValueError(f"--data {spec}: {times} images would become {name}; rename all but one")

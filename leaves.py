@@ -123,7 +123,7 @@ def _paint(size, rng, x, y, r, rgb, ripples=0.18, lamp=None):
 SETS = {"leaves": dead_leaves, "discs": few_discs}
 
 
-class DeadLeaves:
+class BuiltInImages:
     """
     Built-in images: picture i is drawn from (seed, first + i), the same on every rank and in every
     run.

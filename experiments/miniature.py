@@ -540,27 +540,37 @@ def draw_pictures(out):
 def scatter():
     """
     figures/scatter.png: dFD of every run without alignment against each number that is known of
-    its autoencoder beforehand, with Spearman's rank correlation, which is printed.
+    its autoencoder beforehand. Spearman's rank correlations, one a length, are printed.
     """
-    found = [result for result in load_results().values() if result["name"] in AUTOENCODERS]
-    if len(found) < 3:
+    every = load_results().values()
+    lengths = {SIT_STEPS: [result for result in every if result["name"] in AUTOENCODERS],
+               LONG_STEPS: [result for result in every if result["name"] in LONG]}
+    lengths = {steps: found for steps, found in lengths.items() if len(found) >= 3}
+    if not lengths:
         raise FileNotFoundError(f"{RESULTS}: a correlation needs three runs or more; "
                                 "`python -m experiments.miniature run` makes them")
-    names = list(dict.fromkeys(result["name"] for result in found))
     figure, axes = subplots(2, 4, figsize=(15, 7), sharey=True, layout="constrained")
     for ax, (key, words) in zip(axes.flat, PREDICTORS.items()):
-        x, y = ([result["numbers"][k] for result in found] for k in (key, "dFD_cifar"))
-        rho = spearmanr(x, y).statistic
-        print(f"{key}: rank correlation {rho:+.2f} with dFD, {len(found)} runs")
-        for i, name in enumerate(names):
-            mine = [k for k, result in enumerate(found) if result["name"] == name]
-            ax.plot([x[k] for k in mine], [y[k] for k in mine], "os^Dvp*X"[i // 10], ms=5,
-                    color=f"C{i % 10}", label=name)
-        ax.set(xlabel=words, title=f"rank correlation {rho:+.2f}")
+        correlations = []
+        for steps, found in lengths.items():
+            x, y = ([result["numbers"][k] for result in found] for k in (key, "dFD_cifar"))
+            rho = spearmanr(x, y).statistic
+            print(f"{key}: rank correlation {rho:+.2f} with dFD, {len(found)} runs of {steps:,} "
+                  "steps")
+            correlations.append(f"{rho:+.2f} ({steps:,} steps)")
+            for i, name in enumerate(AUTOENCODERS):
+                mine = [k for k, result in enumerate(found)
+                        if result["name"].removesuffix("-long") == name]
+                if mine:
+                    ax.plot([x[k] for k in mine], [y[k] for k in mine], "o^"[i // 10], ms=6,
+                            color=f"C{i % 10}", mfc=None if steps == SIT_STEPS else "none",
+                            label=name if steps == SIT_STEPS else f"{name}, {steps:,} steps")
+        ax.set(xlabel=words, title=", ".join(correlations))
     for ax in axes[:, 0]:
         ax.set_ylabel("dFD: what diffusion adds")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
-                  ncols=8, fontsize=8)
+                  ncols=9, fontsize=8)
+    figure.suptitle("Rank correlation of dFD with a number of the autoencoder")
     save_figure(figure, HERE / "figures" / "scatter.png", dpi=80)
 
 

@@ -26,7 +26,7 @@ from data import (
     train_batches,
     val_batches,
 )
-from leaves import DeadLeaves
+from leaves import BuiltInImages
 from spectral import fit_power_law, power_spectrum, radial_profile
 
 
@@ -80,7 +80,7 @@ def corrupted(tmp_path):
 @pytest.mark.parametrize("size", [64, 97])
 def test_dead_leaves_have_the_power_law_of_photographs(size):
     """The radial mean of DCT^2 falls like f^-alpha, alpha near 2, from 3 cycles to Nyquist/2."""
-    leaves = DeadLeaves(size, 24)
+    leaves = BuiltInImages(size, 24)
     images = np.stack([leaves[i][0].numpy() for i in range(24)]) / 127.5 - 1  # (24, 3, S, S)
     power = (dctn(images, axes=(2, 3), norm="ortho") ** 2).mean((0, 1))  # (S, S)
     u, v = np.mgrid[:size, :size]
@@ -112,12 +112,12 @@ def test_the_built_in_sets_have_names():
 
 def test_a_built_in_picture_depends_on_seed_and_index_only():
     """Picture i is the same in a longer set and a second call; other indices and seeds differ."""
-    a, label, index, bad = DeadLeaves(33, 5, seed=1)[3]
+    a, label, index, bad = BuiltInImages(33, 5, seed=1)[3]
     assert a.shape == (3, 33, 33) and a.dtype == torch.uint8
     assert (label, index, bad) == (0, 3, False)
-    assert torch.equal(a, DeadLeaves(33, 500, seed=1)[3][0])
+    assert torch.equal(a, BuiltInImages(33, 500, seed=1)[3][0])
     for seed, i in ((1, 4), (2, 3), (2, 2), (0, 4)):
-        assert not torch.equal(a, DeadLeaves(33, 5, seed=seed)[i][0])
+        assert not torch.equal(a, BuiltInImages(33, 5, seed=seed)[i][0])
 
 
 def test_built_in_held_out_pictures_are_no_training_pictures():
@@ -131,7 +131,7 @@ def test_built_in_held_out_pictures_are_no_training_pictures():
 @pytest.mark.parametrize("size", [8, 16, 512])
 def test_every_pixel_of_a_built_in_picture_is_painted_at_every_size(size):
     """Leaves above and the background below leave no hole (0, 0, 0), and no picture is plain."""
-    image = DeadLeaves(size, 1)[0][0].float()
+    image = BuiltInImages(size, 1)[0][0].float()
     assert image.amax(0).min() > 0 and image.std() > 10
 
 # ---- one picture ---------------------------------------------------------------------------------
@@ -681,7 +681,7 @@ def test_validation_shows_every_picture_once(flat, world, workers):
 def test_a_batch_that_does_not_divide_is_refused_at_once(batches):
     """The error comes at the call, not at the first batch."""
     with pytest.raises(ValueError, match="--batch_size 10: .* 4 processes"):
-        batches(DeadLeaves(8, 20), 10, world=4)
+        batches(BuiltInImages(8, 20), 10, world=4)
 
 # ---- unreadable files ----------------------------------------------------------------------------
 
@@ -801,7 +801,7 @@ def test_packed_built_in_pictures_are_the_built_in_pictures(tmp_path):
     assert (tmp_path / "x.zip").read_bytes() != (tmp_path / "discs.zip").read_bytes()
     train, _ = open_data(tmp_path / "x.zip", 17)
     for i in range(len(train)):
-        assert torch.equal(train[i][0], DeadLeaves(17, 11)[int(train.name(i)[:6])][0])
+        assert torch.equal(train[i][0], BuiltInImages(17, 11)[int(train.name(i)[:6])][0])
 
 
 def test_pack_leaves_bad_files_out_and_stops_past_one_percent(corrupted, tmp_path_factory, capfd):

@@ -15,7 +15,7 @@ from PIL import Image
 import latents
 from data import open_data, stream_entries, take
 from latents import LatentCache, autoencoder_hash, build_cache, images_hash
-from leaves import DeadLeaves
+from leaves import BuiltInImages
 from vae import AEConfig, AutoencoderKL
 
 AE = AEConfig(ch=8, ch_mult=(1, 1), latent_channels=3, num_res_blocks=1, norm_groups=2)
@@ -23,7 +23,7 @@ AE = AEConfig(ch=8, ch_mult=(1, 1), latent_channels=3, num_res_blocks=1, norm_gr
 
 def build(tmp_path, count=7, seed=0, **options):
     torch.manual_seed(0)
-    ae, images = AutoencoderKL(AE).eval(), DeadLeaves(16, count, seed=seed)
+    ae, images = AutoencoderKL(AE).eval(), BuiltInImages(16, count, seed=seed)
     identity = dict(autoencoder=autoencoder_hash(ae), images=images_hash(images), size=16)
     build_cache(tmp_path / "cache", identity, ae, images, batch_size=3, **options)
     return ae, images, identity
@@ -95,8 +95,8 @@ def test_hashes_see_weights_and_images_but_not_statistics():
         ae.quant_conv.bias[0] += 1e-3
     assert autoencoder_hash(ae) != before
     sets = ((4, 0, 0), (5, 0, 0), (4, 1, 0), (4, 0, 9))
-    assert len({images_hash(DeadLeaves(16, n, seed=s, first=f)) for n, s, f in sets}) == 4
-    assert images_hash(DeadLeaves(16, 4, kind="discs")) != images_hash(DeadLeaves(16, 4))
+    assert len({images_hash(BuiltInImages(16, n, seed=s, first=f)) for n, s, f in sets}) == 4
+    assert images_hash(BuiltInImages(16, 4, kind="discs")) != images_hash(BuiltInImages(16, 4))
 
 
 def write_pictures(folder, seed=0, suffix=".png", spot=0):

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 
-from leaves import DeadLeaves
+from leaves import BuiltInImages
 from metrics import (
     Moments,
     frechet_distance,
@@ -167,7 +167,7 @@ def test_inception_without_network_says_where_the_file_belongs(tmp_path, monkeyp
 # ---- metrics without weights
 
 def leaves(count, first=0):
-    pictures = DeadLeaves(64, count, seed=0, first=first)
+    pictures = BuiltInImages(64, count, seed=0, first=first)
     return torch.stack([pictures[i][0] for i in range(count)]).float() / 127.5 - 1
 
 

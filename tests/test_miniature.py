@@ -266,17 +266,19 @@ def test_the_form_of_the_papers_figures():
 
 @pytest.mark.filterwarnings("ignore:An input array is constant")
 def test_the_scatter_ranks(tmp_path, monkeypatch, capsys):
-    """Rank correlation of each predictor with dFD, over the runs without alignment."""
+    """Rank correlation of each predictor with dFD, over the runs without alignment, by length."""
     (tmp_path / "figures").mkdir()
     monkeypatch.setattr(miniature, "RESULTS", tmp_path)
     monkeypatch.setattr(miniature, "HERE", tmp_path)
     with pytest.raises(FileNotFoundError, match="three runs"):
         miniature.scatter()
-    plant(tmp_path, **{"kl": [10.0, 11.0], "esm": [8.0, 8.5], "kl-dog": [1.0]})
+    plant(tmp_path, **{"kl": [10.0, 11.0], "esm": [8.0, 8.5], "kl-dog": [1.0],
+                       "kl-long": [9.0, 1.0], "esm-long": [5.0]})
     miniature.scatter()
     printed = capsys.readouterr().out
-    assert "neighbours: rank correlation +1.00 with dFD, 4 runs" in printed
-    assert "high_band: rank correlation -1.00 with dFD, 4 runs" in printed
+    assert "neighbours: rank correlation +1.00 with dFD, 4 runs of 2,000 steps" in printed
+    assert "high_band: rank correlation -1.00 with dFD, 4 runs of 2,000 steps" in printed
+    assert "neighbours: rank correlation +1.00 with dFD, 3 runs of 8,000 steps" in printed
     assert (tmp_path / "figures" / "scatter.png").exists()
 
 

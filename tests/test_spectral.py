@@ -9,7 +9,7 @@ import scipy.ndimage
 import torch
 import torch.nn.functional as F
 
-from leaves import DeadLeaves
+from leaves import BuiltInImages
 from spectral import (
     block_dct2,
     block_idct2,
@@ -39,7 +39,7 @@ close = torch.testing.assert_close
 
 def photos(count, size):
     """(count, 3, size, size) dead-leaves images in [-1, 1]."""
-    leaves = DeadLeaves(size, count, seed=0)
+    leaves = BuiltInImages(size, count, seed=0)
     return torch.stack([leaves[i][0] for i in range(count)]).float() / 127.5 - 1
 
 
