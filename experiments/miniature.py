@@ -514,26 +514,28 @@ def write_readme(text):
 
 def draw_pictures(out):
     """
-    figures/samples.png, ten samples of each run of FIRST, and figures/reconstructions.png, ten
-    held-out images and what becomes of them; seed 0.
+    figures/samples.png, ten samples of Table 2's runs at both lengths, from the same noise, and
+    figures/reconstructions.png, ten held-out images and what becomes of them; seed 0.
     """
-    found = [name for name in FIRST
-             if (folders(name, 0, out)[-1] / "samples" / "samples.npz").exists()]
+    found = {name: folders(name, 0, out) for name in FIRST + LONG
+             if (folders(name, 0, out)[-1] / "samples" / "samples.npz").exists()}
     if not found:
         raise FileNotFoundError(f"--out {out}: no samples of seed 0 here yet; "
                                 "`python -m experiments.miniature run` makes them")
     samples, decoded, images = {}, {}, None
-    for name in found:
-        ae, _, sit = folders(name, 0, out)
+    for name, (ae, _, sit) in found.items():
         pixels = np.load(sit / "samples" / "samples.npz")["arr_0"][:10]
         samples[name] = torch.from_numpy(pixels).movedim(-1, 1) / 255
+        autoencoder, _ = VARIANTS.get(name, (name, ""))
+        if autoencoder in decoded:                         # both lengths share it
+            continue
         if images is None:
             _, val_set = open_data(runs.checkpoint_args(ae / "ckpt.pt")["data"], 32, val_images=10)
             images, _, indices = next(iter(val_batches(val_set, 10)))
             decoded["image"] = images * 0.5 + 0.5
         network = load_autoencoder(ae / "ckpt.pt")
-        decoded[name] = reconstruction(network, images, indices.tolist()) * 0.5 + 0.5
-    figure_rows(samples, HERE / "figures" / "samples.png")
+        decoded[autoencoder] = reconstruction(network, images, indices.tolist()) * 0.5 + 0.5
+    figure_rows(dict(sorted(samples.items())), HERE / "figures" / "samples.png")
     figure_rows(decoded, HERE / "figures" / "reconstructions.png")
 
 
