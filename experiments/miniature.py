@@ -1,6 +1,7 @@
 """
 The paper's claims in miniature: Tables 2, 3, 4, 7 and 8 on CIFAR-10 at 32 px, small enough for
-two CPU cores. README.md beside this file has the protocol, the results and what they say.
+two CPU cores. README.md beside this file has the protocol, the results and what they say; the runs
+are those of protocol.py, and report.py compares them.
 
     python -m experiments.miniature run        train and sample what is not there yet, then collect
     python -m experiments.miniature collect    finished runs into experiments/results/*.json
@@ -19,19 +20,32 @@ import pathlib
 import shlex
 import subprocess
 import sys
-import textwrap
 import threading
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
 
 import runs
 import runtime
 from data import open_data, take, train_batches, val_batches
 from dit import NoiseStream
-from figures import encode_all, figure_rows, save_figure, subplots
+from experiments import protocol, report
+from experiments.protocol import (
+    AE,
+    AE_STEPS,
+    AUTOENCODERS,
+    FIRST,
+    GEN,
+    GFID,
+    LONG,
+    REFERENCE,
+    SIT,
+    VARIANTS,
+    plan,
+    sit_steps,
+)
+from figures import encode_all, figure_rows
 from metrics import Moments, frechet_distance, frechet_parts, to_uint8
 from published import divergence
 from repa import LabelNet, load_labelnet
@@ -39,142 +53,12 @@ from spectral import match_resolution, spectrum_distribution
 from theory import diffusability
 from weights import load_autoencoder
 
-HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent                                         # the scripts
-RESULTS, LABELNET = HERE / "results", HERE / "labelnet.pt"
-SEEDS, AE_STEPS, SIT_STEPS, LONG_STEPS = (0, 1, 2), 1200, 2000, 8000
-REFERENCE = 5_000                                          # training images in FD, rFD and dFD
-AE = (f"--model f2d2-tiny --steps {AE_STEPS} --batch_size 16 --lr 2e-3 "
-      f"--eval_every {AE_STEPS} --val_images 1000")
-SIT = (f"--model SiT-tiny/2 --steps {SIT_STEPS} --batch_size 32 --lr 1e-3 --ema 0.998 "
-       "--eval_every 1000")
-GEN = "--num_samples 2000 --steps 30 --batch_size 100 --reference_images 0"
-REPA = ("--repa_depth 1 --dog_sigma1 0.5 --dog_sigma2 1.25 "
-        "--encoder_source experiments/labelnet.pt")
-AUTOENCODERS = {                                           # flags of train_ae.py
-    "kl": "--reg kl --kl_weight 3e-5",
-    "se": "--reg se",
-    "esm": "--reg esm",
-    "dsm": "--reg dsm",
-    "esm-gamma0.6": "--reg esm --gamma 0.6",
-    "esm-gamma1.4": "--reg esm --gamma 1.4",
-    "esm-w0.1": "--reg esm --esm_weight 0.1",
-    "esm-w0.001": "--reg esm --esm_weight 0.001",
-    "dsm-0-8-12": "--reg dsm --dsm_masks 0 8 12",
-    "dsm-0-6-8-10-12": "--reg dsm --dsm_masks 0 6 8 10 12",
-    "dsm-0-8-10-12-13": "--reg dsm --dsm_masks 0 8 10 12 13",
-    # not in the paper
-    "kl-1e-6": "--reg kl --kl_weight 1e-6",
-    "esm-w1": "--reg esm --esm_weight 1",
-    "eq": "--reg eq",
-}
-FIRST = ["kl", "dsm", "esm", "se"]         # Table 2; in figures/samples.png
-LONG = [f"{name}-long" for name in FIRST]  # the same with more steps
-VARIANTS = {                               # run: its autoencoder, flags of train_diffusion.py
-    **{long: (name, f"--steps {LONG_STEPS}") for long, name in zip(LONG, FIRST)},
-    "kl-repa": ("kl", f"--repa repa {REPA}"),
-    "dsm-repa": ("dsm", f"--repa repa {REPA}"),
-    "kl-irepa": ("kl", f"--repa irepa {REPA}"),
-    "kl-dog": ("kl", f"--repa dog {REPA}"),
-}
-TABLES = {
-    "Table 2": FIRST,
-    "Table 2, four times the steps of diffusion": LONG,
-    "Table 7": ["esm-gamma0.6", "esm", "esm-gamma1.4", "esm-w0.1", "esm-w0.001"],
-    "Table 8": ["dsm-0-8-12", "dsm", "dsm-0-6-8-10-12", "dsm-0-8-10-12-13"],
-    "Table 4": ["kl-repa", "kl-irepa", "kl-dog"],
-    "Ours": ["kl", "kl-1e-6", "esm", "esm-w1", "eq", "dsm"],
-    "Table 3": ["kl", "dsm", "kl-repa", "dsm-repa"],
-}
-COLUMNS = {                                                # number: its heading, its digits
-    "psnr": ("PSNR, dB", 2), "alpha": ("exponent of the PSD", 2), "esm": ("ESM divergence", 3),
-    "esm_shape": ("normalised, best scale", 3), "kl_from_target": ("KL from target, with DC", 4),
-    "FD_cifar": ("FD", 2), "rFD_cifar": ("rFD", 2), "dFD_cifar": ("dFD", 2),
-    "SWD_32px": ("SWD 32 px", 1), "spectral_KL": ("spectral KL", 4),
-}
-PREDICTORS = {                                             # known before diffusion, and in words
-    "kl_from_target": "KL from target, with DC", "esm": "ESM divergence, as it is",
-    "esm_shape": "ESM divergence, normalised", "alpha": "exponent of the PSD",
-    "neighbours": "correlation of neighbouring cells", "high_band": "dB in the latent's high band",
-    "dsm": "DSM consistency, dB", "psnr": "PSNR, dB",
-}
-GFID = ["FD_cifar", "dFD_cifar"]                           # what stands here for the paper's gFID
-TABLE_2 = [                                                # claims: words, run, run
-    ("DSM below Scale Equivariance, 4.44 < 5.87 (f8d4), 4.49 < 5.46 (f16d16)", "dsm", "se"),
-    ("Scale Equivariance below SD-VAE, 5.87 < 6.63 (f8d4), 5.46 < 6.88 (f16d16)", "se", "kl"),
-    ("DSM below SD-VAE, 4.44 < 6.63 (f8d4), 4.49 < 6.88 (f16d16)", "dsm", "kl"),
-    ("ESM below SD-VAE, 5.91 < 6.63 (f8d4), 5.84 < 6.88 (f16d16)", "esm", "kl"),
-    ("DSM below ESM, 4.44 < 5.91 (f8d4), 4.49 < 5.84 (f16d16)", "dsm", "esm"),
-]
-# Where it is claimed, the numbers here, the order of the runs, and the claims.
-PAPER_CLAIMS = [
-    ("Table 2, gFID", GFID, "below", TABLE_2),
-    (f"Table 2, gFID, here with {LONG_STEPS:,} steps", GFID, "below",
-     [(words, f"{a}-long", f"{b}-long") for words, a, b in TABLE_2]),
-    ("Table 2, PSNR", ["psnr"], "above", [
-        ("ESM above SD-VAE, 31.63 > 31.23 (f8d4), 31.30 > 30.08 (f16d16)", "esm", "kl")]),
-    ("Table 3, gFID at 400k", GFID, "below", [
-        ("DSM below SD-VAE without REPA, 12.20 < 14.58", "dsm", "kl"),
-        ("DSM below SD-VAE with REPA, 6.48 < 7.60", "dsm-repa", "kl-repa"),
-        ("SD-VAE with REPA below without, 7.60 < 14.58", "kl-repa", "kl")]),
-    ("Table 4, gFID at 400k", GFID, "below", [
-        ("REPA-DoG below iREPA, 4.98 < 5.07 (cfg 1.8; from 300k on only), 20.37 < 21.40 "
-         "(no guidance, Sec. 4.2)", "kl-dog", "kl-irepa"),
-        ("iREPA below REPA, 5.07 < 5.68 (cfg 1.8), 21.40 < 22.75 (no guidance, Sec. 4.2)",
-         "kl-irepa", "kl-repa")]),
-    ("Table 7, gFID", GFID, "below", [
-        ("gamma 1.0 below 0.6 at weight 0.01, 5.84 < 5.90", "esm", "esm-gamma0.6"),
-        ("gamma 1.0 below 1.4 at weight 0.01, 5.84 < 6.57", "esm", "esm-gamma1.4"),
-        ("weight 0.01 below 0.1 at gamma 1, 5.84 < 6.82", "esm", "esm-w0.1"),
-        ("weight 0.01 below 0.001 at gamma 1, 5.84 < 6.00", "esm", "esm-w0.001")]),
-    ("Table 8, gFID", GFID, "below", [
-        ("{0, 8, 10, 12} below {0, 6, 8, 10, 12}, 4.49 < 4.61", "dsm", "dsm-0-6-8-10-12"),
-        ("{0, 8, 10, 12} below {0, 8, 12}, 4.49 < 5.02", "dsm", "dsm-0-8-12"),
-        ("{0, 8, 10, 12} below {0, 8, 10, 12, 13}, 4.49 < 5.33", "dsm", "dsm-0-8-10-12-13")]),
-    ("Fig. 3, smoothness of the latents", ["alpha"], "above", [
-        ("DSM above SD-VAE", "dsm", "kl"),
-        ("ESM above SD-VAE", "esm", "kl")]),
-    ("Figs. 4 and 5, KL of the published curves from the flattened target", ["kl_from_target"],
-     "below", [
-        ("Scale Equivariance below SD-VAE, .020 < .038", "se", "kl"),
-        ("DSM below SD-VAE, .0054 < .038", "dsm", "kl"),
-        ("ESM below SD-VAE, .0044 < .038", "esm", "kl"),
-        ("DSM below Scale Equivariance, .0054 < .020", "dsm", "se"),
-        ("ESM below DSM, .0044 < .0054", "esm", "dsm")]),
-]
-OUR_CLAIMS = [
-    ("KL's weight, generation", GFID, "below", [
-        ("DSM below KL with weight 1e-6", "dsm", "kl-1e-6"),
-        ("ESM below KL with weight 1e-6", "esm", "kl-1e-6")]),
-    ("ESM's weight 1, generation", GFID, "below", [
-        ("ESM with weight 1 below SD-VAE", "esm-w1", "kl"),
-        ("ESM with weight 1 below ESM", "esm-w1", "esm")]),
-    ("EQ-VAE's place, generation", GFID, "below", [
-        ("DSM below EQ-VAE", "dsm", "eq"),
-        ("EQ-VAE below SD-VAE", "eq", "kl")]),
-    ("Downsampling makes latents smoother", ["alpha"], "above", [
-        ("Scale Equivariance above SD-VAE", "se", "kl"),
-        ("EQ-VAE above SD-VAE", "eq", "kl")]),
-]
+ROOT = protocol.HERE.parent                                # the folder of the scripts
+LABELNET = protocol.HERE / "labelnet.pt"
 LOCKS = collections.defaultdict(threading.Lock)            # several runs share an autoencoder
-MARKS = "<!-- miniature.py table -->", "<!-- end of miniature.py table -->"
-
 
 # --------------------------------------------------------------------------------------------------
 # Training and sampling
-
-def plan():
-    """The runs in order of importance, (name, seed): Table 2 with all seeds, the rest with two."""
-    runs = [(name, seed) for names in (FIRST, LONG) for seed in SEEDS for name in names]
-    every = [name for names in TABLES.values() for name in names]
-    runs += [(name, seed) for seed in SEEDS[:2] for name in every]
-    return list(dict.fromkeys(runs))
-
-
-def sit_steps(name):
-    """Steps of diffusion in a run of this name."""
-    return LONG_STEPS if name in LONG else SIT_STEPS
-
 
 def folders(name, seed, out):
     """Where a run lies: (autoencoder, latent cache, diffusion model); runs share the first two."""
@@ -392,7 +276,7 @@ def collect(out):
     checkpoint = torch.load(LABELNET, weights_only=True)   # for its accuracy
     train_set = None
     for name, seed in plan():
-        path = RESULTS / f"{name}-s{seed}.json"
+        path = protocol.RESULTS / f"{name}-s{seed}.json"
         ae, _, sit = folders(name, seed, out)
         if path.exists() or not (sit / "samples" / "samples.npz").exists():
             continue
@@ -414,103 +298,7 @@ def collect(out):
 
 
 # --------------------------------------------------------------------------------------------------
-# Tables and samples
-
-def load_results():
-    """{(name, seed): what is in its file}, from experiments/results/."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-s?.json"))]
-    return {(result["name"], result["seed"]): result for result in found}
-
-
-def verdict(results, key, a, order, b, whose="the paper"):
-    """
-    The protocol's rule, over the seeds that both runs have, for the claim that run `a` is "below"
-    or "above" run `b` in the number `key`. A positive gap is as claimed.
-    """
-    seeds = [seed for seed in SEEDS if (a, seed) in results and (b, seed) in results]
-    if not seeds:
-        return "not run"
-    of_a, of_b = ([results[name, seed]["numbers"][key] for seed in seeds] for name in (a, b))
-    sign = {"below": 1, "above": -1}[order]
-    gap = sign * (np.mean(of_b) - np.mean(of_a))
-    between_seeds = max(np.ptp(of_a), np.ptp(of_b))
-    _, digits = COLUMNS[key]
-    if len(seeds) < 2:
-        side = "as" if gap > 0 else "against"
-        return f"one seed, {side} {whose} (gap {abs(gap):.{digits}f}): undecided"
-    word = "undecided"
-    if gap > between_seeds:
-        word = "agreement"
-    elif gap < -between_seeds:
-        word = "**contradiction**"
-    return f"{word}: gap {gap:+.{digits}f}, spread between seeds {between_seeds:.{digits}f}"
-
-
-def table_row(*cells):
-    """One row of a markdown table."""
-    return f"| {' | '.join(cells)} |"
-
-
-def run_row(name, results):
-    """The row of a run: the numbers of its seeds side by side."""
-    runs = [results[name, seed]["numbers"] for seed in SEEDS if (name, seed) in results]
-    if not runs:
-        return table_row(f"`{name}`", "not run", *[""] * (len(COLUMNS) - 1))
-    cells = []
-    for key, (_, digits) in COLUMNS.items():
-        cells.append(" / ".join(f"{run[key]:.{digits}f}" for run in runs))
-    return table_row(f"`{name}`", *cells)
-
-
-def claims_table(heading, claims, results, whose):
-    """PAPER_CLAIMS or OUR_CLAIMS as lines of a markdown table, with a verdict for each number."""
-    lines = [table_row(heading, "here", "measured by"), "|---|---|---|"]
-    for where, keys, order, group in claims:
-        for words, a, b in group:
-            cells = []
-            for key in keys:
-                name = f"{COLUMNS[key][0]}: " if len(keys) > 1 else ""
-                cells.append(name + verdict(results, key, a, order, b, whose))
-            columns = " and ".join(COLUMNS[key][0] for key in keys)
-            lines.append(table_row(f"{where}: {words}", "<br>".join(cells),
-                                   f"{columns}: `{a}` {order} `{b}`"))
-    return lines
-
-
-def table():
-    """The tables of the README beside this file as markdown, from experiments/results/ alone."""
-    results = load_results()
-    if not results:
-        raise FileNotFoundError(f"{RESULTS}: no results yet; `python -m experiments.miniature run` "
-                                "makes them")
-    one = next(iter(results.values()))
-    hardware = sorted({result["hardware"] for result in results.values()})
-    lines = textwrap.wrap(
-        f"Each run has {one['samples']:,} samples, and the numbers of its seeds stand side by "
-        f"side. FD, rFD and dFD are of {one['reference']:,} training images, in the features of a "
-        f"network with {100 * one['labelnet_accuracy']:.1f}% accuracy on held-out images. 2,000 "
-        f"held-out images themselves have an FD of {one['FD_cifar_of_held_out_images']:.2f}. "
-        f"Hardware: {', '.join(hardware)}. Commands, logs and versions are in "
-        "`experiments/results/`.",
-        110, break_on_hyphens=False)
-    for title, names in TABLES.items():
-        lines += ["", f"**{title}**", ""]
-        lines.append(table_row("run", *[heading for heading, _ in COLUMNS.values()]))
-        lines.append("|---" * (len(COLUMNS) + 1) + "|")
-        lines += [run_row(name, results) for name in names]
-    lines += ["", *claims_table("the paper says", PAPER_CLAIMS, results, "the paper")]
-    lines += ["", *claims_table("ours", OUR_CLAIMS, results, "our guess")]
-    return "\n".join(lines)
-
-
-def write_readme(text):
-    """Put the tables between their two marks in the README beside this file."""
-    path = HERE / "README.md"
-    before, rest = path.read_text().split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    page = f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}"
-    runs.write_atomic(path, lambda file: file.write(page.encode()))
-
+# Pictures, and the command line
 
 def draw_pictures(out):
     """
@@ -535,45 +323,8 @@ def draw_pictures(out):
             decoded["image"] = images * 0.5 + 0.5
         network = load_autoencoder(ae / "ckpt.pt")
         decoded[autoencoder] = reconstruction(network, images, indices.tolist()) * 0.5 + 0.5
-    figure_rows(dict(sorted(samples.items())), HERE / "figures" / "samples.png")
-    figure_rows(decoded, HERE / "figures" / "reconstructions.png")
-
-
-def scatter():
-    """
-    figures/scatter.png: dFD of every run without alignment against each number that is known of
-    its autoencoder beforehand. Spearman's rank correlations, one a length, are printed.
-    """
-    every = load_results().values()
-    lengths = {SIT_STEPS: [result for result in every if result["name"] in AUTOENCODERS],
-               LONG_STEPS: [result for result in every if result["name"] in LONG]}
-    lengths = {steps: found for steps, found in lengths.items() if len(found) >= 3}
-    if not lengths:
-        raise FileNotFoundError(f"{RESULTS}: a correlation needs three runs or more; "
-                                "`python -m experiments.miniature run` makes them")
-    figure, axes = subplots(2, 4, figsize=(15, 7), sharey=True, layout="constrained")
-    for ax, (key, words) in zip(axes.flat, PREDICTORS.items()):
-        correlations = []
-        for steps, found in lengths.items():
-            x, y = ([result["numbers"][k] for result in found] for k in (key, "dFD_cifar"))
-            rho = spearmanr(x, y).statistic
-            print(f"{key}: rank correlation {rho:+.2f} with dFD, {len(found)} runs of {steps:,} "
-                  "steps")
-            correlations.append(f"{rho:+.2f} ({steps:,} steps)")
-            for i, name in enumerate(AUTOENCODERS):
-                mine = [k for k, result in enumerate(found)
-                        if result["name"].removesuffix("-long") == name]
-                if mine:
-                    ax.plot([x[k] for k in mine], [y[k] for k in mine], "o^"[i // 10], ms=6,
-                            color=f"C{i % 10}", mfc=None if steps == SIT_STEPS else "none",
-                            label=name if steps == SIT_STEPS else f"{name}, {steps:,} steps")
-        ax.set(xlabel=words, title=", ".join(correlations))
-    for ax in axes[:, 0]:
-        ax.set_ylabel("dFD: what diffusion adds")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
-                  ncols=9, fontsize=8)
-    figure.suptitle("Rank correlation of dFD with a number of the autoencoder")
-    save_figure(figure, HERE / "figures" / "scatter.png", dpi=80)
+    figure_rows(dict(sorted(samples.items())), protocol.HERE / "figures" / "samples.png")
+    figure_rows(decoded, protocol.HERE / "figures" / "reconstructions.png")
 
 
 def get_args():
@@ -604,13 +355,13 @@ def main():
     if args.command in ("run", "collect"):
         collect(out)
     if args.command == "table":
-        text = table()
-        write_readme(text)
+        text = report.table()
+        report.write_readme(text)
         print(text)
     if args.command == "figure":
         draw_pictures(out)
     if args.command == "scatter":
-        scatter()
+        report.scatter()
     if failed:
         raise ValueError("; ".join(failed))
 

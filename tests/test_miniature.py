@@ -14,7 +14,7 @@ import evaluate
 import repa
 import train_ae
 import train_diffusion
-from experiments import miniature
+from experiments import miniature, protocol, report
 from spectral import dct2, match_resolution, radial_profile
 from vae import AEConfig, AutoencoderKL
 
@@ -35,9 +35,9 @@ def plant(folder, **values):
 
 def test_the_table_shows_every_run_and_says_what_is_missing(tmp_path, monkeypatch):
     """One row a run with both seeds side by side; runs without results are named as not run."""
-    monkeypatch.setattr(miniature, "RESULTS", tmp_path)
+    monkeypatch.setattr(protocol, "RESULTS", tmp_path)
     plant(tmp_path, kl=[10.0, 11.0], esm=[8.0, 8.5])
-    text = miniature.table()
+    text = report.table()
     assert "| `kl` | 30.00 / 31.00 | 1.50 / 1.50 |" in text and "| 10.00 / 11.00 |" in text
     assert "| `se` | not run |" in text
     words = " ".join(text.split())                         # prose is wrapped
@@ -50,9 +50,9 @@ def test_the_table_shows_every_run_and_says_what_is_missing(tmp_path, monkeypatc
     ([], [1.0], "not run")])
 def test_the_verdict_follows_the_protocol(esm, kl, word, tmp_path, monkeypatch):
     """The gap of the means must exceed the larger spread between two seeds; by FD and by dFD."""
-    monkeypatch.setattr(miniature, "RESULTS", tmp_path)
+    monkeypatch.setattr(protocol, "RESULTS", tmp_path)
     plant(tmp_path, kl=kl, esm=esm)
-    row, = [line for line in miniature.table().splitlines()
+    row, = [line for line in report.table().splitlines()
             if line.endswith("| FD and dFD: `esm` below `kl` |")]
     assert row.count(word) == 2 and "| FD: " in row and "<br>dFD: " in row
 
@@ -66,9 +66,9 @@ def test_above_is_below_the_other_way_round(a, b, word):
     """PSNR: more is better. One rule for both orders, and the sign of the gap is the claim's."""
     results = {(name, seed): dict(numbers=dict(psnr=psnr))
                for name, values in dict(esm=a, kl=b).items() for seed, psnr in enumerate(values)}
-    above = miniature.verdict(results, "psnr", "esm", "above", "kl", "our guess")
+    above = report.verdict(results, "psnr", "esm", "above", "kl", "our guess")
     assert above.startswith(word)
-    assert miniature.verdict(results, "psnr", "kl", "below", "esm", "our guess") == above
+    assert report.verdict(results, "psnr", "kl", "below", "esm", "our guess") == above
 
 
 def claims(lists):
@@ -95,7 +95,7 @@ SCORES = {
 
 def test_what_the_paper_says_is_in_its_tables():
     """Each number of a claim belongs to its run in the paper, and they are in the claimed order."""
-    for where, words, _, a, order, b in claims(miniature.PAPER_CLAIMS):
+    for where, words, _, a, order, b in claims(protocol.PAPER_CLAIMS):
         if where.startswith("Fig. 3"):                     # a picture, no numbers
             continue
         where, a, b = where.split(", here")[0], *(name.removesuffix("-long") for name in (a, b))
@@ -109,7 +109,7 @@ def test_what_the_paper_says_is_in_its_tables():
 def test_every_number_of_the_papers_tables_is_in_a_claim():
     """Table 7 on both axes, Table 8's four sets, Table 3 with and without REPA: all is there."""
     for where, scores in SCORES.items():
-        here = {name for at, _, _, a, _, b in claims(miniature.PAPER_CLAIMS) if at == where
+        here = {name for at, _, _, a, _, b in claims(protocol.PAPER_CLAIMS) if at == where
                 for name in (a, b)}
         assert here == set(scores)
 
@@ -118,38 +118,38 @@ def test_what_the_paper_does_not_have_is_ours():
     """EQ-VAE, KL at 1e-6 and ESM at weight 1 stand in no claim of the paper's."""
     ours = {"eq", "kl-1e-6", "esm-w1"}
     runs_of = lambda lists: {name for _, _, _, a, _, b in claims(lists) for name in (a, b)}
-    assert not ours & runs_of(miniature.PAPER_CLAIMS) and ours <= runs_of(miniature.OUR_CLAIMS)
-    paper, mine = miniature.table().split("| the paper says |")[1].split("| ours |")
+    assert not ours & runs_of(protocol.PAPER_CLAIMS) and ours <= runs_of(protocol.OUR_CLAIMS)
+    paper, mine = report.table().split("| the paper says |")[1].split("| ours |")
     assert "esm-w1" not in paper and "`esm-w1` below `kl`" in mine
 
 
 def test_the_page_counts_the_runs():
     """What `run` trains, and how much of it we have."""
-    page = " ".join((miniature.HERE / "README.md").read_text().split())
-    models, have = {name for name, _ in miniature.plan()}, list(miniature.RESULTS.glob("*.json"))
-    assert (f"`run` trains {len(miniature.AUTOENCODERS)} autoencoders and {len(models)} diffusion "
+    page = " ".join((protocol.HERE / "README.md").read_text().split())
+    models, have = {name for name, _ in protocol.plan()}, list(protocol.RESULTS.glob("*.json"))
+    assert (f"`run` trains {len(protocol.AUTOENCODERS)} autoencoders and {len(models)} diffusion "
             "models. Those of Table 2 have three seeds each, the others two: "
-            f"{len(miniature.plan())} runs in all") in page
+            f"{len(protocol.plan())} runs in all") in page
     assert f"Of these we have made {len(have)}." in page
 
 
 def test_the_page_shows_the_committed_results():
     """The tables in experiments/README.md are what the command `table` writes from its results."""
-    if not list(miniature.RESULTS.glob("*.json")):
+    if not list(protocol.RESULTS.glob("*.json")):
         pytest.skip("no results yet")
-    page = (miniature.HERE / "README.md").read_text()
-    begin, end = miniature.MARKS
-    assert page.split(begin)[1].split(end)[0].strip() == miniature.table().strip()
+    page = (protocol.HERE / "README.md").read_text()
+    begin, end = report.MARKS
+    assert page.split(begin)[1].split(end)[0].strip() == report.table().strip()
 
 
 def test_the_tables_go_between_their_marks(tmp_path, monkeypatch):
     """What stands before and after them stays; a second time changes nothing."""
-    begin, end = miniature.MARKS
-    monkeypatch.setattr(miniature, "HERE", tmp_path)
+    begin, end = report.MARKS
+    monkeypatch.setattr(protocol, "HERE", tmp_path)
     page = tmp_path / "README.md"
     page.write_text(f"before\n\n{begin}\nold\n{end}\n\nafter\n")
     for _ in range(2):
-        miniature.write_readme("new")
+        report.write_readme("new")
         assert page.read_text() == f"before\n\n{begin}\nnew\n{end}\n\nafter\n"
 
 
@@ -158,16 +158,16 @@ def test_every_run_of_the_plan_appears_in_a_table():
     No run without a table, no row and no claim without a run; each run with each of its seeds,
     once: three in Table 2 at both lengths, else two.
     """
-    names = {name for rows in miniature.TABLES.values() for name in rows}
-    every = [(name, seed) for name in names for seed in miniature.SEEDS[
-        :3 if name.removesuffix("-long") in miniature.TABLES["Table 2"] else 2]]
-    assert sorted(miniature.plan()) == sorted(every)
-    for _, _, keys, a, order, b in claims(miniature.PAPER_CLAIMS + miniature.OUR_CLAIMS):
+    names = {name for rows in protocol.TABLES.values() for name in rows}
+    every = [(name, seed) for name in names for seed in protocol.SEEDS[
+        :3 if name.removesuffix("-long") in protocol.TABLES["Table 2"] else 2]]
+    assert sorted(protocol.plan()) == sorted(every)
+    for _, _, keys, a, order, b in claims(protocol.PAPER_CLAIMS + protocol.OUR_CLAIMS):
         assert {a, b} <= names and order in ("below", "above")
-        assert keys and all(key in miniature.COLUMNS for key in keys)
+        assert keys and all(key in report.COLUMNS for key in keys)
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in miniature.plan()}))
+@pytest.mark.parametrize("name", sorted({name for name, _ in protocol.plan()}))
 def test_the_commands_are_understood(name, monkeypatch):
     """Each script takes its flags, and finds what the command before it leaves."""
     parsed = []
@@ -178,7 +178,7 @@ def test_the_commands_are_understood(name, monkeypatch):
     ae, sit, gen = parsed
     assert sit.ae == f"{ae.out}/ckpt.pt" and f"{sit.out}/ckpt.pt" in gen.ckpt
     assert (ae.seed, sit.seed) == (1, 1)
-    assert (ae.steps, sit.steps) == (miniature.AE_STEPS, miniature.sit_steps(name))
+    assert (ae.steps, sit.steps) == (protocol.AE_STEPS, protocol.sit_steps(name))
 
 
 def test_a_folders_name_may_hold_spaces(called, tmp_path, monkeypatch):
@@ -231,7 +231,7 @@ def test_a_run_of_other_commands_is_refused(called, tmp_path):
 
 def test_the_project_is_found_from_any_folder(called, tmp_path, monkeypatch):
     """Scripts and LabelNet by their full paths; the recorded commands name them from the root."""
-    steps = dict(ae=miniature.AE_STEPS, diffusion=miniature.SIT_STEPS)
+    steps = dict(ae=protocol.AE_STEPS, diffusion=protocol.SIT_STEPS)
     reached = lambda folder, stage: steps[stage] * any(str(folder) in words for words in called)
     monkeypatch.setattr(miniature, "trained", reached)
     monkeypatch.chdir(tmp_path)
@@ -268,13 +268,13 @@ def test_the_form_of_the_papers_figures():
 def test_the_scatter_ranks(tmp_path, monkeypatch, capsys):
     """Rank correlation of each predictor with dFD, over the runs without alignment, by length."""
     (tmp_path / "figures").mkdir()
-    monkeypatch.setattr(miniature, "RESULTS", tmp_path)
-    monkeypatch.setattr(miniature, "HERE", tmp_path)
+    monkeypatch.setattr(protocol, "RESULTS", tmp_path)
+    monkeypatch.setattr(protocol, "HERE", tmp_path)
     with pytest.raises(FileNotFoundError, match="three runs"):
-        miniature.scatter()
+        report.scatter()
     plant(tmp_path, **{"kl": [10.0, 11.0], "esm": [8.0, 8.5], "kl-dog": [1.0],
                        "kl-long": [9.0, 1.0], "esm-long": [5.0]})
-    miniature.scatter()
+    report.scatter()
     printed = capsys.readouterr().out
     assert "neighbours: rank correlation +1.00 with dFD, 4 runs of 2,000 steps" in printed
     assert "high_band: rank correlation -1.00 with dFD, 4 runs of 2,000 steps" in printed
