@@ -38,6 +38,7 @@ from experiments.protocol import (
     FIRST,
     GEN,
     GFID,
+    HELD_OUT,
     LONG,
     REFERENCE,
     SIT,
@@ -96,6 +97,17 @@ def trained(folder, stage):
     return runs.load_checkpoint(path, stage)["step"] if path.exists() else 0
 
 
+def sign(folder, asked):
+    """Note in the folder of a run which commands make it; ValueError if it was made by others."""
+    note = folder / "commands.txt"
+    made = note.read_text() if note.exists() else ""
+    if made != asked and (made or (folder / "ckpt.pt").exists()):
+        raise ValueError(f"{folder}: was made by other commands, see commands.txt there; name "
+                         "another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(asked)
+
+
 def run_one(name, seed, data, out):
     """
     One autoencoder, one diffusion model, its samples, as far as they are not there; what the
@@ -106,12 +118,9 @@ def run_one(name, seed, data, out):
     words = commands(name, seed, data, out)
     ae, cache, sit = folders(name, seed, out)
     asked = "".join(f"python {shlex.join(command)}\n" for command in words)
-    note = sit / "commands.txt"
-    if note.exists() and note.read_text() != asked:
-        raise ValueError(f"{sit}: was made by other commands, see commands.txt there; name "
-                         "another --out")
-    sit.mkdir(parents=True, exist_ok=True)
-    note.write_text(asked)
+    with LOCKS[ae.name]:
+        sign(ae, f"python {shlex.join(words[0])}\n")
+    sign(sit, asked)
 
     def call(command, folder=None, stage=None, steps=0):
         if folder and trained(folder, stage) == steps:
@@ -282,7 +291,7 @@ def collect(out):
             continue
         if train_set is None:
             data = runs.checkpoint_args(ae / "ckpt.pt")["data"]
-            every, val_set = open_data(data, 32, val_images=2000)
+            every, val_set = open_data(data, 32, val_images=HELD_OUT)
             train_set = take(every, np.arange(0, len(every), len(every) // REFERENCE))
             held_out = torch.cat([images for images, _, _ in val_batches(val_set, 500)])
             moments = pooled_moments(net, (images for images, _, _ in val_batches(train_set, 500)))
@@ -323,7 +332,8 @@ def draw_pictures(out):
             decoded["image"] = images * 0.5 + 0.5
         network = load_autoencoder(ae / "ckpt.pt")
         decoded[autoencoder] = reconstruction(network, images, indices.tolist()) * 0.5 + 0.5
-    figure_rows(dict(sorted(samples.items())), protocol.HERE / "figures" / "samples.png")
+    both = [name for pair in zip(FIRST, LONG) for name in pair if name in samples]
+    figure_rows({name: samples[name] for name in both}, protocol.HERE / "figures" / "samples.png")
     figure_rows(decoded, protocol.HERE / "figures" / "reconstructions.png")
 
 

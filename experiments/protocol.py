@@ -7,7 +7,7 @@ import pathlib
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 SEEDS, AE_STEPS, SIT_STEPS, LONG_STEPS = (0, 1, 2), 1200, 2000, 8000
-REFERENCE = 5_000                                          # training images in FD, rFD and dFD
+REFERENCE, HELD_OUT = 5_000, 2_000                         # training images in FD, rFD, dFD; others
 AE = (f"--model f2d2-tiny --steps {AE_STEPS} --batch_size 16 --lr 2e-3 "
       f"--eval_every {AE_STEPS} --val_images 1000")
 SIT = (f"--model SiT-tiny/2 --steps {SIT_STEPS} --batch_size 32 --lr 1e-3 --ema 0.998 "
@@ -41,7 +41,7 @@ VARIANTS = {                               # run: its autoencoder, flags of trai
     "kl-irepa": ("kl", f"--repa irepa {REPA}"),
     "kl-dog": ("kl", f"--repa dog {REPA}"),
 }
-TABLES = {
+TABLES = {                                 # in the order in which they are run
     "Table 2": FIRST,
     "Table 2, four times the steps of diffusion": LONG,
     "Table 7": ["esm-gamma0.6", "esm", "esm-gamma1.4", "esm-w0.1", "esm-w0.001"],

@@ -12,6 +12,7 @@ import runs
 from experiments import protocol
 from experiments.protocol import (
     AUTOENCODERS,
+    HELD_OUT,
     LONG,
     LONG_STEPS,
     OUR_CLAIMS,
@@ -37,17 +38,17 @@ PREDICTORS = {                                             # known before diffus
 MARKS = "<!-- miniature.py table -->", "<!-- end of miniature.py table -->"
 
 
-
 def load_results():
     """{(name, seed): what is in its file}, from experiments/results/."""
     found = [json.loads(path.read_text()) for path in sorted(protocol.RESULTS.glob("*-s?.json"))]
     return {(result["name"], result["seed"]): result for result in found}
 
 
-def verdict(results, key, a, order, b, whose="the paper"):
+def verdict(results, key, a, order, b):
     """
     The protocol's rule, over the seeds that both runs have, for the claim that run `a` is "below"
-    or "above" run `b` in the number `key`. A positive gap is as claimed.
+    or "above" run `b` in the number `key`. A positive gap is as claimed; the spread is the largest
+    minus the smallest of the seeds.
     """
     seeds = [seed for seed in SEEDS if (a, seed) in results and (b, seed) in results]
     if not seeds:
@@ -58,14 +59,14 @@ def verdict(results, key, a, order, b, whose="the paper"):
     between_seeds = max(np.ptp(of_a), np.ptp(of_b))
     _, digits = COLUMNS[key]
     if len(seeds) < 2:
-        side = "as" if gap > 0 else "against"
-        return f"one seed, {side} {whose} (gap {abs(gap):.{digits}f}): undecided"
+        return f"undecided: gap {gap:+.{digits}f}, one seed"
     word = "undecided"
     if gap > between_seeds:
         word = "agreement"
     elif gap < -between_seeds:
         word = "**contradiction**"
-    return f"{word}: gap {gap:+.{digits}f}, spread between seeds {between_seeds:.{digits}f}"
+    return (f"{word}: gap {gap:+.{digits}f}, spread {between_seeds:.{digits}f}, "
+            f"{len(seeds)} seeds")
 
 
 def table_row(*cells):
@@ -75,16 +76,16 @@ def table_row(*cells):
 
 def run_row(name, results):
     """The row of a run: the numbers of its seeds side by side."""
-    runs = [results[name, seed]["numbers"] for seed in SEEDS if (name, seed) in results]
-    if not runs:
+    found = [results[name, seed]["numbers"] for seed in SEEDS if (name, seed) in results]
+    if not found:
         return table_row(f"`{name}`", "not run", *[""] * (len(COLUMNS) - 1))
     cells = []
     for key, (_, digits) in COLUMNS.items():
-        cells.append(" / ".join(f"{run[key]:.{digits}f}" for run in runs))
+        cells.append(" / ".join(f"{numbers[key]:.{digits}f}" for numbers in found))
     return table_row(f"`{name}`", *cells)
 
 
-def claims_table(heading, claims, results, whose):
+def claims_table(heading, claims, results):
     """PAPER_CLAIMS or OUR_CLAIMS as lines of a markdown table, with a verdict for each number."""
     lines = [table_row(heading, "here", "measured by"), "|---|---|---|"]
     for where, keys, order, group in claims:
@@ -92,7 +93,7 @@ def claims_table(heading, claims, results, whose):
             cells = []
             for key in keys:
                 name = f"{COLUMNS[key][0]}: " if len(keys) > 1 else ""
-                cells.append(name + verdict(results, key, a, order, b, whose))
+                cells.append(name + verdict(results, key, a, order, b))
             columns = " and ".join(COLUMNS[key][0] for key in keys)
             lines.append(table_row(f"{where}: {words}", "<br>".join(cells),
                                    f"{columns}: `{a}` {order} `{b}`"))
@@ -110,18 +111,19 @@ def table():
     lines = textwrap.wrap(
         f"Each run has {one['samples']:,} samples, and the numbers of its seeds stand side by "
         f"side. FD, rFD and dFD are of {one['reference']:,} training images, in the features of a "
-        f"network with {100 * one['labelnet_accuracy']:.1f}% accuracy on held-out images. 2,000 "
-        f"held-out images themselves have an FD of {one['FD_cifar_of_held_out_images']:.2f}. "
+        f"network with {100 * one['labelnet_accuracy']:.1f}% accuracy on held-out images. "
+        f"{HELD_OUT:,} held-out images themselves have an FD of "
+        f"{one['FD_cifar_of_held_out_images']:.2f}. "
         f"Hardware: {', '.join(hardware)}. Commands, logs and versions are in "
         "`experiments/results/`.",
         110, break_on_hyphens=False)
-    for title, names in TABLES.items():
+    for title, names in sorted(TABLES.items(), key=lambda table: table[0].replace("Ours", "Z")):
         lines += ["", f"**{title}**", ""]
         lines.append(table_row("run", *[heading for heading, _ in COLUMNS.values()]))
         lines.append("|---" * (len(COLUMNS) + 1) + "|")
         lines += [run_row(name, results) for name in names]
-    lines += ["", *claims_table("the paper says", PAPER_CLAIMS, results, "the paper")]
-    lines += ["", *claims_table("ours", OUR_CLAIMS, results, "our guess")]
+    lines += ["", *claims_table("the paper says", PAPER_CLAIMS, results)]
+    lines += ["", *claims_table("ours", OUR_CLAIMS, results)]
     return "\n".join(lines)
 
 
