@@ -71,6 +71,20 @@ def test_above_is_below_the_other_way_round(a, b, word):
     assert report.verdict(results, "psnr", "kl", "below", "esm") == above
 
 
+@pytest.mark.parametrize("seeds, percent", [(2, 21), (3, 5)])
+def test_how_often_the_rule_decides_by_chance(seeds, percent):
+    """Two equal methods with normal seeds: the percentages of the page, by Monte Carlo."""
+    torch.manual_seed(0)
+    decided, trials = 0, 4000
+    for a, b in torch.randn(trials, 2, seeds).tolist():
+        results = {(name, seed): dict(numbers=dict(psnr=value)) for name, values in
+                   (("esm", a), ("kl", b)) for seed, value in enumerate(values)}
+        decided += not report.verdict(results, "psnr", "esm", "above", "kl").startswith("undecided")
+    assert 100 * decided / trials == pytest.approx(percent, abs=1.5)
+    assert re.search(rf"in {percent} (of 100 cases )?with {'two' if seeds == 2 else 'three'}",
+                     " ".join((protocol.HERE / "README.md").read_text().split()))
+
+
 def claims(lists):
     """[where, words, numbers here, run, order, run] of PAPER_CLAIMS or OUR_CLAIMS, flat."""
     return [(where, words, keys, a, order, b)
