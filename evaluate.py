@@ -39,11 +39,7 @@ import time
 import numpy as np
 import torch
 
-import runs
-import runtime
-from data import LARGEST_SIDE, open_data, spread, val_batches
-from dit import DDPM, Interpolant, NoiseStream
-from fid import (
+from analysis.fid import (
     brought_moments,
     compare,
     meeting_side,
@@ -54,7 +50,7 @@ from fid import (
     training_images,
     warn_small,
 )
-from figures import (
+from analysis.figures import (
     bands_figure,
     curves_figure,
     latents_figure,
@@ -62,8 +58,12 @@ from figures import (
     spectrum_figure,
     unique_names,
 )
-from losses import PerceptualLoss
-from metrics import (
+from analysis.published import CURVES
+from analysis.samples import checkpoint_files, load_diffusion, publish, sample_images, write_samples
+from analysis.theory import denoise_figure, diffusability_rows, trajectory_figure
+from common import run
+from common.data import LARGEST_SIDE, open_data, spread, val_batches
+from common.metrics import (
     Moments,
     frechet_distance,
     jpeg_round_trip,
@@ -72,10 +72,9 @@ from metrics import (
     ssim,
     to_uint8,
 )
-from published import CURVES
-from samples import checkpoint_files, load_diffusion, publish, sample_images, write_samples
-from theory import denoise_figure, diffusability_rows, trajectory_figure
-from weights import load_autoencoder
+from common.weights import load_autoencoder
+from dit import DDPM, Interpolant, NoiseStream
+from losses import PerceptualLoss
 
 PRESETS = {
     "celeba-f16d16": {},
@@ -117,12 +116,12 @@ def load_everywhere(load, compute, instead=""):
     """
     network = None
     try:
-        with runtime.first_of_node():
+        with run.local_rank_zero_first():
             network = load()
     except FileNotFoundError as error:
         why, _, other = str(error).partition(", or train without it")
         compute.say(why + (f"; {instead}" if instead and other else other))
-    there = runtime.everywhere(network is not None, compute.device)
+    there = run.all_agree(network is not None, compute.device)
     return network if there else None
 
 
@@ -153,10 +152,10 @@ def evaluate_recon(args, compute):
     mirrors; here each counts once, as it is.
     """
     device, authors = compute.device, args.protocol == "authors"
-    args.ae = args.ae or runs.newest(f"out/ae/{args.preset}-*/ckpt.pt",
+    args.ae = args.ae or run.newest(f"out/ae/{args.preset}-*/ckpt.pt",
                                         "--ae: train one with train_ae.py, or give a file")
     ae = load_autoencoder(args.ae).to(device)
-    trained = runs.checkpoint_args(args.ae)
+    trained = run.checkpoint_args(args.ae)
     data = args.data or trained.get("data")
     size = args.image_size or trained.get("image_size", 256)
     if size < 11 or size % ae.config.reduction:
@@ -189,7 +188,7 @@ def evaluate_recon(args, compute):
         sums += torch.stack([score.cpu().double() for score in scores]).sum(1)
         for moment, x in zip(moments, pair):
             moment.add(inception(x)[0])
-    sums = runtime.all_sum(sums.to(device)).cpu()
+    sums = run.all_sum(sums.to(device)).cpu()
     values = dict(zip(names, (sums[1:] / sums[0]).tolist()))
     if moments and sums[0] > 1:
         (n, *a), (_, *b) = (moment.mean_cov() for moment in moments)
@@ -215,7 +214,7 @@ def evaluate_gen(args, compute):
     a line of results each; the best is printed at the end. That is how the steps of Table 2 were
     found.
     """
-    runtime.need_one_node("gen: the file of samples")
+    run.need_one_node("gen: the file of samples")
     files = checkpoint_files(args)
     inception = functools.cache(
         lambda: load_everywhere(lambda: load_inception(compute.device), compute))
@@ -443,7 +442,7 @@ def get_args():
     presets = {}
     for name, values in PRESETS.items():
         presets[name] = {flag: value for flag, value in values.items() if flag in known}
-    return runtime.parse_args(parser, presets, subparser)
+    return run.parse_args(parser, presets, subparser)
 
 
 def check_flags(args):
@@ -472,21 +471,21 @@ def check_flags(args):
 
 def main():
     args = get_args()
-    where = runtime.start_processes(args.device)
+    where = run.init_distributed(args.device)
     if where[1] > 1 and args.command not in ("recon", "gen"):
         raise ValueError(f"{args.command}: runs in one process; start it without torchrun")
     check_flags(args)
     # of the transformer: everything else computes in float32
     dtype = args.dtype if args.command == "gen" else "fp32"
-    compute = runtime.Compute(*where, dtype, "off", tf32=False)
+    compute = run.Compute(*where, dtype, "off", tf32=False)
     if args.command in ("recon", "gen", "fid"):
         args.function(args, compute)
     else:
         for values, settings in args.function(args, compute.device):  # a figure, and what it
             report(values, settings, args, compute)                   # measures
-    runtime.barrier()
+    run.barrier()
 
 
 if __name__ == "__main__":
-    with runtime.one_line_errors():
+    with run.one_line_errors():
         main()

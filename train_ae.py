@@ -20,17 +20,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import losses
-import runs
-import runtime
-from data import open_data, train_batches, val_batches
-from figures import figure_rows, pca_rgb
-from latents import autoencoder_hash, images_hash
+from analysis.figures import figure_rows, pca_rgb
+from common import run
+from common.data import open_data, train_batches, val_batches
+from common.latents import autoencoder_hash, images_hash
+from common.metrics import psnr, ssim
+from common.weights import load_autoencoder
 from losses import DSM_MASKS, SCALES, PatchDiscriminator, PerceptualLoss
-from metrics import psnr, ssim
 from repa import load_encoder
 from spectral import fit_power_law, lowpass, match_resolution, power_spectrum, radial_profile
 from vae import CONFIGS, AttnBlock, AutoencoderKL, ResnetBlock
-from weights import load_autoencoder
 
 PRESETS = {
     "celeba-f16d16": {},                                   # the argparse defaults
@@ -116,7 +115,7 @@ def get_args():
         help="steps between validations, each with a checkpoint")
     add("--keep_every", type=int, default=-1,
         help="also keep ckpt_<step>.pt at these steps; -1 = off")
-    args = runtime.parse_args(parser, PRESETS)
+    args = run.parse_args(parser, PRESETS)
     if args.kl_weight is None:
         summed = {"eq", "vf"} & set(args.reg) and "kl" not in args.reg
         args.kl_weight = 1e-6 / max(3 * args.image_size ** 2, 1) if summed else 1e-6
@@ -140,7 +139,7 @@ def open_model(args):
     ae = load_autoencoder(args.init)
     names = [name for name, config in CONFIGS.items() if config == ae.config]
     default = PRESETS[args.preset].get("model", "f16d16")
-    runtime.need(args.model in (default, *names), f"--model {args.model}: --init {args.init} is "
+    run.need(args.model in (default, *names), f"--model {args.model}: --init {args.init} is "
                  f"{names[0] if names else ae.config}; leave --model out")
     args.model, args.init = names[0] if names else "of --init", autoencoder_hash(ae)
     return ae.config, ae
@@ -148,7 +147,7 @@ def open_model(args):
 
 def check(args, config, world):
     """ValueError on the first flag that cannot work, before data is read or anything written."""
-    need, f = runtime.need, config.reduction
+    need, f = run.need, config.reduction
     side, remainder = divmod(args.image_size, f)
     need(16 <= args.image_size <= 16384, f"--image_size {args.image_size}: must lie in 16..16384")
     need(remainder == 0, f"--image_size {args.image_size}: must be a multiple of {f}, the "
@@ -178,14 +177,14 @@ def check(args, config, world):
     need(args.lpips_weight == 0 or smallest >= 16,
          f"--lpips_weight {args.lpips_weight}: LPIPS needs images of at least 16 pixels a side, "
          f"and here they may be {smallest}; --lpips_weight 0 switches it off")
-    runtime.need_range(args, 0, 10, "gamma")               # 16^gamma is to fit float32
-    runtime.need_range(args, 0, 2 ** 63, "seed")
-    runtime.need_range(args, 0, 1024, "workers")
-    runtime.need_range(args, 0, float("inf"), "esm_weight", "kl_weight", "vf_weight", "uae_weight",
+    run.need_range(args, 0, 10, "gamma")               # 16^gamma is to fit float32
+    run.need_range(args, 0, 2 ** 63, "seed")
+    run.need_range(args, 0, 1024, "workers")
+    run.need_range(args, 0, float("inf"), "esm_weight", "kl_weight", "vf_weight", "uae_weight",
                        "lpips_weight", "gan_weight", "weight_decay", "gan_start", "warmup_steps",
                        "steps")
-    runtime.need_positive(args, "lr", "clip_grad", "log_every", "eval_every", "val_images")
-    runtime.need_run_flags(args)
+    run.need_positive(args, "lr", "clip_grad", "log_every", "eval_every", "val_images")
+    run.need_run_flags(args)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -215,11 +214,11 @@ def build(args, config, start, compute):
         nets.disc = PatchDiscriminator().to(device)
         nets.disc_optimizer = adamw(nets.disc)
     if args.lpips_weight > 0:
-        with runtime.first_of_node():
+        with run.local_rank_zero_first():
             nets.perceptual = PerceptualLoss().to(device)
         compute.channels_last(nets.perceptual)
     if {"vf", "uae"} & set(args.reg):
-        with runtime.first_of_node():
+        with run.local_rank_zero_first():
             # VA-VAE shows DINOv2 images as they are, resized bilinearly
             theirs = dict(resize="bilinear", imagenet=False) if "vf" in args.reg else {}
             nets.encoder = load_encoder(args.encoder, args.encoder_source, **theirs).to(device)
@@ -242,27 +241,27 @@ def resume(args, nets, images_id, checkpoint):
     Put a checkpoint's state into the networks, if it is of these images (latents.images_hash).
     returns  start step, state of the log
     """
-    runtime.need_same_step(args.out, checkpoint["step"] if checkpoint else 0)
+    run.need_same_step(args.out, checkpoint["step"] if checkpoint else 0)
     if not checkpoint:
         return 0, {}
-    runs.need_same_images(args.out, checkpoint, images_id, args.data)
+    run.need_same_images(args.out, checkpoint, images_id, args.data)
     # the discriminator's part is missing if --steps was below --gan_start
     parts = {name: part for name, part in saved_parts(nets).items()
              if "disc" not in name or "disc" in checkpoint}
-    runs.restore(args.out, checkpoint, parts)
+    run.restore(args.out, checkpoint, parts)
     return checkpoint["step"], checkpoint.get("means", {})
 
 
 def place(args, nets, compute):
     """Compilation and DistributedDataParallel: the networks as a training step calls them."""
     if args.grad_checkpoint:
-        runtime.recompute(nets.ae, (ResnetBlock, AttnBlock))
+        run.recompute(nets.ae, (ResnetBlock, AttnBlock))
     compute.compile(nets.disc, nets.perceptual)
     for network in (nets.ae.encoder, nets.ae.decoder):     # the last convolution stays eager, where
         network.features = compute.compiled(network.features)   # the adaptive ratios are measured
-    nets.ae_step = runtime.data_parallel(nets.ae)
-    nets.disc_step = runtime.data_parallel(nets.disc)
-    nets.projection_step = runtime.data_parallel(nets.projection)
+    nets.ae_step = run.ddp(nets.ae)
+    nets.disc_step = run.ddp(nets.disc)
+    nets.projection_step = run.ddp(nets.projection)
     nets.parallel = nets.ae_step, nets.disc_step, nets.projection_step
 
 
@@ -329,7 +328,7 @@ def image_terms(args, nets, compute, recon, target, gan):
         nets.disc.requires_grad_(True)
         of_gan, = torch.autograd.grad(value, image)
         ratio = losses.adaptive_weight(directed(recon, gradient), directed(recon, of_gan),
-                                       nets.ae.last_layer, runtime.mean_over_processes)
+                                       nets.ae.last_layer, run.all_mean)
         terms["gan"] = args.gan_weight, ratio, value
         gradient = gradient + args.gan_weight * ratio * of_gan
     return terms, gradient
@@ -355,7 +354,7 @@ def latent_terms(args, nets, images, latents, posterior, of_decoder):
             return terms | dict(align=(args.uae_weight, None, align))
         align = losses.vf_loss(cells, features)
         ratio = losses.adaptive_weight(directed(latents, of_decoder), align,
-                                       nets.ae.encoder_last_layer, runtime.mean_over_processes,
+                                       nets.ae.encoder_last_layer, run.all_mean,
                                        limit=1e8)
         terms["align"] = args.vf_weight, ratio, align
     return terms
@@ -392,7 +391,7 @@ def forward_backward(args, nets, compute, images, noise, pair, turn):
                 values[f"{name}_weight"] = ratio
         values["loss"] = total(terms)
     if turn.disc:                                          # real is walked back before fake is made
-        with runtime.averaging(False, nets.disc_step):
+        with run.averaging(False, nets.disc_step):
             with compute.autocast():
                 real = losses.hinge_d_loss(real=nets.disc_step(target))
             (real / n).backward()
@@ -427,7 +426,7 @@ def validate(ae, batches, args, compute):
         recon = recon.float()
         noise = []
         for i in indices.tolist():                         # image i has its noise on any rank
-            generator = torch.Generator().manual_seed(runtime.step_seed(args.seed, i))
+            generator = torch.Generator().manual_seed(run.step_seed(args.seed, i))
             noise.append(torch.randn(posterior.mean.shape[1:], generator=generator))
         latents = posterior.sample(torch.stack(noise).to(images.device))
         small = match_resolution(images, latents.shape[-2:])
@@ -443,7 +442,7 @@ def validate(ae, batches, args, compute):
         count = torch.full_like(cells[0], len(cells))
         moments += torch.stack([count, cells.sum(0), cells.square().sum(0)]).cpu()
     totals = torch.cat([scores, profiles.flatten(), moments.flatten()])
-    totals = runtime.all_sum(totals.to(ae.latent_mean.device)).cpu()
+    totals = run.all_sum(totals.to(ae.latent_mean.device)).cpu()
     scores, profiles = totals[:5], totals[5:37].view(2, 16)
     count, first, second = totals[37:].view(3, C)
     mean = first / count
@@ -479,7 +478,7 @@ def save(args, nets, images_id, compute, log, step):
     for name, part in saved_parts(nets).items():
         state[name] = part.state_dict()
     if compute.rank == 0:
-        runs.save_run(args.out, state, args.keep_every)
+        run.save_run(args.out, state, args.keep_every)
 
 
 def evaluate_and_save(args, nets, images_id, compute, val_set, log, progress, step, speed):
@@ -527,12 +526,12 @@ def farewell(args, compute, report):
 
 def main():
     args = get_args()
-    processes = runtime.start_processes(args.device)
+    processes = run.init_distributed(args.device)
     rank, world, device = processes
     # eq shows 24 sizes; se three, but the discriminator compiles nine kinds of calls for them
     sizes = [reg for reg in ("eq", "se") if reg in args.reg]
     off = bool(sizes) and args.compile is None
-    compute = runtime.Compute(*processes, args.dtype, "off" if off else args.compile,
+    compute = run.Compute(*processes, args.dtype, "off" if off else args.compile,
                               fixed_size=not sizes)
     if off and compute.cuda:
         compute.say(f"--reg {sizes[0]}: not compiled, for it shows the networks many image sizes, "
@@ -542,11 +541,11 @@ def main():
     args.dtype = compute.dtype
     # what older checkpoints say nothing of: no --init, and other losses under vf and uae
     older = {f"{reg}_weight": "an older loss" for reg in args.reg if reg in ("vf", "uae")}
-    checkpoint = runs.open_run(args.out, "ae", vars(args), args.resume, args.overwrite, runs.FREE,
+    checkpoint = run.open_run(args.out, "ae", vars(args), args.resume, args.overwrite, run.FREE,
                                dict(init=None, **older))
     train_set, val_set = open_data(args.data, args.image_size, args.val_images, args.seed)
     nets = build(args, config, start, compute)
-    images_id = runtime.from_rank_zero(lambda: images_hash(train_set))
+    images_id = run.broadcast_from_rank0(lambda: images_hash(train_set))
     start_step, means = resume(args, nets, images_id, checkpoint)
     if checkpoint:
         compute.say(f"resuming {args.out} at step {start_step}")
@@ -554,15 +553,15 @@ def main():
     place(args, nets, compute)
     announce(args, nets, compute, train_set, val_set)
     compute.warn_of_compilation()
-    runtime.need_steps_left(args, start_step)
-    log = runs.RunLog(f"{args.out}/log.jsonl", rank, start_step, means)
+    run.need_steps_left(args, start_step)
+    log = run.RunLog(f"{args.out}/log.jsonl", rank, start_step, means)
     batches = train_batches(train_set, args.batch_size, start_step, args.seed, rank, world,
                             args.workers, device)
     progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size,
                     disable=rank > 0 or not sys.stderr.isatty())
     timed_step, clock = start_step, time.perf_counter()
 
-    with runtime.StopSignal() as stop:
+    with run.StopSignal() as stop:
         for step in range(start_step, args.steps + 1):
             last_step = step == args.steps
             if stop.asked():
@@ -578,25 +577,25 @@ def main():
                 farewell(args, compute, report)
                 break
 
-            # Everything random below is a function of (seed, step): see runtime.py
-            seed = runtime.step_seed(args.seed, step)
+            # Everything random below is a function of (seed, step): see run.py
+            seed = run.step_seed(args.seed, step)
             rng, generator = random.Random(seed), torch.Generator(device).manual_seed(seed)
             turn = whose_turn(args, nets, step)
             scale, pair = draw_pair(args, rng)             # Alg. 2: a mask for image and latent
             batch, _, _ = next(batches)                    # (share, 3, H, W) in [-1, 1]
             if scale < 1:
                 batch = losses.scale_images(batch, scale, nets.ae.config.reduction)
-            noise = runtime.sharded_randn(nets.ae.latent_shape(batch), generator, rank, world)
+            noise = run.sharded_randn(nets.ae.latent_shape(batch), generator, rank, world)
             for part in range(args.grad_accum):            # (b, ...) each: what fits the memory
                 mine = (x.chunk(args.grad_accum)[part] for x in (batch, noise))
-                with runtime.averaging(part == args.grad_accum - 1, *nets.parallel):
+                with run.averaging(part == args.grad_accum - 1, *nets.parallel):
                     values = forward_backward(args, nets, compute, *mine, pair, turn)
                 log.add(step, values)
             if turn.ae:
-                runtime.update(nets.optimizer, args, step, log, step)
+                run.update(nets.optimizer, args, step, log, step)
             if turn.disc:
                 updates = (step - args.gan_start) // (1 if args.gan_every_step else 2)
-                runtime.update(nets.disc_optimizer, args, updates, log, step, "disc_grad_norm")
+                run.update(nets.disc_optimizer, args, updates, log, step, "disc_grad_norm")
 
             progress.update(1)
             if step % args.log_every == 0:
@@ -604,9 +603,9 @@ def main():
                 progress.set_postfix({k: f"{v:.4g}" for k, v in averages.items()
                                       if k in ("l1", "esm", "kl")})
     progress.close()
-    runtime.barrier()
+    run.barrier()
 
 
 if __name__ == "__main__":
-    with runtime.one_line_errors():
+    with run.one_line_errors():
         main()

@@ -22,14 +22,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import runs
-import runtime
-from data import open_data, take, train_batches
+from analysis.figures import picture_grid
+from common import run
+from common.data import open_data, take, train_batches
+from common.latents import LatentCache, autoencoder_hash, build_cache, images_hash
+from common.weights import load_autoencoder
 from dit import DDPM, MODELS, Interpolant, NoiseStream, SiTBlock, UViTBlock
-from figures import picture_grid
-from latents import LatentCache, autoencoder_hash, build_cache, images_hash
 from repa import DOG_SIGMAS, REPA_KINDS, Projector, alignment_loss, filter_target, load_encoder
-from weights import load_autoencoder
 
 SIT = dict(lr=1e-4, beta2=0.999, weight_decay=0.0, warmup_steps=0, clip_grad=1.0)  # Table 6
 # REPA and iREPA: no mirrored images, a constant decay of the average
@@ -128,35 +127,35 @@ def get_args():
         help="also keep ckpt_<step>.pt at these steps; -1 = off")
     add("--sample_steps", type=int, default=100, help="network calls per sample of the grid")
     add("--cfg", type=float, default=1.0, help="guidance scale of the grid; 1 = off")
-    args = runtime.parse_args(parser, PRESETS)
-    args.ae = args.ae or runs.newest(f"out/ae/{args.preset}-*/ckpt.pt",
+    args = run.parse_args(parser, PRESETS)
+    args.ae = args.ae or run.newest(f"out/ae/{args.preset}-*/ckpt.pt",
                                         "--ae: train one with train_ae.py, or give a file")
     if args.norm_std is None:
         args.norm_std = 0.6 if args.repa == "irepa" else 1.0
     repa = "" if args.repa == "none" else f"-{args.repa}"
-    args.out = args.out or f"out/diffusion/{runs.run_name(args.ae)}{repa}"
+    args.out = args.out or f"out/diffusion/{run.run_name(args.ae)}{repa}"
     return args
 
 
 def check(args, world):
     """ValueError on the first flag that cannot work, before anything is loaded or written."""
-    need, parts = runtime.need, args.grad_accum
+    need, parts = run.need, args.grad_accum
     need(parts > 0, f"--grad_accum {parts}: must be at least 1")
     times = f" times --grad_accum {parts}" if parts > 1 else ""
     need(args.batch_size > 0 and args.batch_size % (world * parts) == 0,
          f"--batch_size {args.batch_size}: must be above 0 and divide by {world} processes{times}")
     need(args.encode_batch > 0 and args.encode_batch % world == 0,
          f"--encode_batch {args.encode_batch}: must be above 0 and divide by {world} processes")
-    runtime.need_range(args, 0, 1, "label_dropout", "beta2", "ema", "norm_std")
-    runtime.need_range(args, 0, float("inf"), "weight_decay", "warmup_steps", "steps", "cfg",
+    run.need_range(args, 0, 1, "label_dropout", "beta2", "ema", "norm_std")
+    run.need_range(args, 0, float("inf"), "weight_decay", "warmup_steps", "steps", "cfg",
                        "repa_weight", "clip_grad")
-    runtime.need_range(args, 0, 2 ** 63, "seed")
-    runtime.need_range(args, 0, 1024, "workers")
-    runtime.need_range(args, 2, 1000, "sample_steps")
-    runtime.need_range(args, 1, 999, "repa_depth")
-    runtime.need_positive(args, "lr", "log_every", "eval_every", "dog_sigma2")
-    runtime.need_range(args, 0, 1000, "dog_sigma2")
-    runtime.need_run_flags(args)
+    run.need_range(args, 0, 2 ** 63, "seed")
+    run.need_range(args, 0, 1024, "workers")
+    run.need_range(args, 2, 1000, "sample_steps")
+    run.need_range(args, 1, 999, "repa_depth")
+    run.need_positive(args, "lr", "log_every", "eval_every", "dog_sigma2")
+    run.need_range(args, 0, 1000, "dog_sigma2")
+    run.need_run_flags(args)
     need(args.beta2 < 1, f"--beta2 {args.beta2}: must be below 1")
     need(0 <= args.dog_sigma1 < args.dog_sigma2, f"--dog_sigma1 {args.dog_sigma1}: must be at "
          f"least 0 and below --dog_sigma2 {args.dog_sigma2}")
@@ -176,10 +175,10 @@ def open_images(args, ae):
     The training images: of --data at --image_size, or what the autoencoder was trained on.
     returns  the set of data.py, {what of it a checkpoint records}
     """
-    trained = runs.checkpoint_args(args.ae)             # the autoencoder's flags, if it is ours
+    trained = run.checkpoint_args(args.ae)             # the autoencoder's flags, if it is ours
     size, f = args.image_size or trained.get("image_size", 256), ae.config.reduction
     data, seed = args.data or trained.get("data"), trained.get("seed", 0)
-    runtime.need(size > 0 and size % f == 0, f"--image_size {size}: must be a multiple of {f}, the "
+    run.need(size > 0 and size % f == 0, f"--image_size {size}: must be a multiple of {f}, the "
                  f"reduction of {args.ae}")
     train_set, _ = open_data(data, size, seed=seed)
     return train_set, dict(data=data, image_size=size, data_seed=seed)
@@ -187,12 +186,12 @@ def open_images(args, ae):
 
 def open_latents(args, ae, train_set, compute):
     """The latent cache of this autoencoder and these images, encoded now if it is not there yet."""
-    pictures = runtime.from_rank_zero(lambda: images_hash(train_set))
+    pictures = run.broadcast_from_rank0(lambda: images_hash(train_set))
     identity = dict(autoencoder=autoencoder_hash(ae), images=pictures, size=train_set.size)
     folder = Path(args.cache or "out/latents/" + "-".join(map(str, identity.values())))
-    there = runtime.from_rank_zero(folder.exists)          # it is rank 0 that creates it
+    there = run.broadcast_from_rank0(folder.exists)          # it is rank 0 that creates it
     if not there:
-        runtime.need_one_node(f"--cache {folder}")
+        run.need_one_node(f"--cache {folder}")
         quiet = compute.rank > 0 or not sys.stderr.isatty()
         with tqdm(total=len(train_set), unit="img", desc="encoding", disable=quiet) as progress:
             build_cache(folder, identity, ae, train_set, args.encode_batch, compute.rank,
@@ -221,7 +220,7 @@ def build(args, ae, train_set, compute):
     """
     side, classes = train_set.size // ae.config.reduction, args.num_classes
     classes = len(train_set.classes) if classes == -1 else classes
-    runtime.need(args.cfg == 1 or classes, f"--cfg {args.cfg}: an unconditional model has no null "
+    run.need(args.cfg == 1 or classes, f"--cfg {args.cfg}: an unconditional model has no null "
                  "class to guide away from; leave --cfg at 1")
     model_args = dict(input_size=side, in_channels=ae.config.latent_channels, num_classes=classes)
     torch.manual_seed(args.seed)                           # the initial weights; nothing else
@@ -235,7 +234,7 @@ def build(args, ae, train_set, compute):
         trained += nets.projector.parameters()
     nets.optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay,
                                        betas=(0.99 if uvit else 0.9, args.beta2), fused=True)
-    nets.ema = runtime.EMA(nets.model, args.ema, args.ema_warmup == "on")
+    nets.ema = run.EMA(nets.model, args.ema, args.ema_warmup == "on")
     nets.averaged = MODELS[args.model](**model_args).to(compute.device).eval()
     nets.averaged.requires_grad_(False)
     return nets
@@ -244,9 +243,9 @@ def build(args, ae, train_set, compute):
 def add_alignment(args, nets, size, compute):
     """The target's encoder and the projector (repa.py) into nets; size: pixels of an image."""
     model, grid = nets.model, nets.model.grid
-    runtime.need(args.repa_depth <= model.depth,
+    run.need(args.repa_depth <= model.depth,
                  f"--repa_depth {args.repa_depth}: {args.model} has {model.depth} blocks")
-    with runtime.first_of_node():
+    with run.local_rank_zero_first():
         nets.encoder = load_encoder(args.encoder, args.encoder_source).to(compute.device)
     kind = REPA_KINDS[args.repa][1]
     nets.projector = Projector(kind, model.pos_embed.shape[-1], nets.encoder.width)
@@ -268,25 +267,25 @@ def saved_parts(nets):
 
 def resume(args, nets, cache, checkpoint):
     """Put a checkpoint's state into the networks; returns (start step, state of the log)."""
-    runtime.need_same_step(args.out, checkpoint["step"] if checkpoint else 0)
+    run.need_same_step(args.out, checkpoint["step"] if checkpoint else 0)
     if not checkpoint:
         return 0, {}
-    runtime.need(checkpoint.get("autoencoder") == cache.meta["autoencoder"], f"--resume: --ae "
+    run.need(checkpoint.get("autoencoder") == cache.meta["autoencoder"], f"--resume: --ae "
                  f"{args.ae} is not the autoencoder of {args.out}/ckpt.pt; restore it, or name "
                  "another --out")
-    runs.need_same_images(args.out, checkpoint, cache.meta["images"], args.data)
-    runs.restore(args.out, checkpoint, saved_parts(nets))
+    run.need_same_images(args.out, checkpoint, cache.meta["images"], args.data)
+    run.restore(args.out, checkpoint, saved_parts(nets))
     return checkpoint["step"], checkpoint.get("means", {})
 
 
 def place(args, nets, compute):
     """Compilation and DistributedDataParallel: the networks as a training step calls them."""
     if args.grad_checkpoint:
-        runtime.recompute(nets.model, (SiTBlock, UViTBlock))
+        run.recompute(nets.model, (SiTBlock, UViTBlock))
     compute.compile(nets.model)
     static = args.grad_accum == 1                          # else no_sync, which excludes it
-    nets.model_step = runtime.data_parallel(nets.model, static)
-    nets.projector_step = runtime.data_parallel(nets.projector, static)
+    nets.model_step = run.ddp(nets.model, static)
+    nets.projector_step = run.ddp(nets.projector, static)
     nets.parallel = nets.model_step, nets.projector_step
 
 
@@ -365,7 +364,7 @@ def save(args, nets, compute, cache, origin, log, step):
     for name, part in saved_parts(nets).items():
         state[name] = part.shadow if part is nets.ema else part.state_dict()
     if compute.rank == 0:
-        runs.save_run(args.out, state, args.keep_every)
+        run.save_run(args.out, state, args.keep_every)
 
 
 def announce(args, nets, compute, origin):
@@ -382,24 +381,24 @@ def announce(args, nets, compute, origin):
 
 def main():
     args = get_args()
-    processes = runtime.start_processes(args.device)
+    processes = run.init_distributed(args.device)
     check(args, processes[1])
-    compute = runtime.Compute(*processes, args.dtype, args.compile)
+    compute = run.Compute(*processes, args.dtype, args.compile)
     rank, world, device = processes
     args.dtype = compute.dtype
     ae = load_autoencoder(args.ae).to(device).requires_grad_(False)
     train_set, origin = open_images(args, ae)
-    checkpoint = runs.open_run(
+    checkpoint = run.open_run(
         args.out, "diffusion", vars(args), args.resume, args.overwrite,
-        (*runs.FREE, "ae", "cache", "encode_batch", "sample_steps", "cfg"),
+        (*run.FREE, "ae", "cache", "encode_batch", "sample_steps", "cfg"),
         older=dict(schedule="sd", mirror="on", ema_warmup="on"))
-    runtime.need(not checkpoint or args.repa != "irepa" or "mirror" in checkpoint["args"],
+    run.need(not checkpoint or args.repa != "irepa" or "mirror" in checkpoint["args"],
                  f"--resume: {args.out}/ckpt.pt aligns as an older version did, where --norm_std "
                  "meant something else; begin another --out")
     nets = build(args, ae, train_set, compute)
     cache = open_latents(args, ae, train_set, compute)
     num_classes = nets.model.num_classes
-    runtime.need(not num_classes or cache.labels.max() < num_classes, f"--num_classes "
+    run.need(not num_classes or cache.labels.max() < num_classes, f"--num_classes "
                  f"{num_classes}: the data has labels up to {cache.labels.max()}")
     start_step, means = resume(args, nets, cache, checkpoint)
     if checkpoint:
@@ -408,13 +407,13 @@ def main():
     place(args, nets, compute)
     announce(args, nets, compute, origin)
     compute.warn_of_compilation()
-    runtime.need_steps_left(args, start_step)
-    log = runs.RunLog(f"{args.out}/log.jsonl", rank, start_step, means)
+    run.need_steps_left(args, start_step)
+    log = run.RunLog(f"{args.out}/log.jsonl", rank, start_step, means)
     stream = training_stream(args, nets, cache, train_set, start_step, compute)
     progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size,
                     disable=rank > 0 or not sys.stderr.isatty())
 
-    with runtime.StopSignal() as stop:
+    with run.StopSignal() as stop:
         for step in range(start_step, args.steps + 1):
             last_step = step == args.steps
             stopping = stop.asked()
@@ -430,22 +429,22 @@ def main():
                 compute.say(f"wrote {args.out}/ckpt.pt, log.jsonl, samples.png")
                 break
 
-            # Everything random below is a function of (seed, step): see runtime.py
-            seed = runtime.step_seed(args.seed, step)
+            # Everything random below is a function of (seed, step): see run.py
+            seed = run.step_seed(args.seed, step)
             generator = torch.Generator(device).manual_seed(seed)
             posterior, labels, images = next(stream)
-            noise = runtime.sharded_randn(posterior.mean.shape, generator, rank, world)
+            noise = run.sharded_randn(posterior.mean.shape, generator, rank, world)
             latents = ae.normalize(posterior.sample(noise))    # (share, C, h, w), std 1
             state, n = generator.get_state(), args.grad_accum
             for part in range(n):                          # (b, ...) each: what fits the memory
                 mine = [x if x is None else x.chunk(n)[part] for x in (latents, labels, images)]
                 generator.set_state(state)                 # each part draws for the global batch
                 share = rank * n + part, world * n
-                with runtime.averaging(part == n - 1, *nets.parallel):
+                with run.averaging(part == n - 1, *nets.parallel):
                     terms = loss_terms(args, nets, compute, *mine, generator, share)
                     (sum(w * value for w, value in terms.values()) / n).backward()
                 log.add(step, {name: value for name, (_, value) in terms.items()})
-            runtime.update(nets.optimizer, args, step, log, step)
+            run.update(nets.optimizer, args, step, log, step)
             nets.ema.update(step)
 
             progress.update(1)
@@ -456,9 +455,9 @@ def main():
                     loss = averages.get("loss", math.nan)
                     progress.write(f"step {step}: loss {loss:.4f}", file=sys.stdout)
     progress.close()
-    runtime.barrier()
+    run.barrier()
 
 
 if __name__ == "__main__":
-    with runtime.one_line_errors():
+    with run.one_line_errors():
         main()

@@ -26,9 +26,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import runs
-import runtime
-from data import open_data, take, train_batches, val_batches
+from analysis.figures import encode_all, figure_rows
+from analysis.published import divergence
+from analysis.theory import diffusability
+from common import run
+from common.data import open_data, take, train_batches, val_batches
+from common.metrics import Moments, frechet_distance, frechet_parts, to_uint8
+from common.weights import load_autoencoder
 from dit import NoiseStream
 from experiments import protocol, report
 from experiments.protocol import (
@@ -46,13 +50,8 @@ from experiments.protocol import (
     plan,
     sit_steps,
 )
-from figures import encode_all, figure_rows
-from metrics import Moments, frechet_distance, frechet_parts, to_uint8
-from published import divergence
 from repa import LabelNet, load_labelnet
 from spectral import match_resolution, spectrum_distribution
-from theory import diffusability
-from weights import load_autoencoder
 
 ROOT = protocol.HERE.parent                                # the folder of the scripts
 LABELNET = protocol.HERE / "labelnet.pt"
@@ -94,7 +93,7 @@ def from_anywhere(word):
 def trained(folder, stage):
     """Steps that the run in a folder has behind it; 0 if there is none."""
     path = folder / "ckpt.pt"
-    return runs.load_checkpoint(path, stage)["step"] if path.exists() else 0
+    return run.load_checkpoint(path, stage)["step"] if path.exists() else 0
 
 
 def sign(folder, asked):
@@ -190,7 +189,7 @@ def train_labelnet(data, path=LABELNET, steps=6000, batch_size=64, seed=0):
     net.eval()
     with torch.no_grad():
         right = [net(images).argmax(1) == labels for images, labels, _ in val_batches(val_set, 250)]
-    runs.save_checkpoint(path, dict(
+    run.save_checkpoint(path, dict(
         stage="labelnet", model=weights, num_classes=num_classes,
         accuracy=torch.cat(right).float().mean().item(), steps=steps, batch_size=batch_size,
         seed=seed))
@@ -290,7 +289,7 @@ def collect(out):
         if path.exists() or not (sit / "samples" / "samples.npz").exists():
             continue
         if train_set is None:
-            data = runs.checkpoint_args(ae / "ckpt.pt")["data"]
+            data = run.checkpoint_args(ae / "ckpt.pt")["data"]
             every, val_set = open_data(data, 32, val_images=HELD_OUT)
             train_set = take(every, np.arange(0, len(every), len(every) // REFERENCE))
             held_out = torch.cat([images for images, _, _ in val_batches(val_set, 500)])
@@ -301,7 +300,7 @@ def collect(out):
             FD_cifar_of_held_out_images=unseen,
             **measure(net, ae, sit, sit_steps(name), held_out, train_set, moments))
         line = (json.dumps(result) + "\n").encode()
-        runs.write_atomic(path, lambda file, line=line: file.write(line))
+        run.write_atomic(path, lambda file, line=line: file.write(line))
         shown = " ".join(f"{key} {result['numbers'][key]:.2f}" for key in GFID)
         print(f"wrote {path}: {shown}", flush=True)
 
@@ -327,7 +326,7 @@ def draw_pictures(out):
         if autoencoder in decoded:                         # both lengths share it
             continue
         if images is None:
-            _, val_set = open_data(runs.checkpoint_args(ae / "ckpt.pt")["data"], 32, val_images=10)
+            _, val_set = open_data(run.checkpoint_args(ae / "ckpt.pt")["data"], 32, val_images=10)
             images, _, indices = next(iter(val_batches(val_set, 10)))
             decoded["image"] = images * 0.5 + 0.5
         network = load_autoencoder(ae / "ckpt.pt")
@@ -348,8 +347,8 @@ def get_args():
     parser.add_argument("--out", default="out/miniature", help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=2,
                         help="runs at a time, one thread each, > 0")
-    args = runtime.parse_args(parser, {})
-    runtime.need(args.jobs >= 1, f"--jobs {args.jobs}: must be at least 1")
+    args = run.parse_args(parser, {})
+    run.need(args.jobs >= 1, f"--jobs {args.jobs}: must be at least 1")
     return args
 
 
@@ -358,7 +357,7 @@ def main():
     out, failed = pathlib.Path(args.out), []
     if args.command == "run":
         train_set, _ = open_data(args.data, 32)            # what collect needs, before hours
-        runtime.need(len(train_set.classes) == 10 and len(train_set) >= REFERENCE, f"--data "
+        run.need(len(train_set.classes) == 10 and len(train_set) >= REFERENCE, f"--data "
                      f"{args.data}: needs ten classes and {REFERENCE:,} images, as CIFAR-10 has")
         train_labelnet(args.data)
         failed = run_all(args.data, out, args.jobs)
@@ -377,5 +376,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with runtime.one_line_errors():
+    with run.one_line_errors():
         main()

@@ -8,7 +8,8 @@ import textwrap
 import numpy as np
 from scipy.stats import spearmanr
 
-import runs
+from analysis.figures import save_figure, subplots
+from common import run
 from experiments import protocol
 from experiments.protocol import (
     AUTOENCODERS,
@@ -21,7 +22,6 @@ from experiments.protocol import (
     SIT_STEPS,
     TABLES,
 )
-from figures import save_figure, subplots
 
 COLUMNS = {                                                # number: its heading, its digits
     "psnr": ("PSNR, dB", 2), "alpha": ("exponent of the PSD", 2), "esm": ("ESM divergence", 3),
@@ -133,7 +133,7 @@ def write_readme(text):
     before, rest = path.read_text().split(MARKS[0])
     _, after = rest.split(MARKS[1])
     page = f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}"
-    runs.write_atomic(path, lambda file: file.write(page.encode()))
+    run.write_atomic(path, lambda file: file.write(page.encode()))
 
 
 def scatter():

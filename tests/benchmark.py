@@ -61,14 +61,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import metrics
-import runtime
 import train_ae
 import train_diffusion
 import vae
-from data import open_data, pack, train_batches
+from common import metrics, run
+from common.data import open_data, pack, train_batches
+from common.latents import LatentCache, build_cache
 from dit import DDPM, MODELS, Interpolant, NoiseStream, SiTBlock, UViTBlock
-from latents import LatentCache, build_cache
 from losses import (
     PatchDiscriminator,
     PerceptualLoss,
@@ -121,7 +120,7 @@ def tensors_of(thing):
     """Of a module, an optimiser or an average."""
     if isinstance(thing, nn.Module):
         return itertools.chain(thing.parameters(), thing.buffers())
-    if isinstance(thing, runtime.EMA):
+    if isinstance(thing, run.EMA):
         return thing.shadow.values()
     return itertools.chain(*(state.values() for state in thing.state.values()))
 
@@ -392,7 +391,7 @@ SIT_FLAGS = dict(label_dropout=0.1, repa_depth=4, repa_weight=0.5, dog_sigma1=1.
 
 def compute_of(device, dtype="fp32", compiled=False):
     """runtime.Compute for one process; what it sets of TF32 each case sets for itself."""
-    return runtime.Compute(0, 1, device, dtype, "on" if compiled else "off", tf32=False)
+    return run.Compute(0, 1, device, dtype, "on" if compiled else "off", tf32=False)
 
 
 def ae_nets(name, device, extras=True, compiled=False, channels_last=None, small_encoder=False):
@@ -417,11 +416,11 @@ def ae_nets(name, device, extras=True, compiled=False, channels_last=None, small
 
 
 def step(trained, optimizer, values):
-    """As runtime.update: clip, and step where nothing is not finite."""
+    """As run.update: clip, and step where nothing is not finite."""
     parameters = [p for network in trained for p in network.parameters()]
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     finite = torch.stack([value.detach() for value in (norm, *values)]).isfinite().all()
-    runtime.step_if(finite, optimizer)
+    run.step_if(finite, optimizer)
 
 
 def ae_step(nets, images, reg="none", lpips=False, gan=False, train_disc=False, dtype="fp32"):
@@ -462,7 +461,7 @@ def diffusion_nets(name, device, repa="none", compiled=False, encoder=None):
         width = nets.model.pos_embed.shape[-1]
         nets.projector = Projector(REPA_KINDS[repa][1], width, encoder.width).to(device)
         nets.trained.append(nets.projector)
-    nets.optimizer, nets.ema = adamw(*nets.trained), runtime.EMA(nets.model)
+    nets.optimizer, nets.ema = adamw(*nets.trained), run.EMA(nets.model)
     compute = compute_of(device, compiled=compiled)
     train_diffusion.place(SimpleNamespace(**SIT_FLAGS), nets, compute)
     return nets
@@ -964,7 +963,7 @@ def ae_alternatives(args, size, batch):
         nets = ae_nets("f16d16", device, extras=False, channels_last=layout == "channels_last",
                        compiled=how == "compiled")
         if how == "recomputed":
-            runtime.recompute(nets.ae, (ResnetBlock, AttnBlock))
+            run.recompute(nets.ae, (ResnetBlock, AttnBlock))
         return Case(f"{layout}, {dtype}, {how}", lambda: ae_step(nets, images, dtype=dtype), batch,
                     dtype, (nets.ae, nets.optimizer), how == "compiled")
     cases = [variant(layout, dtype) for dtype in precisions(device)
@@ -986,7 +985,7 @@ def diffusion_alternatives(args, name, batch):
         nets = diffusion_nets(name, args.device, compiled=hows[how])
         cases.append(diffusion_case(args, f"{dtype}, {how}", nets, batch, dtype, hows[how]))
     again = diffusion_nets(name, args.device)
-    runtime.recompute(again.model, SiTBlock)
+    run.recompute(again.model, SiTBlock)
     cases.append(diffusion_case(args, f"{args.dtype}, eager, recomputed", again, batch))
     table(args, f"alternatives: the step of {name}, batch {batch}", cases)
 
@@ -1122,13 +1121,13 @@ def one_of_two(rank, port, repeats, out):
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    runtime.start_processes("cpu")
+    run.init_distributed("cpu")
     ways = {}
     for name in ("flat all-reduce", "DistributedDataParallel"):
         torch.manual_seed(0)
         model = MODELS["SiT-S/2"](input_size=16, in_channels=4, num_classes=0)
         ddp = name.startswith("D")
-        ways[name] = model, runtime.data_parallel(model, True) if ddp else model, ddp, []
+        ways[name] = model, run.ddp(model, True) if ddp else model, ddp, []
     x = torch.randn(4, 4, 16, 16)
     for _ in range(repeats + 2):                       # two burn in
         for model, step_model, ddp, times in ways.values():
@@ -1141,7 +1140,7 @@ def one_of_two(rank, port, repeats, out):
             model.zero_grad()
     if rank == 0:
         out.put({name: statistics.median(times[2:]) for name, (*_, times) in ways.items()})
-    runtime.stop_processes()
+    run.stop_processes()
 
 
 def processes(args):
@@ -1204,7 +1203,7 @@ def hardware_name(device):
 def main():
     args = parse_args()
     start = time.perf_counter()
-    args.device = runtime.start_processes(args.device)[2]
+    args.device = run.init_distributed(args.device)[2]
     cuda = args.device.type == "cuda"
     args.dtype = args.dtype or ("bf16" if cuda else "fp32")
     args.compile = (args.compile or ("on" if cuda else "off")) == "on"

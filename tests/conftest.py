@@ -3,6 +3,7 @@ The tests import the flat modules from the folder above. Fixtures: a fixed seed,
 planted Inception weights.
 """
 import contextlib
+import importlib
 import multiprocessing
 import os
 import pathlib
@@ -32,7 +33,7 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-def run(module, *flags, monkeypatch):
+def run_main(module, *flags, monkeypatch):
     """module.main() in this process, with these flags on its command line."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
     module.main()
@@ -54,12 +55,12 @@ def _child(module, argv, cwd, output, environment, largest_file, patch):
     torch.set_num_threads(1)
     if largest_file:                                        # writing more fails as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    import runtime
-    script = __import__(module)
+    from common import run
+    script = importlib.import_module(module)
     if patch:
         patch(script)
     sys.argv = [f"{module}.py", *argv]
-    with runtime.one_line_errors():
+    with run.one_line_errors():
         script.main()
 
 
@@ -123,7 +124,7 @@ def material(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 26, 3), dtype=np.uint8)).save(path)
     with pytest.MonkeyPatch.context() as patch:
-        run(train_ae, "--preset", "quick", "--data", folder / "images", "--image_size", 16,
+        run_main(train_ae, "--preset", "quick", "--data", folder / "images", "--image_size", 16,
             "--batch_size", 4, "--steps", 2, "--reg", "kl", "--device", "cpu",
             "--out", folder / "ae", monkeypatch=patch)
     return folder

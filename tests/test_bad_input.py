@@ -33,11 +33,10 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import runtime
-from conftest import ROOT, run
-from data import open_data
-from latents import images_hash
+from common import data, run
+from common.data import open_data
+from common.latents import images_hash
+from conftest import ROOT, run_main
 
 TINY = "--preset quick --batch_size 4 --device cpu --steps 0"
 BASE = {                                   # flags before those of a row, which win
@@ -45,7 +44,7 @@ BASE = {                                   # flags before those of a row, which 
     "train_diffusion": f"{TINY} --model SiT-tiny/4 --encode_batch 4 --sample_steps 2 --ae {{ae}} "
         "--data {images} --cache {cache} --out out",
     "data pack": "--workers 0 --size 16 --out x.zip",
-    "ideas": "--plot x.png",
+    "analysis.ideas": "--plot x.png",
     "evaluate recon": "--ae {ae} --workers 0 --device cpu",
     "evaluate gen": "--ckpt {run}/ckpt.pt --num_samples 2 --steps 2 --workers 0 --device cpu "
         "--out out",
@@ -75,7 +74,7 @@ def made(material, tmp_path_factory):
     runs = dict(run=[], plain=["--num_classes", 0], uvit=["--model", "UViT-tiny/4"])
     with pytest.MonkeyPatch.context() as patch:
         for name, more in runs.items():
-            run(train_diffusion, *flags, *more, "--out", paths[name], monkeypatch=patch)
+            run_main(train_diffusion, *flags, *more, "--out", paths[name], monkeypatch=patch)
     return paths
 
 
@@ -117,8 +116,8 @@ def start(made, here, monkeypatch):
         module = importlib.import_module(script)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *words, *flags])
         errors = contextlib.nullcontext()
-        if script.startswith(("train", "evaluate", "ideas")):
-            errors = runtime.one_line_errors()
+        if script.startswith(("train", "evaluate", "analysis")):
+            errors = run.one_line_errors()
         with errors:
             module.main()
     return start
@@ -243,7 +242,7 @@ def test_a_bad_flag_is_refused(command, words, refused):
     ("evaluate spectrum", "without torchrun")])
 def test_three_processes_refuse_what_does_not_divide(command, words, refused, monkeypatch):
     """The global batch is shared evenly; figures are drawn by one process."""
-    monkeypatch.setattr(runtime, "start_processes", lambda device: (0, 3, torch.device("cpu")))
+    monkeypatch.setattr(run, "init_distributed", lambda device: (0, 3, torch.device("cpu")))
     refused(command, words)
 
 
@@ -919,7 +918,7 @@ def test_scripts_of_their_own_refuse_too(here):
     (here / "b.npz").write_bytes(STATISTICS["objects"])
     before, running = tree("."), {}
     for command, words in (
-            ("data.py pack --data nowhere --out x.zip", "data.py: --data nowhere: no such folder"),
+            ("-m common.data pack --data nowhere --out x.zip", "data.py: --data nowhere: no such folder"),
             ("evaluate.py fid a.npz b.npz", "evaluate.py: b.npz: ")):
         script, *flags = command.split()
         running[words] = subprocess.Popen([sys.executable, ROOT / script, *flags],

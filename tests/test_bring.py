@@ -9,14 +9,13 @@ import sys
 import pytest
 import torch
 
-import runs
-import runtime
 import train_ae
 import train_diffusion
-from conftest import ROOT, run, same
-from latents import autoencoder_hash
+from common import run
+from common.latents import autoencoder_hash
+from common.weights import load_autoencoder
+from conftest import ROOT, run_main, same
 from vae import CONFIGS
-from weights import load_autoencoder
 
 TINY = ("--image_size 32 --batch_size 4 --val_images 4 --workers 0 --device cpu --log_every 1 "
         "--eval_every 100 --warmup_steps 2 --lpips_weight 0").split()
@@ -25,10 +24,10 @@ TINY = ("--image_size 32 --batch_size 4 --val_images 4 --workers 0 --device cpu 
 @pytest.fixture()
 def tuned(tmp_path, monkeypatch):
     """A run of one step, started from a file of f2d4-tiny; returns (file, folder of the run)."""
-    run(train_ae, "--preset", "quick", *TINY, "--steps", 2, "--out", tmp_path / "first",
+    run_main(train_ae, "--preset", "quick", *TINY, "--steps", 2, "--out", tmp_path / "first",
         monkeypatch=monkeypatch)
     file = tmp_path / "first" / "ckpt.pt"
-    run(train_ae, "--preset", "quick", *TINY, "--reg", "dsm", "--steps", 1, "--init", file,
+    run_main(train_ae, "--preset", "quick", *TINY, "--reg", "dsm", "--steps", 1, "--init", file,
         "--out", tmp_path / "tuned", monkeypatch=monkeypatch)
     return file, tmp_path / "tuned"
 
@@ -52,25 +51,25 @@ def test_init_is_known_by_its_weights_on_resume(tuned, tmp_path, monkeypatch):
     flags = ["--preset", "quick", *TINY, "--reg", "dsm", "--out", out, "--resume"]
     copy = tmp_path / "elsewhere.pt"
     copy.write_bytes(file.read_bytes())
-    run(train_ae, *flags, "--steps", 2, "--init", copy, monkeypatch=monkeypatch)
+    run_main(train_ae, *flags, "--steps", 2, "--init", copy, monkeypatch=monkeypatch)
     checkpoint = torch.load(file, weights_only=True)
     checkpoint["model"]["encoder.conv_in.weight"] += 1
     torch.save(checkpoint, file)
     with pytest.raises(ValueError, match="--init .* was made with other flags|other flags: --init"):
-        run(train_ae, *flags, "--steps", 3, "--init", file, monkeypatch=monkeypatch)
+        run_main(train_ae, *flags, "--steps", 3, "--init", file, monkeypatch=monkeypatch)
 
 
 def test_the_model_follows_from_the_file(tmp_path, monkeypatch, capsys):
     """Released weights know their architecture; --model may repeat it, not contradict it."""
-    run(train_ae, "--preset", "quick", *TINY, "--model", "f4d4-tiny", "--steps", 0,
+    run_main(train_ae, "--preset", "quick", *TINY, "--model", "f4d4-tiny", "--steps", 0,
         "--out", tmp_path / "f4", monkeypatch=monkeypatch)
     file = tmp_path / "f4" / "ckpt.pt"
-    run(train_ae, "--preset", "quick", *TINY, "--init", file, "--steps", 1, "--out",
+    run_main(train_ae, "--preset", "quick", *TINY, "--init", file, "--steps", 1, "--out",
         tmp_path / "run", monkeypatch=monkeypatch)
     assert load_autoencoder(tmp_path / "run" / "ckpt.pt").config == CONFIGS["f4d4-tiny"]
     assert "f4d4-tiny: 242,327 parameters" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--model f8d4: --init .* is f4d4-tiny"):
-        run(train_ae, "--preset", "quick", *TINY, "--init", file, "--model", "f8d4", "--out",
+        run_main(train_ae, "--preset", "quick", *TINY, "--init", file, "--model", "f8d4", "--out",
             tmp_path / "no", monkeypatch=monkeypatch)
 
 
@@ -86,7 +85,7 @@ def test_half_an_environment_is_named(given, missing, monkeypatch):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"but {missing} is missing or no number; .*torchrun"):
-        runtime.start_processes("cpu")
+        run.init_distributed("cpu")
 
 
 def test_slurms_local_rank_will_do(tmp_path, monkeypatch):
@@ -96,8 +95,8 @@ def test_slurms_local_rank_will_do(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.delenv("LOCAL_RANK")
-    assert runtime.start_processes("cpu")[:2] == (0, 1)
-    runtime.stop_processes()
+    assert run.init_distributed("cpu")[:2] == (0, 1)
+    run.stop_processes()
     assert os.environ["LOCAL_RANK"] == "0"
 
 
@@ -105,10 +104,10 @@ def test_slurms_local_rank_will_do(tmp_path, monkeypatch):
 def test_one_gpu_preset_runs(tmp_path, monkeypatch):
     """--preset one-gpu in both training scripts, GAN included: two steps on the CPU."""
     small = ["--batch_size", 2, "--device", "cpu", "--workers", 0, "--log_every", 1]
-    run(train_ae, "--preset", "one-gpu", "--reg", "dsm", *small, "--steps", 2, "--gan_start", 0,
+    run_main(train_ae, "--preset", "one-gpu", "--reg", "dsm", *small, "--steps", 2, "--gan_start", 0,
         "--val_images", 2, "--lpips_weight", 0, "--out", tmp_path / "ae", monkeypatch=monkeypatch)
     monkeypatch.setattr(train_diffusion, "open_data", first_images)
-    run(train_diffusion, "--preset", "one-gpu", "--ae", tmp_path / "ae" / "ckpt.pt", *small,
+    run_main(train_diffusion, "--preset", "one-gpu", "--ae", tmp_path / "ae" / "ckpt.pt", *small,
         "--steps", 1, "--sample_steps", 2, "--cache", tmp_path / "cache", "--encode_batch", 8,
         "--out", tmp_path / "sit", monkeypatch=monkeypatch)
     assert (tmp_path / "sit" / "samples.png").exists()
@@ -118,7 +117,7 @@ def test_one_gpu_preset_runs(tmp_path, monkeypatch):
 
 def first_images(spec, size, **options):
     """open_data, but eight built-in images."""
-    from data import open_data
+    from common.data import open_data
     return open_data(spec, size, builtin_images=8, **options)
 
 
@@ -126,21 +125,21 @@ def test_a_runs_folder_stands_for_its_checkpoint(material, tmp_path, monkeypatch
     """--ae FOLDER: images, size and seed are those of the run in it; its name keeps its dots."""
     folder = tmp_path / "run-0.5"
     folder.symlink_to(material / "ae")
-    assert runs.checkpoint_args(folder) == runs.checkpoint_args(folder / "ckpt.pt") != {}
-    assert {runs.run_name(tmp_path / name) for name in ("v1.0", "v1.5", "a.safetensors")} == \
+    assert run.checkpoint_args(folder) == run.checkpoint_args(folder / "ckpt.pt") != {}
+    assert {run.run_name(tmp_path / name) for name in ("v1.0", "v1.5", "a.safetensors")} == \
         {"v1.0", "v1.5", "a"}
     monkeypatch.chdir(tmp_path)
-    run(train_diffusion, "--preset", "quick", "--model", "SiT-tiny/4", "--ae", folder, "--steps", 1,
+    run_main(train_diffusion, "--preset", "quick", "--model", "SiT-tiny/4", "--ae", folder, "--steps", 1,
         "--batch_size", 4, "--device", "cpu", "--sample_steps", 2, "--encode_batch", 8,
         "--out", "sit", monkeypatch=monkeypatch)
-    checkpoint = runs.load_checkpoint("sit/ckpt.pt", "diffusion")
+    checkpoint = run.load_checkpoint("sit/ckpt.pt", "diffusion")
     assert checkpoint["image_size"] == 16 and checkpoint["model_args"]["num_classes"] == 2
 
 
 def test_an_ascii_terminal_ends_no_run(tmp_path):
     """PYTHONIOENCODING=ascii and a folder that is not: the line is printed, with escapes."""
     environment = os.environ | dict(PYTHONIOENCODING="ascii", OMP_NUM_THREADS="1")
-    command = [sys.executable, ROOT / "data.py", "pack", "--data", "kätzchen", "--out", "x.zip"]
+    command = [sys.executable, "-m", "common.data", "pack", "--data", "kätzchen", "--out", "x.zip"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "k\\xe4tzchen: no such folder or zip" in done.stderr
     assert "Traceback" not in done.stderr
@@ -157,13 +156,13 @@ def test_a_run_is_known_by_its_pictures_not_their_place(material, tmp_path, monk
             "--ae", material / "ae" / "ckpt.pt", "--sample_steps", 2, "--encode_batch", 8,
             "--cache", tmp_path / "cache", "--out", tmp_path / "sit"]}
     for script, flags in stages.items():
-        run(script, *flags, "--data", images, "--steps", 1, monkeypatch=monkeypatch)
+        run_main(script, *flags, "--data", images, "--steps", 1, monkeypatch=monkeypatch)
     shutil.copytree(images, moved)
     for script, flags in stages.items():
-        run(script, *flags, "--data", f"{moved}/", "--steps", 2, "--resume",
+        run_main(script, *flags, "--data", f"{moved}/", "--steps", 2, "--resume",
             monkeypatch=monkeypatch)
     picture = next(images.rglob("*.png"))                  # another one in its place
     picture.write_bytes(next(images.rglob("1.png")).read_bytes() + b"\0")
     for script, flags in stages.items():
         with pytest.raises(ValueError, match="faces.* holds other pictures|was made from images"):
-            run(script, *flags, "--data", images, "--steps", 3, "--resume", monkeypatch=monkeypatch)
+            run_main(script, *flags, "--data", images, "--steps", 3, "--resume", monkeypatch=monkeypatch)

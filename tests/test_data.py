@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from scipy.fft import dctn
 
-import data
-from data import (
+from common import data
+from common.builtin import BuiltInImages
+from common.data import (
     center_crop,
     open_data,
     pack,
@@ -26,7 +27,6 @@ from data import (
     train_batches,
     val_batches,
 )
-from leaves import BuiltInImages
 from spectral import fit_power_law, power_spectrum, radial_profile
 
 

@@ -593,14 +593,14 @@ def test_a_sample_depends_on_seed_and_index_alone(kind, process):
     """Six samples in one batch, in 3 + 3, or shared out by evens and odds: the same six."""
     model, y = tiny(kind), torch.arange(6)
 
-    def run(indices):
+    def run_main(indices):
         return process.sample(model, (len(indices), 3, 6, 10), steps=4, y=y[indices], cfg=1.5,
                               noise=NoiseStream(7, indices))
 
-    whole = run([0, 1, 2, 3, 4, 5])
-    halves = torch.cat([run([0, 1, 2]), run([3, 4, 5])])
+    whole = run_main([0, 1, 2, 3, 4, 5])
+    halves = torch.cat([run_main([0, 1, 2]), run_main([3, 4, 5])])
     torch.testing.assert_close(halves, whole, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(run([1, 3, 5]), whole[1::2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run_main([1, 3, 5]), whole[1::2], rtol=1e-4, atol=1e-4)
 
 
 def test_wrong_sampling_arguments_are_named():

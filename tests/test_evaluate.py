@@ -16,20 +16,17 @@ from PIL import Image
 
 import dit
 import evaluate
-import fid
-import figures
-import published
-import runtime
-import samples
 import spectral
 import train_diffusion
-from conftest import run
-from data import ImageSet, open_data
-from figures import pca_rgb, unique_names
-from metrics import jpeg_round_trip, ssim, to_uint8
-from sources import open_source
+from analysis import fid, figures, published, samples
+from analysis.figures import pca_rgb, unique_names
+from common import run
+from common.data import ImageSet, open_data
+from common.metrics import jpeg_round_trip, ssim, to_uint8
+from common.sources import open_source
+from common.weights import load_autoencoder
+from conftest import run_main
 from test_train_diffusion import flags_of
-from weights import load_autoencoder
 
 
 def results(folder):
@@ -58,7 +55,7 @@ def test_spectrum_writes_figure_and_csv(material, tmp_path, monkeypatch):
     """16 rings for images, target and each of two autoencoders; shares sum to 1."""
     ae = material / "ae" / "ckpt.pt"
     more = ["--ae", ae, ae, "--out", tmp_path / "s.png"]
-    run(evaluate, "spectrum", *flags(material, tmp_path, *more), monkeypatch=monkeypatch)
+    run_main(evaluate, "spectrum", *flags(material, tmp_path, *more), monkeypatch=monkeypatch)
     with open(tmp_path / "s.csv") as file:
         rows = list(csv.DictReader(file))
     assert {row["curve"] for row in rows} == {"images", "target, gamma 1", "ae"}
@@ -71,7 +68,7 @@ def test_bands_and_latents_draw(material, tmp_path, monkeypatch):
     """Both commands write their figure; bands reports a PSNR per mask."""
     for command in ("bands", "latents"):
         out = tmp_path / f"{command}.png"
-        run(evaluate, command, *flags(material, tmp_path, "--out", out), monkeypatch=monkeypatch)
+        run_main(evaluate, command, *flags(material, tmp_path, "--out", out), monkeypatch=monkeypatch)
         assert out.stat().st_size > 3000
     assert {"psnr_n0", "psnr_n8", "psnr_n10", "psnr_n12"} <= results(tmp_path)[0].keys()
 
@@ -81,12 +78,12 @@ def test_similarity_and_feature_spectrum(material, tmp_path, monkeypatch):
     """Figs. 6 and 7 with the untrained encoder: figures, RMSC per target, the features' curve."""
     common = ["--encoder_source", "random", "--device", "cpu", "--val_images", 1,
               "--results", tmp_path / "results.jsonl"]
-    run(evaluate, "similarity", *common, "--image_size", 56, "--data", material / "images",
+    run_main(evaluate, "similarity", *common, "--image_size", 56, "--data", material / "images",
         "--out", tmp_path / "f.png", monkeypatch=monkeypatch)
     result, = results(tmp_path)
     assert {"rmsc_none", "rmsc_spnorm", "rmsc_dog"} <= result.keys()
     assert (tmp_path / "f.png").stat().st_size > 3000
-    run(evaluate, "spectrum", *common, "--ae", material / "ae" / "ckpt.pt",
+    run_main(evaluate, "spectrum", *common, "--ae", material / "ae" / "ckpt.pt",
         "--encoder", "dinov2_vitb14", "--out", tmp_path / "s.png", monkeypatch=monkeypatch)
     lines = (tmp_path / "s.csv").read_text().splitlines()
     assert any(line.startswith("random encoder,") for line in lines)
@@ -99,14 +96,14 @@ def test_similarity_of_one_file_and_features_without_an_autoencoder(
     monkeypatch.chdir(tmp_path)                        # no out/ae here
     common = ["--encoder_source", "random", "--device", "cpu"]
     image = sorted((material / "images").glob("*/*.png"))[0]
-    run(evaluate, "similarity", *common, "--image_size", 56, "--image", image,
+    run_main(evaluate, "similarity", *common, "--image_size", 56, "--image", image,
         monkeypatch=monkeypatch)
     assert results(tmp_path)[0]["n"] == 1
-    run(evaluate, "spectrum", *common, "--encoder", "dinov2_vitb14", "--data", material / "images",
+    run_main(evaluate, "spectrum", *common, "--encoder", "dinov2_vitb14", "--data", material / "images",
         "--image_size", 64, "--val_images", 1, monkeypatch=monkeypatch)
     assert (tmp_path / "out" / "spectrum.csv").read_text().count("random encoder") == 16
     with pytest.raises(ValueError, match="--image nowhere.png: No such file"):
-        run(evaluate, "similarity", *common, "--image", "nowhere.png", monkeypatch=monkeypatch)
+        run_main(evaluate, "similarity", *common, "--image", "nowhere.png", monkeypatch=monkeypatch)
 
 
 def test_recon_counts_every_image(material, tmp_path, monkeypatch, inception_home, capsys):
@@ -120,7 +117,7 @@ def test_recon_counts_every_image(material, tmp_path, monkeypatch, inception_hom
     (tmp_path / "set" / "train").symlink_to(material / "images")
     (tmp_path / "set" / "val").symlink_to(material / "images")
     more = ["--data", tmp_path / "set", "--val_images", 7, "--workers", 0]
-    run(evaluate, "recon", *flags(material, tmp_path, *more), monkeypatch=monkeypatch)
+    run_main(evaluate, "recon", *flags(material, tmp_path, *more), monkeypatch=monkeypatch)
     result, = results(tmp_path)
     assert {"psnr", "ssim", "l1", "rFID@7"} <= result.keys() and "lpips" not in result
     assert result["n"] == 7
@@ -150,13 +147,13 @@ def test_fid_of_folder_npz_and_statistics(material, tmp_path, monkeypatch, incep
     np.savez(tmp_path / "images.npz", arr_0=np.stack(pictures))
     common = ["--image_size", 16, "--batch_size", 5, "--device", "cpu",
               "--results", tmp_path / "results.jsonl"]
-    run(evaluate, "fid", material / "images", tmp_path / "images.npz", *common,
+    run_main(evaluate, "fid", material / "images", tmp_path / "images.npz", *common,
         monkeypatch=monkeypatch)
     assert results(tmp_path)[0]["FID@12"] == pytest.approx(0, abs=1e-3)
     monkeypatch.setattr(evaluate, "load_inception", lambda device: pytest.fail("no network"))
     for name, mean in (("a", 0.0), ("b", 2.0)):
         np.savez(tmp_path / f"{name}.npz", mu=np.full(3, mean), sigma=np.eye(3))
-    run(evaluate, "fid", tmp_path / "a.npz", tmp_path / "b.npz", *common,
+    run_main(evaluate, "fid", tmp_path / "a.npz", tmp_path / "b.npz", *common,
         monkeypatch=monkeypatch)
     assert results(tmp_path)[1]["FID"] == pytest.approx(12.0)
 
@@ -168,12 +165,12 @@ def test_gen_with_inception_weights(material, tmp_path, monkeypatch, inception_h
     """
     monkeypatch.chdir(tmp_path)                        # out/reference belongs to this test
     monkeypatch.setenv("TORCH_HOME", str(inception_home))
-    run(train_diffusion, *flags_of(material, tmp_path / "run", "--steps", 1),
+    run_main(train_diffusion, *flags_of(material, tmp_path / "run", "--steps", 1),
         monkeypatch=monkeypatch)
     gen = ["gen", "--ckpt", tmp_path / "run" / "ckpt.pt", "--num_samples", 6, "--steps", 2,
            "--batch_size", 4, "--workers", 0, "--device", "cpu"]
-    run(evaluate, *gen, monkeypatch=monkeypatch)
-    run(evaluate, *gen, monkeypatch=monkeypatch)
+    run_main(evaluate, *gen, monkeypatch=monkeypatch)
+    run_main(evaluate, *gen, monkeypatch=monkeypatch)
     first, second = results(tmp_path)
     assert {"FID@6", "IS", "KID_x1e3_subset6", "precision", "recall"} <= first.keys()
     assert first["FID@6"] > 0
@@ -183,7 +180,7 @@ def test_gen_with_inception_weights(material, tmp_path, monkeypatch, inception_h
     how = dict(json.loads(str(stored["how"])), size=99)
     np.savez(reference, **dict(stored, how=json.dumps(how)))
     with pytest.raises(ValueError, match="remove the file"):
-        run(evaluate, *gen, monkeypatch=monkeypatch)
+        run_main(evaluate, *gen, monkeypatch=monkeypatch)
 
 
 @pytest.mark.parametrize("command, culprit", [
@@ -196,8 +193,8 @@ def test_gen_with_inception_weights(material, tmp_path, monkeypatch, inception_h
 def test_bad_flags_end_with_one_line(command, culprit, tmp_path, monkeypatch, capsys):
     """Exit code 2 and one line with the culprit."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit, runtime.one_line_errors():
-        run(evaluate, *command, "--device", "cpu", monkeypatch=monkeypatch)
+    with pytest.raises(SystemExit) as exit, run.one_line_errors():
+        run_main(evaluate, *command, "--device", "cpu", monkeypatch=monkeypatch)
     error = capsys.readouterr().err
     assert exit.value.code == 2 and culprit in error and error.count("\n") == 1
 
@@ -218,7 +215,7 @@ def test_fid_meets_at_the_size_of_the_npz(tmp_path, monkeypatch, inception_home)
     """A folder and an npz of the same pictures, no --image_size: exactly 0, at their own size."""
     monkeypatch.setenv("TORCH_HOME", str(inception_home))
     pictures(tmp_path / "a", 6)
-    run(evaluate, "fid", tmp_path / "a", tmp_path / "a.npz", "--device", "cpu", "--results",
+    run_main(evaluate, "fid", tmp_path / "a", tmp_path / "a.npz", "--device", "cpu", "--results",
         tmp_path / "results.jsonl", monkeypatch=monkeypatch)
     result, = results(tmp_path)
     assert result["FID@6"] == 0.0 and result["size"] == 24
@@ -255,7 +252,7 @@ def test_fid_names_its_argument(name, content, words, tmp_path, monkeypatch):
     path = tmp_path / name
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(ValueError) as error:
-        run(evaluate, "fid", name, name, "--device", "cpu", monkeypatch=monkeypatch)
+        run_main(evaluate, "fid", name, name, "--device", "cpu", monkeypatch=monkeypatch)
     assert str(error.value).startswith(words) and "--data" not in str(error.value)
 
 
@@ -281,7 +278,7 @@ def test_two_autoencoders_of_one_file_name(material, tmp_path, monkeypatch):
     more = ["--ae", tmp_path / "A" / "ckpt_4.pt", tmp_path / "B" / "ckpt_4.pt", "--out",
             tmp_path / "x.png"]
     for command in ("latents", "spectrum"):
-        run(evaluate, command, *flags(material, tmp_path, *more), monkeypatch=monkeypatch)
+        run_main(evaluate, command, *flags(material, tmp_path, *more), monkeypatch=monkeypatch)
     assert drawn == ["image", "A/ckpt_4", "B/ckpt_4"]
     with open(tmp_path / "x.csv") as file:
         curves = Counter(row["curve"] for row in csv.DictReader(file))
@@ -296,7 +293,7 @@ def diffusion(material, tmp_path_factory):
     out = tmp_path_factory.mktemp("diffusion") / "run"
     kept = ["--steps", 4, "--eval_every", 2, "--keep_every", 2]
     with pytest.MonkeyPatch.context() as patch:
-        run(train_diffusion, *flags_of(material, out, *kept), monkeypatch=patch)
+        run_main(train_diffusion, *flags_of(material, out, *kept), monkeypatch=patch)
     return out
 
 
@@ -308,7 +305,7 @@ def gen(diffusion, tmp_path, monkeypatch):
 
     def gen(*flags, count=3):
         (tmp_path / "results.jsonl").unlink(missing_ok=True)
-        run(evaluate, "gen", "--ckpt", diffusion / "ckpt.pt", "--num_samples", count, "--steps", 2,
+        run_main(evaluate, "gen", "--ckpt", diffusion / "ckpt.pt", "--num_samples", count, "--steps", 2,
             "--batch_size", 2, "--workers", 0, "--device", "cpu", "--out", tmp_path / "out",
             "--results", tmp_path / "results.jsonl", *flags, monkeypatch=monkeypatch)
         return results(tmp_path)
@@ -413,7 +410,7 @@ def test_the_best_is_that_of_the_smallest_fid():
 
 def test_gen_on_two_nodes_is_refused(gen, monkeypatch):
     """Their processes would write one memory map."""
-    monkeypatch.setattr(evaluate.runtime, "nodes", lambda: 2)
+    monkeypatch.setattr(evaluate.run, "nodes", lambda: 2)
     with pytest.raises(ValueError, match="gen: the file of samples: .*--nnodes=1"):
         gen()
 
@@ -449,7 +446,7 @@ def test_recon_as_the_authors_measure(material, tmp_path, monkeypatch, inception
     for batch in (4, 5):
         if batch == 5:                                     # once is enough for rFID
             monkeypatch.setattr(evaluate, "load_everywhere", lambda *args: None)
-        run(evaluate, "recon", "--ae", material / "ae" / "ckpt.pt", "--protocol", "authors",
+        run_main(evaluate, "recon", "--ae", material / "ae" / "ckpt.pt", "--protocol", "authors",
             "--seed", 3, "--batch_size", batch, "--workers", 0, "--device", "cpu",
             "--results", tmp_path / "results.jsonl", monkeypatch=monkeypatch)
     a, b = results(tmp_path)
@@ -483,7 +480,7 @@ def test_recon_of_training_images_in_the_plain_protocol(material, tmp_path, monk
     """--split train alone: the mode, no JPEG."""
     monkeypatch.setattr(evaluate, "load_everywhere", lambda *args: None)
     for more in ([], ["--split", "train"], ["--split", "train", "--val_images", 4]):
-        run(evaluate, "recon", "--ae", material / "ae" / "ckpt.pt", "--workers", 0, "--device",
+        run_main(evaluate, "recon", "--ae", material / "ae" / "ckpt.pt", "--workers", 0, "--device",
             "cpu", "--results", tmp_path / "results.jsonl", *more, monkeypatch=monkeypatch)
     found = [(line["split"], line["n"], line["posterior"], line["jpeg"])
              for line in results(tmp_path)]
@@ -512,7 +509,7 @@ def test_the_published_curves_are_shares():
 def test_published_alone_needs_no_autoencoder(tmp_path, monkeypatch, capsys):
     """Figure, CSV, and the four numbers."""
     monkeypatch.chdir(tmp_path)
-    run(evaluate, "spectrum", "--published", "celeba", "--device", "cpu", monkeypatch=monkeypatch)
+    run_main(evaluate, "spectrum", "--published", "celeba", "--device", "cpu", monkeypatch=monkeypatch)
     said = capsys.readouterr().out
     for line in ("SD-VAE: KL(target || curve) 0.0378", "ESM: KL(target || curve) 0.0044"):
         assert f"published, celeba, {line}" in said
@@ -527,7 +524,7 @@ def test_published_beside_ones_own(material, tmp_path, monkeypatch):
     """Ours by the same descriptor, DC kept; features of an encoder too."""
     more = ["--published", "imagenet", "--out", tmp_path / "s.png", "--encoder", "dinov2_vitb14",
             "--encoder_source", "random", "--seed", 2]
-    run(evaluate, "spectrum", *flags(material, tmp_path, *more), monkeypatch=monkeypatch)
+    run_main(evaluate, "spectrum", *flags(material, tmp_path, *more), monkeypatch=monkeypatch)
     features, latents = results(tmp_path)
     assert (features["curve"], latents["curve"]) == ("random encoder", "ae")
     with open(tmp_path / "s.csv") as file:
@@ -569,7 +566,7 @@ def test_curves_of_running_runs(tmp_path, monkeypatch, capsys):
         shown.append([text.get_text() for text in figure.legends[0].get_texts()])
         save(figure, path, **options)
     monkeypatch.setattr(figures, "save_figure", spy)
-    run(evaluate, "curves", "ae/x", "sit/x/log.jsonl", "new", monkeypatch=monkeypatch)
+    run_main(evaluate, "curves", "ae/x", "sit/x/log.jsonl", "new", monkeypatch=monkeypatch)
     *panels, legend = shown
     assert legend == ["ae/x", "sit/x", "new"]
     assert "new: has nothing to draw yet" in capsys.readouterr().out
@@ -592,4 +589,4 @@ def test_curves_of_no_run(name, content, words, tmp_path, monkeypatch):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        run(evaluate, "curves", name, monkeypatch=monkeypatch)
+        run_main(evaluate, "curves", name, monkeypatch=monkeypatch)

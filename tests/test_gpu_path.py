@@ -14,10 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
-import runs
-import runtime
 import train_ae
-from conftest import run, start
+from common import run
+from conftest import run_main, start
 from losses import PatchDiscriminator, dsm_pair
 from vae import AEConfig, AutoencoderKL
 
@@ -62,7 +61,7 @@ def networks(aligned=False, gan=True):
 def part(nets, reg, pair=lambda x, z: (x, z), gan=True):
     """One forward_backward of the autoencoder, images of 32 x 48; returns (images, noise, log)."""
     args = SimpleNamespace(reg=reg, **FLAGS)
-    compute = runtime.Compute(0, 1, torch.device("cpu"))
+    compute = run.Compute(0, 1, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(2, 3, 32, 48, generator=generator) * 2 - 1
     noise = torch.randn(2, 4, 16, 24, generator=generator)
@@ -121,7 +120,7 @@ def test_the_discriminator_learns_from_real_before_fake():
     """D(real) is walked back on its own; the gradients are those of the sum."""
     nets, args = networks(), SimpleNamespace(reg=["none"], **FLAGS)
     whole = copy.deepcopy(nets.disc)
-    compute = runtime.Compute(0, 1, torch.device("cpu"))
+    compute = run.Compute(0, 1, torch.device("cpu"))
     images, noise = torch.rand(2, 3, 32, 48) * 2 - 1, torch.randn(2, 4, 16, 24)
     turn = SimpleNamespace(ae=False, disc=True, gan=True)
     values = train_ae.forward_backward(args, nets, compute, images, noise, lambda x, z: (x, z),
@@ -146,7 +145,7 @@ def test_moments_follow_their_parameters_layout(before, after, tmp_path):
         optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
         parts, steps = dict(model=network, optimizer=optimizer), range(3)
         if start:
-            runs.restore(tmp_path, torch.load(start, weights_only=True), parts)
+            run.restore(tmp_path, torch.load(start, weights_only=True), parts)
             steps = range(3, 6)
         for step in steps:
             for p in network.parameters():
@@ -155,7 +154,7 @@ def test_moments_follow_their_parameters_layout(before, after, tmp_path):
             optimizer.step()
         return parts
     file = tmp_path / "ckpt.pt"
-    runs.save_checkpoint(file, {k: v.state_dict() for k, v in trained(before).items()})
+    run.save_checkpoint(file, {k: v.state_dict() for k, v in trained(before).items()})
     switched, straight = trained(after, file), trained(before, file)
     for a, b in zip(switched["model"].parameters(), straight["model"].parameters()):
         assert torch.equal(a, b)
@@ -168,7 +167,7 @@ def test_moments_follow_their_parameters_layout(before, after, tmp_path):
 def two_nodes(module):
     """In a child process: as if each process were a node of its own."""
     os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = "0", "1"
-    runtime.time.sleep = lambda seconds: None          # a later rank waits before it complains
+    run.time.sleep = lambda seconds: None          # a later rank waits before it complains
 
 
 def run_two(tmp_path, module, *flags, **options):
@@ -195,7 +194,7 @@ def test_a_node_without_the_checkpoint_ends_the_resume(tmp_path, monkeypatch):
     """--resume on two nodes, one of which has no checkpoint: one line with both steps, exit 2."""
     (tmp_path / "node0").mkdir()
     monkeypatch.chdir(tmp_path / "node0")
-    run(train_ae, *QUICK, "--steps", 1, monkeypatch=monkeypatch)
+    run_main(train_ae, *QUICK, "--steps", 1, monkeypatch=monkeypatch)
     codes, said = run_two(tmp_path, "train_ae", *QUICK, "--steps", 2, "--resume", patch=two_nodes)
     assert codes == [2, 2] and "find run at steps [1, 0]" in said[0], said
     assert "Traceback" not in said[0] + said[1]
@@ -213,14 +212,14 @@ def test_several_nodes_do_not_write_one_cache(material, tmp_path):
 
 def test_processes_ask_one_another_at_every_tenth_step(monkeypatch):
     """One process answers at once; several exchange it at calls 1, 11, 21, or after 2 seconds."""
-    with runtime.StopSignal() as stop:
+    with run.StopSignal() as stop:
         stop.name = "SIGTERM"
         assert stop.asked()
-    with runtime.StopSignal() as stop:
+    with run.StopSignal() as stop:
         stop.name, exchanged = "SIGTERM", []
-        monkeypatch.setattr(runtime.dist, "is_initialized", lambda: True)
-        monkeypatch.setattr(runtime.dist, "all_reduce", exchanged.append)
-        monkeypatch.setattr(runtime.dist, "get_world_size", lambda: 1)
+        monkeypatch.setattr(run.dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(run.dist, "all_reduce", exchanged.append)
+        monkeypatch.setattr(run.dist, "get_world_size", lambda: 1)
         answers = [stop.asked() for _ in range(21)]
         assert answers == [i % 10 == 0 for i in range(21)] and len(exchanged) == 3
         stop.clock -= 9                                    # the last ten steps took 0.9 s each
@@ -248,7 +247,7 @@ def test_compiled_training_is_eager_training(reg, tmp_path, monkeypatch, request
     logs = {}
     for name, compile in (("eager", "off"), ("cold", "on"), ("warm", "on")):
         torch.compiler.reset()
-        run(train_ae, *flags, "--compile", compile, "--out", tmp_path / name,
+        run_main(train_ae, *flags, "--compile", compile, "--out", tmp_path / name,
             monkeypatch=monkeypatch)
         lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
         logs[name] = [json.loads(line) for line in lines]
@@ -261,12 +260,12 @@ def test_what_differs_between_cpu_and_gpu_is_decided_in_one_place(monkeypatch, c
     """runtime.Compute: both devices' defaults; flags win; channels_last goes with compiling."""
     for name in ("allow_tf32", "benchmark"):
         monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
-    cpu = runtime.Compute(0, 1, torch.device("cpu"))
+    cpu = run.Compute(0, 1, torch.device("cpu"))
     assert (cpu.dtype, cpu.compiling, torch.backends.cudnn.benchmark) == ("fp32", False, False)
-    gpu = runtime.Compute(0, 1, torch.device("cuda"), fixed_size=True)
+    gpu = run.Compute(0, 1, torch.device("cuda"), fixed_size=True)
     assert (gpu.dtype, gpu.compiling) == ("bf16", True)
     assert torch.backends.cudnn.benchmark and torch.backends.cudnn.allow_tf32
-    eager = runtime.Compute(1, 2, torch.device("cuda"), "fp32", "off")
+    eager = run.Compute(1, 2, torch.device("cuda"), "fp32", "off")
     assert not torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
     for compute, last in ((cpu, False), (gpu, True), (eager, False)):
         network = torch.nn.Conv2d(4, 8, 3)
@@ -291,19 +290,19 @@ def test_methods_of_many_sizes_are_not_compiled_by_themselves(reg, flags, compil
     def stop(self, text=None):
         raise Asked
     seen = []
-    monkeypatch.setattr(runtime, "start_processes", lambda device: (0, 1, torch.device("cuda")))
+    monkeypatch.setattr(run, "init_distributed", lambda device: (0, 1, torch.device("cuda")))
     monkeypatch.setattr(train_ae, "open_model", lambda args: stop(None))
-    monkeypatch.setattr(runtime.Compute, "say", lambda self, text: seen.append(text))
-    built, init = [], runtime.Compute.__init__
+    monkeypatch.setattr(run.Compute, "say", lambda self, text: seen.append(text))
+    built, init = [], run.Compute.__init__
 
     def spy(self, *args, **options):
         init(self, *args, **options)
         built.append(self)
-    monkeypatch.setattr(runtime.Compute, "__init__", spy)
+    monkeypatch.setattr(run.Compute, "__init__", spy)
     for name in ("allow_tf32", "benchmark"):
         monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
     with pytest.raises(Asked):
-        run(train_ae, "--reg", reg, *flags, monkeypatch=monkeypatch)
+        run_main(train_ae, "--reg", reg, *flags, monkeypatch=monkeypatch)
     assert built[0].compiling == compiled
     assert [f"--reg {reg}: not compiled" in text for text in seen] == [True] * (not compiled)
     assert torch.backends.cudnn.benchmark == (reg == "esm")

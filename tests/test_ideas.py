@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-import ideas
-from conftest import run
+from analysis import ideas
+from conftest import run_main
 from losses import DSM_MASKS
 from repa import DOG_SIGMAS
 
@@ -45,8 +45,8 @@ def test_the_readmes_command_draws_both(tmp_path, monkeypatch):
     """Of a given picture, and of the one that comes with matplotlib."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 90, 3), np.uint8)).save(
         tmp_path / "picture.png")
-    run(ideas, "--plot", tmp_path / "a.png", "--pipeline", tmp_path / "b.png", "--size", 64,
+    run_main(ideas, "--plot", tmp_path / "a.png", "--pipeline", tmp_path / "b.png", "--size", 64,
         "--image", tmp_path / "picture.png", monkeypatch=monkeypatch)
-    run(ideas, "--pipeline", tmp_path / "c.png", monkeypatch=monkeypatch)
+    run_main(ideas, "--pipeline", tmp_path / "c.png", monkeypatch=monkeypatch)
     sizes = {Image.open(tmp_path / name).size for name in ("b.png", "c.png")}
     assert len(sizes) == 1 and Image.open(tmp_path / "a.png").size[0] > 1000

@@ -18,10 +18,9 @@ import pytest
 import torch
 
 import losses
-import runs
-import runtime
 import train_ae
-from conftest import ROOT, run, same, start
+from common import run
+from conftest import ROOT, run_main, same, start
 
 TINY_AE = ("--preset quick --image_size 32 --batch_size 4 --val_images 4 --device cpu "
            "--log_every 2 --eval_every 3 --warmup_steps 2 --steps 12 --encoder_source random "
@@ -221,7 +220,7 @@ def broken(images, latents, gamma, calls=[]):
     return loss(images, latents, gamma)
 train_ae.losses.esm_loss = broken
 sys.argv[0] = "train_ae.py"
-with train_ae.runtime.one_line_errors():
+with train_ae.run.one_line_errors():
     train_ae.main()
 """)
     torchrun = [*TORCHRUN, str(script), *TINY_AE, "--reg", "esm", "--gan_weight", "0",
@@ -262,11 +261,11 @@ def test_a_full_disk_keeps_the_checkpoint(straight, material, tmp_path):
     error = only_error(output, "train_diffusion")
     assert process.exitcode == 2 and "ckpt.pt: cannot be written (File too large)" in error
     assert (out / "ckpt.pt").read_bytes() == before and not list(out.glob(".*.tmp"))
-    assert runs.load_checkpoint(out / "ckpt.pt", "diffusion")["step"] == 2
+    assert run.load_checkpoint(out / "ckpt.pt", "diffusion")["step"] == 2
 
 
 @pytest.mark.parametrize("module, flags, culprit", [
-    ("data", "pack --count 40 --size 64 --workers 0 --out packed.zip", "packed.zip"),
+    ("common.data", "pack --count 40 --size 64 --workers 0 --out packed.zip", "packed.zip"),
     ("train_diffusion", "{tiny} --ae {ae} --data {images} --cache cache --out run", "cache"),
     ("train_ae", "{tiny_ae} --reg kl --out run", "run/ckpt.pt"),
     ("evaluate", "gen --ckpt {run}/ckpt.pt --num_samples 40 --steps 2 --batch_size 8 --workers 0 "
@@ -296,14 +295,14 @@ def test_a_damaged_checkpoint_falls_back_to_an_older_one(tmp_path, capsys):
     """
     for name, step in (("ckpt_5", 5), ("ckpt_10", 10), ("ckpt", 12)):
         state = dict(stage="ae", step=step, args={}, x=torch.zeros(1000))
-        runs.save_checkpoint(tmp_path / f"{name}.pt", state)
+        run.save_checkpoint(tmp_path / f"{name}.pt", state)
     os.truncate(tmp_path / "ckpt.pt", 500)
-    assert runs.open_run(tmp_path, "ae", {}, resume=True, overwrite=False)["step"] == 10
+    assert run.open_run(tmp_path, "ae", {}, resume=True, overwrite=False)["step"] == 10
     assert "ckpt.pt: not a readable checkpoint" in capsys.readouterr().err
     for name in ("ckpt_5", "ckpt_10"):
         os.truncate(tmp_path / f"{name}.pt", 500)
     with pytest.raises(ValueError, match="ckpt_5.pt: not a readable"):
-        runs.open_run(tmp_path, "ae", {}, resume=True, overwrite=False)
+        run.open_run(tmp_path, "ae", {}, resume=True, overwrite=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -329,15 +328,15 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
     """
     esm is nan in step 5: weights, moments and counts of that step stay; it is in the log.
     """
-    run(train_ae, *FLAGS, "--steps", 5, "--out", tmp_path / "a", monkeypatch=monkeypatch)
+    run_main(train_ae, *FLAGS, "--steps", 5, "--out", tmp_path / "a", monkeypatch=monkeypatch)
     spoil(monkeypatch, {5})
-    run(train_ae, *FLAGS, "--steps", 6, "--out", tmp_path / "b", monkeypatch=monkeypatch)
+    run_main(train_ae, *FLAGS, "--steps", 6, "--out", tmp_path / "b", monkeypatch=monkeypatch)
     a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in "ab")
     for checkpoint in (a, b):                              # measured anew by each validation
         del checkpoint["model"]["latent_mean"], checkpoint["model"]["latent_std"]
     assert b["step"] == 6 and same(a["model"], b["model"])
     assert same(a["optimizer"]["state"], b["optimizer"]["state"])
-    run(train_ae, *FLAGS, "--steps", 9, "--out", tmp_path / "b", "--resume",
+    run_main(train_ae, *FLAGS, "--steps", 9, "--out", tmp_path / "b", "--resume",
         monkeypatch=monkeypatch)
     lines = [json.loads(line) for line in log_lines(tmp_path / "b")]
     # the others' mean
@@ -351,7 +350,7 @@ def test_skipped_steps_are_logged_with_their_terms(tmp_path, monkeypatch):
     means.
     """
     spoil(monkeypatch, {1, 2}, float("inf"))
-    run(train_ae, *FLAGS, "--steps", 5, "--out", tmp_path, monkeypatch=monkeypatch)
+    run_main(train_ae, *FLAGS, "--steps", 5, "--out", tmp_path, monkeypatch=monkeypatch)
     lines = [json.loads(line) for line in log_lines(tmp_path)]
     skipped = [line for line in lines if "not_finite" in line]
     assert [(line["step"], line["skipped"]) for line in skipped] == [(1, 1), (2, 2)]
@@ -365,24 +364,24 @@ def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
     before is kept.
     """
     spoil(monkeypatch, range(1, 10))
-    run(train_ae, *FLAGS, "--steps", 12, "--out", tmp_path / "nine", monkeypatch=monkeypatch)
+    run_main(train_ae, *FLAGS, "--steps", 12, "--out", tmp_path / "nine", monkeypatch=monkeypatch)
     monkeypatch.undo()
     spoil(monkeypatch, range(1, 20))
     message = r"step 10: esm, grad_norm, loss not finite, 10 steps in a row.*--dtype fp32"
     with pytest.raises(ValueError, match=message):
-        run(train_ae, *FLAGS, "--steps", 20, "--out", tmp_path / "ten", monkeypatch=monkeypatch)
-    assert runs.load_checkpoint(tmp_path / "ten" / "ckpt.pt", "ae")["step"] == 0
+        run_main(train_ae, *FLAGS, "--steps", 20, "--out", tmp_path / "ten", monkeypatch=monkeypatch)
+    assert run.load_checkpoint(tmp_path / "ten" / "ckpt.pt", "ae")["step"] == 0
 
 
 def test_a_loss_without_a_finite_value_but_with_a_finite_gradient_is_skipped_too(tmp_path):
     """|inf - x| has the gradient 1: only the loss shows it."""
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    log = runs.RunLog(tmp_path / "log.jsonl")
+    log = run.RunLog(tmp_path / "log.jsonl")
     for step, loss in enumerate((float("inf"), 1.0)):
         weight.grad = torch.ones(3)
         log.add(step, dict(loss=torch.tensor(loss)))
-        runtime.step_if(log.finite(step), optimizer)
+        run.step_if(log.finite(step), optimizer)
         assert torch.equal(weight.detach(), torch.ones(3)) == (step == 0)
         assert weight.grad is None
     assert optimizer.state[weight]["step"] == 1
@@ -393,7 +392,7 @@ def test_losses_that_stay_zero_are_reported(tmp_path, capsys):
     Ten lines of exact zeros: one message that names the term; a term that is small but not zero is
     left alone.
     """
-    log = runs.RunLog(tmp_path / "log.jsonl")
+    log = run.RunLog(tmp_path / "log.jsonl")
     for step in range(25):
         log.add(step, dict(align=torch.tensor(0.0), loss=torch.tensor(1e-9)))
         log.write(step)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-import latents
-from data import open_data, stream_entries, take
-from latents import LatentCache, autoencoder_hash, build_cache, images_hash
-from leaves import BuiltInImages
+from common import latents
+from common.builtin import BuiltInImages
+from common.data import open_data, stream_entries, take
+from common.latents import LatentCache, autoencoder_hash, build_cache, images_hash
 from vae import AEConfig, AutoencoderKL
 
 AE = AEConfig(ch=8, ch_mult=(1, 1), latent_channels=3, num_res_blocks=1, norm_groups=2)

@@ -11,11 +11,11 @@ import pytest
 from matplotlib import pyplot as plt
 from nbclient import NotebookClient
 
+from analysis.figures import encode_all
+from common.run import checkpoint_args
+from common.weights import load_autoencoder
 from conftest import ROOT
-from figures import encode_all
-from runs import checkpoint_args
 from spectral import fit_power_law, power_spectrum, radial_profile
-from weights import load_autoencoder
 
 FILE = ROOT / "experiments" / "lecture.ipynb"
 WEIGHTS = [ROOT / "experiments" / "lecture" / f"{name}.pt" for name in ("kl", "dsm")]

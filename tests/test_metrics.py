@@ -11,8 +11,8 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 
-from leaves import BuiltInImages
-from metrics import (
+from common.builtin import BuiltInImages
+from common.metrics import (
     Moments,
     frechet_distance,
     jpeg_round_trip,

@@ -216,11 +216,11 @@ def called(monkeypatch):
     class Calls(list):
         code = 0
 
-    def run(command, **options):
+    def run_main(command, **options):
         calls.append(command)
         return miniature.subprocess.CompletedProcess(command, calls.code)
     calls = Calls()
-    monkeypatch.setattr(miniature.subprocess, "run", run)
+    monkeypatch.setattr(miniature.subprocess, "run", run_main)
     return calls
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import train_diffusion
+from analysis.published import CURVES, TARGET, divergence
 from conftest import ROOT
-from published import CURVES, TARGET, divergence
 
 README = (ROOT / "README.md").read_text()
 GUIDE = (ROOT / "GUIDE.md").read_text()

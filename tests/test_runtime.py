@@ -11,22 +11,21 @@ import sys
 import pytest
 import torch
 
-import runs
-import runtime
+from common import run
 from conftest import ROOT
 
 
 def test_step_seeds_are_distinct_and_repeatable():
     """A function of (seed, step): equal again, different for every neighbour."""
-    seeds = {runtime.step_seed(seed, step) for seed in range(20) for step in range(200)}
-    assert len(seeds) == 4000 and runtime.step_seed(3, 5) == runtime.step_seed(3, 5)
+    seeds = {run.step_seed(seed, step) for seed in range(20) for step in range(200)}
+    assert len(seeds) == 4000 and run.step_seed(3, 5) == run.step_seed(3, 5)
 
 
 def test_sharded_noise_is_the_same_on_any_number_of_processes():
     """The shares of 4 processes, put together, are the noise of one."""
     def draw(rank, world):
         generator = torch.Generator().manual_seed(7)
-        return runtime.sharded_randn((8 // world, 4, 3, 5), generator, rank, world)
+        return run.sharded_randn((8 // world, 4, 3, 5), generator, rank, world)
     assert torch.equal(torch.cat([draw(rank, 4) for rank in range(4)]), draw(0, 1))
 
 
@@ -35,28 +34,28 @@ def test_interrupted_write_keeps_the_old_file(tmp_path):
     An error in the middle of a write leaves the previous checkpoint whole and no temporary file.
     """
     path = tmp_path / "ckpt.pt"
-    runs.save_checkpoint(path, dict(stage="ae", step=1, x=torch.ones(3)))
+    run.save_checkpoint(path, dict(stage="ae", step=1, x=torch.ones(3)))
 
     def breaks(file):
         file.write(b"half of it")
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        runs.write_atomic(path, breaks)
+        run.write_atomic(path, breaks)
     assert os.listdir(tmp_path) == ["ckpt.pt"]
-    assert runs.load_checkpoint(path, "ae")["step"] == 1
+    assert run.load_checkpoint(path, "ae")["step"] == 1
 
 
 def test_load_checkpoint_names_the_culprit(tmp_path):
     """No file, not a checkpoint, another stage: one line each, with the path."""
     path = tmp_path / "ckpt.pt"
     with pytest.raises(FileNotFoundError, match="ckpt.pt: no such checkpoint"):
-        runs.load_checkpoint(path, "ae")
+        run.load_checkpoint(path, "ae")
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="ckpt.pt: not a readable checkpoint"):
-        runs.load_checkpoint(path, "ae")
+        run.load_checkpoint(path, "ae")
     torch.save(dict(stage="diffusion"), path)
     with pytest.raises(ValueError, match="stage 'diffusion', expected stage 'ae'"):
-        runs.load_checkpoint(path, "ae")
+        run.load_checkpoint(path, "ae")
 
 
 def test_open_run_protects_what_is_there(tmp_path):
@@ -66,9 +65,9 @@ def test_open_run_protects_what_is_there(tmp_path):
     args = dict(lr=1.0, steps=10, seed=0)
 
     def open_run(flags, resume=False, overwrite=False, **free):
-        return runs.open_run(tmp_path, "ae", flags, resume=resume, overwrite=overwrite, **free)
+        return run.open_run(tmp_path, "ae", flags, resume=resume, overwrite=overwrite, **free)
     assert open_run(args, resume=True) is None               # nothing yet: a fresh start
-    runs.save_checkpoint(tmp_path / "ckpt.pt", dict(stage="ae", step=5, args=args))
+    run.save_checkpoint(tmp_path / "ckpt.pt", dict(stage="ae", step=5, args=args))
     with pytest.raises(ValueError, match="--resume to continue"):
         open_run(args)
     assert open_run(args, overwrite=True) is None
@@ -80,12 +79,12 @@ def test_open_run_protects_what_is_there(tmp_path):
 def test_log_continues_without_gaps_or_repeats(tmp_path):
     """On resume at step 4, later lines and a half-written one go; earlier ones stay."""
     path = tmp_path / "log.jsonl"
-    log = runs.RunLog(path)
+    log = run.RunLog(path)
     for step in range(6):
         log.line(step, loss=step / 10)
     log.file.write('{"step": 6, "lo')
     log.file.close()
-    log = runs.RunLog(path, start_step=4)
+    log = run.RunLog(path, start_step=4)
     log.line(4, loss=0.4)
     log.file.close()
     steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
@@ -98,10 +97,10 @@ def test_only_a_fresh_start_removes_kept_checkpoints(tmp_path):
     that replaces another clears them.
     """
     for step in (5, 10):
-        runs.save_checkpoint(tmp_path / f"ckpt_{step}.pt", dict(stage="ae", step=step))
-    runs.RunLog(tmp_path / "log.jsonl", start_step=5)
+        run.save_checkpoint(tmp_path / f"ckpt_{step}.pt", dict(stage="ae", step=step))
+    run.RunLog(tmp_path / "log.jsonl", start_step=5)
     assert {path.name for path in tmp_path.glob("ckpt_*")} == {"ckpt_5.pt", "ckpt_10.pt"}
-    runs.RunLog(tmp_path / "log.jsonl", start_step=0)
+    run.RunLog(tmp_path / "log.jsonl", start_step=0)
     assert not list(tmp_path.glob("ckpt_*"))
 
 
@@ -112,7 +111,7 @@ def test_ema_arithmetic():
     """
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
-    ema = runtime.EMA(model, decay=0.5)
+    ema = run.EMA(model, decay=0.5)
     torch.nn.init.ones_(model.weight)
     expected = 0.0
     for step in range(20):
@@ -129,7 +128,7 @@ def test_presets_set_defaults_and_flags_win(monkeypatch):
     parser.add_argument("--lr", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=1)
     monkeypatch.setattr(sys, "argv", ["x", "--preset", "b", "--steps", "7"])
-    args = runtime.parse_args(parser, dict(a={}, b=dict(lr=2.0, steps=3)))
+    args = run.parse_args(parser, dict(a={}, b=dict(lr=2.0, steps=3)))
     assert (args.lr, args.steps) == (2.0, 7)
 
 
@@ -142,11 +141,12 @@ def test_data_parallel_over_two_processes(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import torch, runs, runtime
+import torch
+from common import run
 network = torch.nn.Sequential(torch.nn.Linear(2, 1))
-assert runtime.data_parallel(network) is network           # no process group yet
-rank, world, device = runtime.start_processes("cpu")
-assert world == 2 and runtime.data_parallel(None) is None
+assert run.ddp(network) is network           # no process group yet
+rank, world, device = run.init_distributed("cpu")
+assert world == 2 and run.ddp(None) is None
 
 def weights(seed):
     torch.manual_seed(seed)
@@ -155,32 +155,32 @@ def weights(seed):
 local, mean = torch.tensor([[1.0, 2.0]]) * (1 + rank), torch.tensor([[1.5, 3.0]])
 for static in (False, True):
     network = weights(rank)
-    step = runtime.data_parallel(network, static)
+    step = run.ddp(network, static)
     assert step is not network and not torch.equal(weights(0)[0].weight, weights(1)[0].weight)
     assert list(network.state_dict()) == ["0.weight", "0.bias"]
     for name, value in weights(0).state_dict().items():
         assert torch.equal(network.state_dict()[name], value)
-    with runtime.averaging(True, step, None):
+    with run.averaging(True, step, None):
         step(local).sum().backward()                       # d sum(x w + b) / dw = x
     assert torch.equal(network[0].weight.grad, mean)
 
 network = weights(rank)
-step = runtime.data_parallel(network)                      # a static graph averages every time
+step = run.ddp(network)                      # a static graph averages every time
 for part in (1, 2):
-    with runtime.averaging(False, step, None):
+    with run.averaging(False, step, None):
         step(local).sum().backward()
     assert torch.equal(network[0].weight.grad, part * local)
-with runtime.averaging(True, step, None):
+with run.averaging(True, step, None):
     step(local).sum().backward()
 assert torch.equal(network[0].weight.grad, 3 * mean)
 
-log = runs.RunLog({str(tmp_path / "log.jsonl")!r}, rank)
+log = run.RunLog({str(tmp_path / "log.jsonl")!r}, rank)
 log.add(0, dict(a=torch.tensor(rank), b=torch.tensor(float("nan") if rank == 1 else 1.0)))
 assert not log.finite(0)
 log.add(1, dict(a=torch.tensor(rank + 2)))
 assert log.finite(1) and log.write(1) == dict(a=1.5, b=1.0)
 del step, network
-runtime.stop_processes()
+run.stop_processes()
 """)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     result = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, timeout=120)
@@ -192,17 +192,17 @@ def test_own_errors_are_one_line_and_library_errors_keep_their_traceback(tmp_pat
     ValueErrors of this project end with exit code 2 and one line; a bug inside a library stays
     visible.
     """
-    with pytest.raises(SystemExit) as exit, runtime.one_line_errors():
-        runs.load_checkpoint(tmp_path / "none.pt", "ae")
+    with pytest.raises(SystemExit) as exit, run.one_line_errors():
+        run.load_checkpoint(tmp_path / "none.pt", "ae")
     assert exit.value.code == 2
-    with pytest.raises(ValueError), runtime.one_line_errors():
+    with pytest.raises(ValueError), run.one_line_errors():
         json.loads("{")
 
 
 def test_the_log_goes_on_with_its_counts(tmp_path):
     """A bad step between two lines is reported before the checkpoint; counts continue after it."""
     def log_of(path, start_step=0, state=None):
-        return runs.RunLog(path / "log.jsonl", 0, start_step, state, bad_limit=3)
+        return run.RunLog(path / "log.jsonl", 0, start_step, state, bad_limit=3)
 
     def steps(log, *range_):
         for step in range(*range_):
@@ -233,7 +233,7 @@ def test_a_fresh_run_removes_the_old_runs_checkpoints_alone(tmp_path):
     """--overwrite: ckpt.pt and ckpt_<step>.pt go; a copy under another name is the user's."""
     for name in ("ckpt.pt", "ckpt_5.pt", "ckpt-old.pt", "ckpt.best.pt"):
         (tmp_path / name).write_bytes(b"x")
-    runs.RunLog(tmp_path / "log.jsonl")
+    run.RunLog(tmp_path / "log.jsonl")
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["ckpt-old.pt", "ckpt.best.pt"]
 
 
@@ -241,8 +241,8 @@ def test_one_process_in_a_job_of_several_nodes_is_one_node(monkeypatch):
     """SLURM_NNODES=2 and no RANK: a plain python may write its files."""
     monkeypatch.setenv("SLURM_NNODES", "2")
     monkeypatch.delenv("RANK", raising=False)
-    runtime.need_one_node("samples")
+    run.need_one_node("samples")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     with pytest.raises(ValueError, match="samples: .*--nnodes=1"):
-        runtime.need_one_node("samples")
+        run.need_one_node("samples")

@@ -9,7 +9,7 @@ import scipy.ndimage
 import torch
 import torch.nn.functional as F
 
-from leaves import BuiltInImages
+from common.builtin import BuiltInImages
 from spectral import (
     block_dct2,
     block_idct2,

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import evaluate
-import theory
 import train_diffusion
-from conftest import run
-from data import open_data
+from analysis import theory
+from common.data import open_data
+from common.metrics import frechet_distance, frechet_parts
+from conftest import run_main
 from dit import DDPM, Interpolant, NoiseStream
-from metrics import frechet_distance, frechet_parts
 from spectral import dct2, idct2, radial_profile, wiener_gain
 from test_train_diffusion import flags_of
 from vae import AEConfig, AutoencoderKL, Posterior
@@ -225,15 +225,15 @@ def runs_of(material, tmp_path_factory):
     """Folders of two short runs: SiT with classes, U-ViT."""
     out = tmp_path_factory.mktemp("diffusion")
     with pytest.MonkeyPatch.context() as patch:
-        run(train_diffusion, *flags_of(material, out / "sit", "--steps", 2), monkeypatch=patch)
-        run(train_diffusion, *flags_of(material, out / "uvit", "--steps", 2),
+        run_main(train_diffusion, *flags_of(material, out / "sit", "--steps", 2), monkeypatch=patch)
+        run_main(train_diffusion, *flags_of(material, out / "uvit", "--steps", 2),
             "--model", "UViT-tiny/2", monkeypatch=patch)
     return [out / "sit", out / "uvit"]
 
 
 def command(name, folder, *more, monkeypatch):
     """The command's lines of results.jsonl and the lines of its CSV."""
-    run(evaluate, name, *more, "--device", "cpu",
+    run_main(evaluate, name, *more, "--device", "cpu",
         "--results", folder / "results.jsonl", monkeypatch=monkeypatch)
     results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     table = folder / "figure.csv"

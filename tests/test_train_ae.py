@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 import losses
 import train_ae
-from conftest import ROOT, run, same
+from common.weights import load_autoencoder
+from conftest import ROOT, run_main, same
 from vae import CONFIGS, AutoencoderKL
-from weights import load_autoencoder
 
 TINY = ("--preset quick --image_size 32 --batch_size 4 --val_images 6 --workers 0 --device cpu "
         "--log_every 1 --eval_every 100 --warmup_steps 2").split()
@@ -24,7 +24,7 @@ TINY = ("--preset quick --image_size 32 --batch_size 4 --val_images 6 --workers 
 
 def train(out, *flags, monkeypatch):
     """Run train_ae.main in this process; returns log.jsonl as a list of dicts."""
-    run(train_ae, *TINY, "--out", out, *flags, monkeypatch=monkeypatch)
+    run_main(train_ae, *TINY, "--out", out, *flags, monkeypatch=monkeypatch)
     return read_log(out)
 
 
@@ -232,7 +232,7 @@ def test_a_checkpoint_of_before_the_rewrite_resumes(tmp_path, monkeypatch):
     flags = ("--preset quick --data leaves --reg esm --image_size 16 --batch_size 4 "
              "--warmup_steps 2 --log_every 1 --eval_every 3 --val_images 4 --device cpu").split()
     shutil.copy(ROOT / "tests" / "fixtures" / "ckpt_b96e215.pt", tmp_path / "ckpt.pt")
-    run(train_ae, *flags, "--resume", "--steps", 6, "--out", tmp_path, monkeypatch=monkeypatch)
+    run_main(train_ae, *flags, "--resume", "--steps", 6, "--out", tmp_path, monkeypatch=monkeypatch)
     expected = [                                           # what commit b96e215 logged
         dict(step=3, loss=0.43008601665496826, grad_norm=1.5333690643310547),
         dict(step=4, loss=0.3677155375480652, grad_norm=0.9413576126098633),
@@ -333,7 +333,7 @@ def test_what_saves_memory_or_time_changes_no_number(flag, tmp_path, monkeypatch
     (["--lpips_weight", "0.5", "--reg", "eq"], "--lpips_weight 0.5")])
 def test_bad_flags_end_with_one_line(flags, culprit, tmp_path, monkeypatch, capsys):
     """Exit code 2, one line that begins with the culprit, and nothing is left behind."""
-    with pytest.raises(SystemExit) as exit, train_ae.runtime.one_line_errors():
+    with pytest.raises(SystemExit) as exit, train_ae.run.one_line_errors():
         train(tmp_path / "run", *flags, monkeypatch=monkeypatch)
     error = capsys.readouterr().err
     assert exit.value.code == 2

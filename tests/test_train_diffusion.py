@@ -14,11 +14,10 @@ from PIL import Image
 
 import dit
 import evaluate
-import runs
-import runtime
 import train_diffusion
-from conftest import ROOT, run, same
-from weights import load_autoencoder
+from common import run
+from common.weights import load_autoencoder
+from conftest import ROOT, run_main, same
 
 TINY = ("--preset quick --model SiT-tiny/4 --batch_size 4 --device cpu --log_every 1 "
         "--eval_every 100 --warmup_steps 2 --sample_steps 2 --encode_batch 8").split()
@@ -51,15 +50,15 @@ def test_trains_samples_and_evaluates(model, material, tmp_path, monkeypatch, ca
     """
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "urlopen", offline)
-    run(train_diffusion, *flags_of(material, tmp_path, "--model", model, "--steps", 3),
+    run_main(train_diffusion, *flags_of(material, tmp_path, "--model", model, "--steps", 3),
         monkeypatch=monkeypatch)
     log = read_log(tmp_path)
     assert [line["step"] for line in log] == [0, 1, 2]
     assert all(np.isfinite(line["loss"]) for line in log)
-    checkpoint = runs.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
+    checkpoint = run.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
     assert checkpoint["model_args"]["num_classes"] == 2
     assert (tmp_path / "samples.png").stat().st_size > 500
-    run(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--num_samples", 5, "--steps", 3,
+    run_main(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--num_samples", 5, "--steps", 3,
         "--cfg", 1.5, "--batch_size", 2, "--folder", "--workers", 0, "--device", "cpu",
         "--results", tmp_path / "results.jsonl", monkeypatch=monkeypatch)
     result = json.loads((tmp_path / "results.jsonl").read_text())
@@ -80,14 +79,14 @@ def test_resuming_equals_never_stopping(material, tmp_path, monkeypatch):
     """
     def train(name, *flags):
         flags = ["--steps", 6, "--eval_every", 3, *flags]
-        run(train_diffusion, *flags_of(material, tmp_path / name, *flags), monkeypatch=monkeypatch)
+        run_main(train_diffusion, *flags_of(material, tmp_path / name, *flags), monkeypatch=monkeypatch)
     train("a")
     train("b", "--keep_every", 3)
     # as if killed after step 3's checkpoint
     (tmp_path / "b" / "ckpt_3.pt").rename(tmp_path / "b" / "ckpt.pt")
     train("b", "--resume")
     assert read_log(tmp_path / "a") == read_log(tmp_path / "b")
-    a, b = (runs.load_checkpoint(tmp_path / name / "ckpt.pt", "diffusion") for name in "ab")
+    a, b = (run.load_checkpoint(tmp_path / name / "ckpt.pt", "diffusion") for name in "ab")
     assert a.keys() == b.keys() and all(same(a[part], b[part]) for part in set(a) - {"args"})
 
 
@@ -109,7 +108,7 @@ def test_two_processes_equal_one(material, tmp_path, monkeypatch, request):
     one, two = tmp_path / "one", tmp_path / "two"
 
     def on_one_and_two(module, flags_in):
-        run(module, *flags_in(one), monkeypatch=monkeypatch)
+        run_main(module, *flags_in(one), monkeypatch=monkeypatch)
         torchrun(f"{module.__name__}.py", *flags_in(two))
 
     on_one_and_two(train_diffusion, lambda out: flags_of(
@@ -141,8 +140,8 @@ def test_alignment_trains_the_blocks_below_it_and_no_others(kind, material, tmp_
         return loss * 0, tokens
     monkeypatch.setattr(dit, "regress", alignment_only)
     flags = ["--steps", 3, "--repa", kind, "--encoder_source", "random", "--lr", 0.01]
-    run(train_diffusion, *flags_of(material, tmp_path, *flags), monkeypatch=monkeypatch)
-    checkpoint = runs.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
+    run_main(train_diffusion, *flags_of(material, tmp_path, *flags), monkeypatch=monkeypatch)
+    checkpoint = run.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
     fresh = fresh_weights(checkpoint)
     moved = lambda name: not torch.equal(fresh[name], checkpoint["model"][name])
     assert moved("blocks.0.mlp.fc1.weight") or moved("blocks.0.adaLN_modulation.1.weight")
@@ -178,7 +177,7 @@ def test_images_and_latents_share_crop_and_mirror(material, tmp_path, monkeypatc
 
     monkeypatch.setattr(train_diffusion.LatentCache, "batches", spy_batches)
     flags = ["--steps", 4, "--repa", "dog", "--encoder_source", "random"]
-    run(train_diffusion, *flags_of(material, tmp_path, *flags), monkeypatch=monkeypatch)
+    run_main(train_diffusion, *flags_of(material, tmp_path, *flags), monkeypatch=monkeypatch)
     ae = load_autoencoder(material / "ae" / "ckpt.pt")
     shown = shown[1:]                                      # the first call is the check of the grid
     assert len(shown) == 4 and np.concatenate([mirrored for _, mirrored in cached]).any()
@@ -196,15 +195,15 @@ def test_two_processes_equal_one_with_alignment(material, tmp_path, monkeypatch,
     one, two = tmp_path / "one", tmp_path / "two"
     flags = ["--steps", 4, "--repa", "dog", "--encoder_source", "random", "--eval_every", 2]
     kept = flags_of(material, one, *flags, "--keep_every", 2)
-    run(train_diffusion, *kept, monkeypatch=monkeypatch)
+    run_main(train_diffusion, *kept, monkeypatch=monkeypatch)
     torchrun("train_diffusion.py", *flags_of(material, two, *flags))
     for a, b in zip(read_log(one), read_log(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
         assert a["align"] == pytest.approx(b["align"], rel=1e-2, abs=1e-3)
-    straight, log = runs.load_checkpoint(one / "ckpt.pt", "diffusion"), read_log(one)
+    straight, log = run.load_checkpoint(one / "ckpt.pt", "diffusion"), read_log(one)
     (one / "ckpt_2.pt").rename(one / "ckpt.pt")
-    run(train_diffusion, *kept, "--resume", monkeypatch=monkeypatch)
-    resumed = runs.load_checkpoint(one / "ckpt.pt", "diffusion")
+    run_main(train_diffusion, *kept, "--resume", monkeypatch=monkeypatch)
+    resumed = run.load_checkpoint(one / "ckpt.pt", "diffusion")
     assert log == read_log(one)
     assert all(same(straight[part], resumed[part]) for part in set(straight) - {"args"})
 
@@ -215,8 +214,8 @@ def test_labels_are_dropped_and_average_is_sampled(material, tmp_path, monkeypat
     checkpoint carries the average.
     """
     flags = ["--steps", 3, "--label_dropout", 1, "--weight_decay", 0, "--lr", 0.01]
-    run(train_diffusion, *flags_of(material, tmp_path, *flags), monkeypatch=monkeypatch)
-    checkpoint = runs.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
+    run_main(train_diffusion, *flags_of(material, tmp_path, *flags), monkeypatch=monkeypatch)
+    checkpoint = run.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
     table = "y_embedder.embedding_table.weight"
     moved = (checkpoint["model"][table] - fresh_weights(checkpoint)[table]).abs().amax(1)
     assert moved[2] > 0 and moved[:2].max() == 0
@@ -236,8 +235,8 @@ def test_labels_are_dropped_and_average_is_sampled(material, tmp_path, monkeypat
 def test_bad_flags_end_with_one_line(flags, culprit, material, tmp_path, monkeypatch, capsys):
     """Exit code 2, one line with the culprit, no run folder."""
     monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as exit, runtime.one_line_errors():
-        run(train_diffusion, *flags_of(material, tmp_path / "run", *flags), monkeypatch=monkeypatch)
+    with pytest.raises(SystemExit) as exit, run.one_line_errors():
+        run_main(train_diffusion, *flags_of(material, tmp_path / "run", *flags), monkeypatch=monkeypatch)
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if "Warning" not in line and "warn(" not in line]
     assert exit.value.code == 2 and culprit in error and len(lines) == 1
@@ -246,8 +245,8 @@ def test_bad_flags_end_with_one_line(flags, culprit, material, tmp_path, monkeyp
 
 def test_guidance_without_a_null_class_is_refused(material, tmp_path, monkeypatch):
     """An unconditional model has nothing to guide away from."""
-    run(train_diffusion, *flags_of(material, tmp_path, "--steps", 1, "--num_classes", 0),
+    run_main(train_diffusion, *flags_of(material, tmp_path, "--steps", 1, "--num_classes", 0),
         monkeypatch=monkeypatch)
     with pytest.raises(ValueError, match="--cfg 2.0: .* unconditional"):
-        run(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--cfg", 2, "--device", "cpu",
+        run_main(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--cfg", 2, "--device", "cpu",
             monkeypatch=monkeypatch)

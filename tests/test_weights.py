@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from common.weights import diffusers_name, load_autoencoder, load_transformer, split_name
 from dit import Interpolant, SiT, UViT
 from test_dit import TINY, batch, tiny
 from test_vae import SMALL, meta_shapes, small
 from vae import CONFIGS, AutoencoderKL
-from weights import diffusers_name, load_autoencoder, load_transformer, split_name
 
 
 # ---------------------------------------------------------------------------- names

@@ -8,7 +8,7 @@ files by all processes of a node.
 
 A folder holds one sampling: the files appear when all samples are drawn, in the place of those of
 an earlier one. Sample i depends on (--seed, i) alone. `args` are the flags of evaluate.py gen,
-`compute` is runtime.Compute.
+`compute` is run.Compute.
 """
 import math
 import pathlib
@@ -22,19 +22,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import runs
-import runtime
+from analysis.figures import picture_grid
+from common import run
+from common.latents import autoencoder_hash
+from common.metrics import jpeg_round_trip, to_uint8
+from common.sources import reason
+from common.weights import load_autoencoder
 from dit import DDPM, MODELS, Interpolant, NoiseStream
-from figures import picture_grid
-from latents import autoencoder_hash
-from metrics import jpeg_round_trip, to_uint8
-from sources import reason
-from weights import load_autoencoder
 
 
 def checkpoint_files(args):
     """What a command reads: --ckpt; with --every all ckpt_<step>.pt of these runs."""
-    places = args.ckpt or [runs.newest(f"out/diffusion/{args.preset}-*/ckpt.pt",
+    places = args.ckpt or [run.newest(f"out/diffusion/{args.preset}-*/ckpt.pt",
                                           "--ckpt: train one with train_diffusion.py")]
     files = []
     for place in map(pathlib.Path, places):
@@ -60,7 +59,7 @@ def load_diffusion(path, ae_path, device):
     A run of train_diffusion.py, ready to sample: (EMA model, process, autoencoder with the run's
     statistics, checkpoint).
     """
-    checkpoint = runs.load_checkpoint(path, "diffusion")
+    checkpoint = run.load_checkpoint(path, "diffusion")
     try:
         model = MODELS[checkpoint["model_name"]](**checkpoint["model_args"])
         model.load_state_dict(checkpoint["ema"])
@@ -125,7 +124,7 @@ def write_samples(draw, samples, out, args, compute):
         shutil.rmtree(pictures, ignore_errors=True)    # of a sampling that was killed
         if args.folder:
             pictures.mkdir()
-    runtime.barrier()
+    run.barrier()
     start = time.perf_counter()
     mine = np.arange(rank, n, world)
     with tqdm(total=n, unit="img", desc="sampling",
@@ -137,7 +136,7 @@ def write_samples(draw, samples, out, args, compute):
             for i in indices if args.folder else ():
                 Image.fromarray(samples[i]).save(pictures / f"{i:06d}.png")
             progress.update(len(indices) * world)
-    runtime.barrier()
+    run.barrier()
     return time.perf_counter() - start
 
 
@@ -148,7 +147,7 @@ def publish(samples, out, folder):
     """
     first = torch.from_numpy(samples[:64].copy()).movedim(-1, 1) / 255
     picture_grid(first, out / "grid.png")
-    runs.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
+    run.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
     images = out / "images"
     for path in list(images.glob("*.png")):
         if re.fullmatch(r"\d{6,}", path.stem):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import runtime
+from common import run
 from spectral import spectrum_distribution
 
 # --------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ class Moments:
 
     def mean_cov(self):
         """n (int), mean (D,), covariance (D, D), unbiased, over all ranks; ValueError if n < 2."""
-        sums = runtime.all_sum(self.sums.clone()).cpu()
+        sums = run.all_sum(self.sums.clone()).cpu()
         n, total = sums[0, 0], sums[0, 1:]
         if n < 2:
             raise ValueError(f"a set of {int(n)} images has no covariance, and so no Frechet "

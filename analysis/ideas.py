@@ -21,8 +21,8 @@ from matplotlib import cbook
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-import runtime
-from figures import image_file, save_figure
+from analysis.figures import image_file, save_figure
+from common import run
 from losses import DSM_MASKS
 from repa import DOG_SIGMAS
 from spectral import (
@@ -264,14 +264,14 @@ def pipeline(image, n=12):
 def check(args):
     """ValueError on the first flag that cannot work."""
     figures = {flag: path for flag in ("plot", "pipeline") if (path := getattr(args, flag))}
-    runtime.need(figures, "nothing to draw: give --plot OUT.png or --pipeline OUT.png")
+    run.need(figures, "nothing to draw: give --plot OUT.png or --pipeline OUT.png")
     for flag, path in figures.items():
         folder = os.path.dirname(path) or "."
-        runtime.need(os.path.isdir(folder), f"--{flag} {path}: no such folder; make it first")
-        runtime.need(path.endswith((".png", ".pdf", ".svg")),
+        run.need(os.path.isdir(folder), f"--{flag} {path}: no such folder; make it first")
+        run.need(path.endswith((".png", ".pdf", ".svg")),
                      f"--{flag} {path}: must end in .png, .pdf or .svg")
     cells = 64 if args.pipeline else 8                     # its latent, 1/8 of it, has 8x8 blocks
-    runtime.need(64 <= args.size <= 4096 and args.size % cells == 0,
+    run.need(64 <= args.size <= 4096 and args.size % cells == 0,
                  f"--size {args.size}: must be a multiple of {cells} in 64..4096")
 
 
@@ -285,7 +285,7 @@ def main():
     add("--image", help="an image file (default: a photograph that comes with matplotlib)")
     add("--size", type=int, default=256, help="pixels a side after a centre crop, a multiple of "
         "8, for --pipeline of 64")
-    args = runtime.parse_args(parser, {})
+    args = run.parse_args(parser, {})
     check(args)
     file = args.image or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
     image = image_file(file, args.size, "cpu")             # (1, 3, size, size) in [-1, 1]
@@ -298,5 +298,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with runtime.one_line_errors():
+    with run.one_line_errors():
         main()

@@ -19,9 +19,7 @@ from types import SimpleNamespace
 
 import torch
 
-from data import open_data, val_batches
-from dit import Interpolant, NoiseStream
-from figures import (
+from analysis.figures import (
     autoencoders,
     encode_all,
     need_blocks,
@@ -30,9 +28,11 @@ from figures import (
     unique_names,
     write_with_table,
 )
+from analysis.samples import checkpoint_files, load_diffusion
+from common.data import open_data, val_batches
+from common.metrics import psnr
+from dit import Interpolant, NoiseStream
 from losses import DSM_MASKS, esm_loss
-from metrics import psnr
-from samples import checkpoint_files, load_diffusion
 from spectral import (
     dct2,
     fit_power_law,

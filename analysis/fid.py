@@ -6,7 +6,7 @@ Sets of images, most of them through the Inception network, as evaluate.py compa
     fid A B     two sets that somebody brings, at one size
 
 The formulas are in metrics.py or torch-fidelity's. Images are (N, H, W, 3) uint8 where they lie in
-files, (B, 3, H, W) uint8 on their way into the network. `compute` is runtime.Compute.
+files, (B, 3, H, W) uint8 on their way into the network. `compute` is run.Compute.
 """
 import contextlib
 import json
@@ -21,12 +21,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import runs
-import runtime
-from data import ImageSet, open_data, spread, val_batches
-from latents import create_array, images_hash
-from metrics import Moments, frechet_distance, sliced_wasserstein, spectral_kl, to_uint8
-from sources import open_source, reason
+from common import run
+from common.data import ImageSet, open_data, spread, val_batches
+from common.latents import create_array, images_hash
+from common.metrics import Moments, frechet_distance, sliced_wasserstein, spectral_kl, to_uint8
+from common.sources import open_source, reason
 
 
 def warn_small(n, compute):
@@ -41,7 +40,7 @@ def shared_array(path, dtype, shape, compute):
     """A memory-mapped .npy that all ranks write into, each its rows; it is gone after the block."""
     if compute.rank == 0:
         create_array(f"{path} of {shape[0]:,} rows", path, dtype, shape)
-    runtime.barrier()
+    run.barrier()
     try:
         yield np.load(path, mmap_mode="r+")
     finally:
@@ -70,7 +69,7 @@ def inception_statistics(inception, batches, keep, folder, compute):
             for array, value in zip((features, logits), values):
                 array[places[wanted]] = value.cpu().numpy()[wanted]
         n, mean, cov = moments.mean_cov()
-        runtime.barrier()
+        run.barrier()
         if compute.rank > 0:
             return n, mean, cov, None, None
         features, logits = (torch.from_numpy(np.array(array)) for array in (features, logits))
@@ -107,12 +106,12 @@ def stored_statistics(reference_set):
     Where the Inception statistics of a set are kept, what they are of, and the arrays if they are
     there, else None; ValueError if they are of something else, or damaged.
     """
-    identity = runtime.from_rank_zero(lambda: images_hash(reference_set))
+    identity = run.broadcast_from_rank0(lambda: images_hash(reference_set))
     file = pathlib.Path("out/reference") / f"{identity}-{reference_set.size}.npz"
     how = dict(images=identity, size=reference_set.size, n=len(reference_set),
                crop="ADM centre crop, 8 bit", network="torch-fidelity")
     stored = None
-    if runtime.from_rank_zero(file.exists):            # another run may be writing it just now
+    if run.broadcast_from_rank0(file.exists):            # another run may be writing it just now
         stored = read_npz(file, "mu", "sigma", "features", "how")
     if stored is not None and (len(stored) < 4 or str(stored["how"]) != json.dumps(how)):
         raise ValueError(f"{file}: statistics of {stored.get('how')}, wanted {json.dumps(how)}; "
@@ -135,10 +134,10 @@ def reference_statistics(inception, reference_set, folder, args, compute):
     keep = np.unique(np.linspace(0, len(reference_set) - 1, 10_000).astype(np.int64))
     n, mu, sigma, features, _ = inception_statistics(inception, batches, keep, folder, compute)
     if compute.rank == 0:
-        runs.write_atomic(reference, lambda file: np.savez(
+        run.write_atomic(reference, lambda file: np.savez(
             file, mu=mu.numpy(), sigma=sigma.numpy(), features=features.numpy(), readable=n,
             how=json.dumps(how)))
-    runtime.barrier()
+    run.barrier()
     return stored_statistics(reference_set)[2]
 
 

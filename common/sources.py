@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from runtime import first_of_node
+from common.run import local_rank_zero_first
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif",
               ".ppm", ".pgm", ".pbm", ".pnm")
@@ -307,7 +307,7 @@ class Cifar10(Listing):
         from torchvision.datasets import CIFAR10
 
         try:
-            with first_of_node():
+            with local_rank_zero_first():
                 CIFAR10("data", download=True)  # fetches nothing that is there already
             parts = {"train": CIFAR10("data", train=True), "test": CIFAR10("data", train=False)}
         except (OSError, RuntimeError) as error:

@@ -24,13 +24,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import runs
-from data import open_data, val_batches
+from analysis.published import CURVES, TARGET, divergence
+from common import run
+from common.data import open_data, val_batches
+from common.metrics import psnr
+from common.sources import center_crop, open_picture, reason, to_rgb
+from common.weights import load_autoencoder
 from losses import esm_loss
-from metrics import psnr
-from published import CURVES, TARGET, divergence
 from repa import filter_target, load_encoder
-from sources import center_crop, open_picture, reason, to_rgb
 from spectral import (
     block_dct2,
     fit_power_law,
@@ -41,7 +42,6 @@ from spectral import (
     rmsc,
     spectrum_distribution,
 )
-from weights import load_autoencoder
 
 
 def pca_rgb(latents):
@@ -67,7 +67,7 @@ def picture_grid(images, path, columns=8):
     """Images (N, 3, H, W) in [0, 1], clipped, side by side as one PNG."""
     from torchvision.utils import save_image
     images = images.float().cpu().clamp(0, 1)
-    runs.write_atomic(path, lambda file: save_image(
+    run.write_atomic(path, lambda file: save_image(
         images, file, "png", nrow=columns, padding=2, pad_value=1.0))
 
 
@@ -83,7 +83,7 @@ def save_figure(figure, path, **options):
     """Write a figure as PNG, or what the path's suffix says, and close it."""
     import matplotlib.pyplot as plt
     suffix = pathlib.Path(path).suffix[1:] or "png"
-    runs.write_atomic(path, lambda file: figure.savefig(file, format=suffix, **options))
+    run.write_atomic(path, lambda file: figure.savefig(file, format=suffix, **options))
     plt.close(figure)
 
 
@@ -148,7 +148,7 @@ def unique_names(files, taken=()):
     parts = {}
     for path in paths:
         folder = path.parent.parent if path.name == "ckpt.pt" else path.parent
-        parts[path] = (*folder.parts, runs.run_name(path))
+        parts[path] = (*folder.parts, run.run_name(path))
     alike = Counter(parts.values())                    # x.pt and x.ckpt: these keep their endings
     parts = {path: path.parts if alike[own] > 1 else own for path, own in parts.items()}
     depth = dict.fromkeys(parts, 1)
@@ -171,7 +171,7 @@ def autoencoders(args, device):
                                 "with train_ae.py, or give files")
     for file, label in zip(files, unique_names(files, taken=("image", "images"))):
         ae = load_autoencoder(file).to(device)
-        yield label, ae, runs.checkpoint_args(file)
+        yield label, ae, run.checkpoint_args(file)
 
 
 @torch.no_grad()
@@ -265,7 +265,7 @@ def write_with_table(args, figure, columns, rows):
 
     def write(out):
         save_figure(figure, out, dpi=90)
-        runs.write_atomic(table, lambda file: file.write(text.getvalue().encode()))
+        run.write_atomic(table, lambda file: file.write(text.getvalue().encode()))
     write_out(args, write, f", {table}")
 
 
@@ -516,8 +516,8 @@ def curves_figure(args, device):
     runs = [pathlib.Path(run) for run in dict.fromkeys(args.runs)]
     runs = [path.parent if path.name == "log.jsonl" else path for path in runs]
     logs = {}
-    for run, name in zip(runs, unique_names(runs)):
-        logs[name] = read_log(run / "log.jsonl" if run.is_dir() else run)
+    for log, name in zip(runs, unique_names(runs)):
+        logs[name] = read_log(log / "log.jsonl" if log.is_dir() else log)
         if not logs[name]:
             print(f"{run}: has nothing to draw yet")
     shown = [name for name in PANELS if any(name in series for series in logs.values())]

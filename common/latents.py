@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import reason, stream_entries, val_batches
-from runtime import all_sum, barrier
+from common.data import reason, stream_entries, val_batches
+from common.run import all_sum, barrier
 from vae import Posterior
 
 
