@@ -59,7 +59,7 @@ from analysis.figures import (
     unique_names,
 )
 from analysis.published import CURVES
-from analysis.samples import checkpoint_files, load_diffusion, publish, sample_images, write_samples
+from analysis.samples import publish, sample_images, write_samples
 from analysis.theory import denoise_figure, diffusability_rows, trajectory_figure
 from common import run
 from common.data import LARGEST_SIDE, open_data, spread, val_batches
@@ -72,7 +72,7 @@ from common.metrics import (
     ssim,
     to_uint8,
 )
-from common.weights import load_autoencoder
+from common.weights import checkpoint_files, load_autoencoder, load_diffusion
 from dit import DDPM, Interpolant, NoiseStream
 from losses import PerceptualLoss
 

@@ -23,9 +23,9 @@ import losses
 from analysis.figures import figure_rows, pca_rgb
 from common import run
 from common.data import open_data, train_batches, val_batches
-from common.latents import autoencoder_hash, images_hash
+from common.latents import images_hash
 from common.metrics import psnr, ssim
-from common.weights import load_autoencoder
+from common.weights import autoencoder_hash, load_autoencoder
 from losses import DSM_MASKS, SCALES, PatchDiscriminator, PerceptualLoss
 from repa import load_encoder
 from spectral import fit_power_law, lowpass, match_resolution, power_spectrum, radial_profile

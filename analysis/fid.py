@@ -25,7 +25,8 @@ from common import run
 from common.data import ImageSet, open_data, spread, val_batches
 from common.latents import create_array, images_hash
 from common.metrics import Moments, frechet_distance, sliced_wasserstein, spectral_kl, to_uint8
-from common.sources import open_source, reason
+from common.run import reason
+from common.sources import open_source
 
 
 def warn_small(n, compute):

@@ -28,7 +28,8 @@ from analysis.published import CURVES, TARGET, divergence
 from common import run
 from common.data import open_data, val_batches
 from common.metrics import psnr
-from common.sources import center_crop, open_picture, reason, to_rgb
+from common.run import reason
+from common.sources import center_crop, open_picture, to_rgb
 from common.weights import load_autoencoder
 from losses import esm_loss
 from repa import filter_target, load_encoder

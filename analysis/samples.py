@@ -11,7 +11,6 @@ an earlier one. Sample i depends on (--seed, i) alone. `args` are the flags of e
 `compute` is run.Compute.
 """
 import math
-import pathlib
 import re
 import shutil
 import sys
@@ -24,68 +23,8 @@ from tqdm import tqdm
 
 from analysis.figures import picture_grid
 from common import run
-from common.latents import autoencoder_hash
 from common.metrics import jpeg_round_trip, to_uint8
-from common.sources import reason
-from common.weights import load_autoencoder
-from dit import DDPM, MODELS, Interpolant, NoiseStream
-
-
-def checkpoint_files(args):
-    """What a command reads: --ckpt; with --every all ckpt_<step>.pt of these runs."""
-    places = args.ckpt or [run.newest(f"out/diffusion/{args.preset}-*/ckpt.pt",
-                                          "--ckpt: train one with train_diffusion.py")]
-    files = []
-    for place in map(pathlib.Path, places):
-        folder = place if place.is_dir() else place.parent
-        if not args.every:
-            files.append(place / "ckpt.pt" if place.is_dir() else place)
-            continue
-        steps = [path.stem.removeprefix("ckpt_") for path in folder.glob("ckpt_*.pt")]
-        # not the untrained network's
-        steps = sorted(int(step) for step in steps if step.isdecimal() and int(step) > 0)
-        if not steps:
-            raise FileNotFoundError(f"--ckpt {place}: no ckpt_<step>.pt there; train_diffusion.py "
-                                    "keeps them with --keep_every")
-        files += [folder / f"ckpt_{step}.pt" for step in steps]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"--ckpt {file}: no such checkpoint")
-    return list(dict.fromkeys(map(str, files)))
-
-
-def load_diffusion(path, ae_path, device):
-    """
-    A run of train_diffusion.py, ready to sample: (EMA model, process, autoencoder with the run's
-    statistics, checkpoint).
-    """
-    checkpoint = run.load_checkpoint(path, "diffusion")
-    try:
-        model = MODELS[checkpoint["model_name"]](**checkpoint["model_args"])
-        model.load_state_dict(checkpoint["ema"])
-        missing = {"ae", "autoencoder", "latent_mean", "latent_std", "image_size", "data",
-                   "data_seed", "step", "args"} - checkpoint.keys()
-        finite = not missing and all(tensor.isfinite().all() for tensor in (
-            *checkpoint["ema"].values(), checkpoint["latent_std"]))
-        process = Interpolant()
-        if checkpoint["model_name"].startswith("UViT"):    # older runs had no choice
-            process = DDPM(checkpoint["args"].get("schedule", "sd"))
-    except Exception as error:                         # a foreign file breaks this in any way
-        raise ValueError(f"--ckpt {path}: not what this version of train_diffusion.py writes "
-                         f"({reason(error)})") from None
-    if not finite:
-        fault = f"has no {min(missing)}" if missing else "its weights are not finite"
-        raise ValueError(f"--ckpt {path}: {fault}; take an earlier checkpoint")
-    if not ae_path and not pathlib.Path(checkpoint["ae"]).exists():
-        raise FileNotFoundError(f"--ckpt {path}: its autoencoder, {checkpoint['ae']}, is not here; "
-                                "--ae names it")
-    ae_path = ae_path or checkpoint["ae"]
-    ae = load_autoencoder(ae_path)
-    if autoencoder_hash(ae) != checkpoint["autoencoder"]:
-        raise ValueError(f"--ae {ae_path}: not the autoencoder on whose latents {path} was trained")
-    ae.set_latent_stats(checkpoint["latent_mean"], checkpoint["latent_std"])
-    model = model.to(device).eval().requires_grad_(False)
-    return model, process, ae.to(device).requires_grad_(False), checkpoint
+from dit import Interpolant, NoiseStream
 
 
 def sample_labels(indices, num_classes, args):

@@ -28,9 +28,9 @@ from analysis.figures import (
     unique_names,
     write_with_table,
 )
-from analysis.samples import checkpoint_files, load_diffusion
 from common.data import open_data, val_batches
 from common.metrics import psnr
+from common.weights import checkpoint_files, load_diffusion
 from dit import Interpolant, NoiseStream
 from losses import DSM_MASKS, esm_loss
 from spectral import (

@@ -32,8 +32,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.builtin import SETS, BuiltInImages
-from common.run import one_line_errors, parse_args, write_atomic
-from common.sources import LABELS_FILE, center_crop, divide, open_source, reason, to_rgb
+from common.run import one_line_errors, parse_args, reason, write_atomic
+from common.sources import LABELS_FILE, center_crop, divide, open_source, to_rgb
 
 LARGEST_SIDE = 2 ** 14    # pixels
 HELD_OUT_FIRST = 2 ** 40  # built-in images from here on are the held-out ones

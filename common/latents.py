@@ -27,19 +27,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.data import reason, stream_entries, val_batches
-from common.run import all_sum, barrier
+from common.data import stream_entries, val_batches
+from common.run import all_sum, barrier, reason
 from vae import Posterior
-
-
-def autoencoder_hash(ae):
-    """16 hex digits over the weights' names and values, without the statistics of the latents."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(ae.state_dict().items()):
-        if not name.startswith("latent_"):  # these follow from the images
-            digest.update(name.encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @lru_cache(maxsize=4)  # a million files take a minute

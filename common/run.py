@@ -756,6 +756,15 @@ def need_run_flags(args):
          "when checkpoints are made")
 
 
+def reason(error):
+    """Why a file could not be read, in one line, without the advice to unpickle it all the same."""
+    if type(error).__name__ == "UnidentifiedImageError":      # PIL's own words are an address
+        return "not an image"
+    if "allow_pickle" in str(error):
+        return "holds Python objects"
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """

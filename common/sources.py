@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from common.run import local_rank_zero_first
+from common.run import local_rank_zero_first, reason
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif",
               ".ppm", ".pgm", ".pbm", ".pnm")
@@ -56,15 +56,6 @@ def open_picture(path):
     if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
         raise ValueError(f"no file, or larger than {LARGEST_FILE:,} bytes")
     return Image.open(io.BytesIO(Path(path).read_bytes()), formats=FORMATS)
-
-
-def reason(error):
-    """Why a file could not be read, in one line, without the advice to unpickle it all the same."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    if "allow_pickle" in str(error):
-        return "holds Python objects"
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def to_rgb(image):

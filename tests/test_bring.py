@@ -12,9 +12,8 @@ import torch
 import train_ae
 import train_diffusion
 from common import run
-from common.latents import autoencoder_hash
-from common.weights import load_autoencoder
-from conftest import ROOT, run_main, same
+from common.weights import autoencoder_hash, load_autoencoder
+from conftest import run_main, same
 from vae import CONFIGS
 
 TINY = ("--image_size 32 --batch_size 4 --val_images 4 --workers 0 --device cpu --log_every 1 "

@@ -24,7 +24,7 @@ from common import run
 from common.data import ImageSet, open_data
 from common.metrics import jpeg_round_trip, ssim, to_uint8
 from common.sources import open_source
-from common.weights import load_autoencoder
+from common.weights import load_autoencoder, load_diffusion
 from conftest import run_main
 from test_train_diffusion import flags_of
 
@@ -423,7 +423,7 @@ def test_uvit_is_sampled_with_its_schedule(diffusion, material, tmp_path):
     for args, end in ((dict(schedule="vp"), 4e-5), (dict(schedule="sd"), 0.0047), ({}, 0.0047)):
         torch.save(dict(checkpoint, model_name="UViT-tiny/4", ema=ema, args=args),
                    tmp_path / "uvit.pt")
-        process = samples.load_diffusion(tmp_path / "uvit.pt", None, torch.device("cpu"))[1]
+        process = load_diffusion(tmp_path / "uvit.pt", None, torch.device("cpu"))[1]
         assert float(process.alpha_bar[-1]) == pytest.approx(end, rel=0.05)
 
 

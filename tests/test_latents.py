@@ -15,7 +15,8 @@ from PIL import Image
 from common import latents
 from common.builtin import BuiltInImages
 from common.data import open_data, stream_entries, take
-from common.latents import LatentCache, autoencoder_hash, build_cache, images_hash
+from common.latents import LatentCache, build_cache, images_hash
+from common.weights import autoencoder_hash
 from vae import AEConfig, AutoencoderKL
 
 AE = AEConfig(ch=8, ch_mult=(1, 1), latent_channels=3, num_res_blocks=1, norm_groups=2)
