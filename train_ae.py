@@ -140,7 +140,7 @@ def check(args, config, world):
     for flag, least in (("gan_weight", 24), ("lpips_weight", 16)):
         weight = getattr(args, flag)
         need(weight == 0 or smallest >= least, f"--{flag} {weight}: needs images of at least "
-             f"{least} pixels per side, and here they may be {smallest}; --{flag} 0 switches it off")
+             f"{least} pixels per side, and here they may be {smallest}; 0 switches it off")
     run.need_range(args, 0, 10, "gamma")                   # 16^gamma must fit float32
     run.need_range(args, 0, float("inf"), "esm_weight", "kl_weight", "vf_weight", "uae_weight",
                    "lpips_weight", "gan_weight", "gan_start")
@@ -314,9 +314,7 @@ def print_config(args, ae, train_set, val_set, world, device):
     if device.type == "cuda" and args.compile == "off" and set(UNCOMPILED) & set(args.reg):
         run.print0(f"--reg {' '.join(args.reg)}: not compiled, since eq and se use many image "
                    "sizes, each a compilation of its own, and vf runs the decoder backward twice")
-    run.print0(f"global batch {args.batch_size} = {world} x {args.batch_size // world} on "
-               f"{device.type} in {args.dtype}; learning rate {args.lr:g}, not rescaled; "
-               f"{args.steps:,} steps -> {args.out}")
+    run.print_run(args, world, device)
 
 
 def summary(step, report, speed):

@@ -200,6 +200,13 @@ def device_choices(args, device, fixed_size=True):
     return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
 
+def print_run(args, world, device):
+    """What is trained how, in a line: that no learning rate was rescaled, above all."""
+    print0(f"global batch {args.batch_size} = {world} x {args.batch_size // world} on "
+           f"{device.type} in {args.dtype}; learning rate {args.lr:g}, not rescaled; "
+           f"{args.steps:,} steps -> {args.out}")
+
+
 def uncompiled(args):
     """Around what runs rarely, in shapes of its own: not worth a compilation each."""
     on = args.compile == "on"
@@ -326,8 +333,8 @@ def load_checkpoint(path, stage):
         if "weights" in why.lower() or "Unsupported" in why:
             why = "holds more than plain data, of which nothing is run"
         raise ValueError(f"{path}: not a readable checkpoint ({why})") from None
-    need(not damaged, f"{path}: not a readable checkpoint (damaged on the disk); copy an older one, "
-         "ckpt_<step>.pt, to its place")
+    need(not damaged, f"{path}: not a readable checkpoint (damaged on the disk); an older one, "
+         "ckpt_<step>.pt, can take its place")
     fields = checkpoint if isinstance(checkpoint, dict) else {}
     found, step = fields.get("stage"), fields.get("step", 0)
     holds = f"a run of stage {found!r}" if isinstance(found, str) else "no run of this project"
@@ -451,7 +458,8 @@ class Log:
         if get_rank() > 0:
             return
         kept = []
-        for line in self.path.read_text().splitlines() if start_step and self.path.exists() else ():
+        old = self.path.read_text().splitlines() if start_step and self.path.exists() else []
+        for line in old:
             with contextlib.suppress(json.JSONDecodeError):
                 if json.loads(line)["step"] < start_step:
                     kept.append(line + "\n")
