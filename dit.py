@@ -16,8 +16,8 @@ Latents x (B, C, h, w), normalised to std near 1; tokens (B, T, D), T = (h/p)*(w
 order; labels y (B,) int64, num_classes is the null label. Time runs from 0 = data to 1 = noise, as
 in REPA. A network receives the time unscaled, as in the original repositories: t in [0, 1] from
 Interpolant (REPA), n = 1 .. 1000 as a float from DDPM (U-ViT, train_ldm_discrete.py).
-Networks hold no randomness: which labels are dropped is drawn by the loss, so a training step is a
-function of weights and generator. State-dict names and shapes are those of willisma/SiT,
+Networks and losses hold no randomness: times, noise and dropped labels are drawn by the caller.
+State-dict names and shapes are those of willisma/SiT,
 sihyun-yu/REPA and baofff/U-ViT; weights.py reads their files.
 """
 import math
@@ -333,21 +333,6 @@ class NoiseStream:
         return torch.from_numpy(np.stack(rows))
 
 
-def draw(x, generator, label_dropout, share):
-    """
-    Uniform times (B,), noise like x and labels to drop (B,) of one training batch, drawn where the
-    generator lives. share = (rank, world): drawn for the global batch, world times B, then cut, so
-    that the number of processes changes nothing.
-    """
-    (rank, world), B = share, len(x)
-    device = x.device if generator is None else generator.device
-    where = dict(generator=generator, device=device)
-    t = torch.rand(world * B, **where)
-    eps = torch.randn(world * B, *x.shape[1:], **where)
-    drop = torch.rand(world * B, **where) < label_dropout
-    return [d[rank * B:(rank + 1) * B].to(x.device) for d in (t, eps, drop)]
-
-
 def regress(model, x_t, t, target, y, drop, return_hidden):
     """Mean squared error of the prediction, in float32; with the hidden tokens if asked for."""
     out = model(x_t, t, y, drop=drop, return_hidden=return_hidden)
@@ -404,18 +389,14 @@ class Interpolant:
         """The network's answer at x_t as a clean latent: x_t - t v."""
         return x_t - t * output
 
-    def loss(self, model, x, y=None, generator=None, label_dropout=0.1, return_hidden=None,
-             share=(0, 1)):
+    def loss(self, model, x, t, eps, y=None, drop=None, return_hidden=None):
         """
-        Mean squared error of the velocity over a batch, t uniform in [0, 1).
-        x              (B, C, h, w) float32 normalised latents; y (B,) labels or None
-        generator      torch.Generator of x's device or the CPU, or None for the global one
-        label_dropout  in [0, 1]: share of labels replaced by the null label; 0 to validate
-        share          (rank, world) when x is one process's share of a global batch and the
-                       generators are seeded alike
-        returns        scalar, or (scalar, tokens (B, T, D)) with return_hidden=k
+        Mean squared error of the predicted velocity. Holds no randomness: the caller draws.
+        x        (B, C, h, w) float32 normalised latents
+        t, eps   (B,) uniform in [0, 1); standard normal like x
+        y, drop  (B,) labels or None; (B,) bool, rows that take the null label, or None
+        returns  scalar, or (scalar, tokens (B, T, D)) with return_hidden=k
         """
-        t, eps, drop = draw(x, generator, label_dropout, share)  # (B,), (B, C, h, w), (B,)
         s = t.view(-1, 1, 1, 1)
         return regress(model, self.noisy(x, eps, s), t, eps - x, y, drop, return_hidden)
 
@@ -495,11 +476,9 @@ class DDPM:
         a = float(self.alpha_bar[self.time(t)])
         return (x_t - math.sqrt(1 - a) * output) / math.sqrt(a)
 
-    def loss(self, model, x, y=None, generator=None, label_dropout=0.1, return_hidden=None,
-             share=(0, 1)):
-        """Mean squared error of eps, n uniform in 1 .. 1000; the rest as Interpolant.loss."""
-        u, eps, drop = draw(x, generator, label_dropout, share)
-        n = (1000 * u).long() + 1                         # (B,)
+    def loss(self, model, x, t, eps, y=None, drop=None, return_hidden=None):
+        """Mean squared error of the predicted eps; arguments as Interpolant.loss."""
+        n = (1000 * t).long() + 1                         # (B,) uniform in 1 .. 1000
         a = self.alpha_bar.to(x.device, non_blocking=True)[n].view(-1, 1, 1, 1)
         x_n = a.sqrt().float() * x + (1 - a).sqrt().float() * eps
         return regress(model, x_n, n.float(), eps, y, drop, return_hidden)

@@ -280,25 +280,23 @@ def hinge_g_loss(fake):
     return -_mean(fake.float())
 
 
-def adaptive_weight(rec, gan, last_layer, average=lambda gradient: gradient, limit=1e4):
+def adaptive_weight(recon, rec_grad, gan_grad, last_layer, average=lambda gradient: gradient,
+                    limit=1e4):
     """
-    VQGAN's balance (Esser et al. 2021): |grad of rec| / |grad of gan| at one layer, so that both
-    pull alike: the decoder's last convolution for the GAN, the encoder's for an alignment.
-    rec, gan     scalars that share a graph with last_layer (a parameter); the graph is kept
-    average      mean of a tensor over the processes, so that all use one weight
-    limit        largest weight: VQGAN's 1e4, VA-VAE's 1e8
-    returns      detached scalar in [0, limit]; 1e-4 below the line: finite without a gan gradient
-    raises       ValueError if one of them is no scalar or does not depend on last_layer
+    VQGAN's lambda (Esser et al. 2021): |d rec / d last_layer| / |d gan / d last_layer|, so that
+    both losses pull alike. Both arrive as gradients at recon, so that only the few operations
+    between last_layer and recon are differentiated here.
+    recon    the decoder's output for the GAN, with decoder.conv_out as last_layer; the latents for
+             an alignment loss, with encoder.conv_out. Shares a graph with last_layer, which is kept
+    rec_grad, gan_grad  gradients of the two losses at recon, of its shape
+    average  mean of a tensor over the processes, so that all use one weight
+    limit    largest weight: VQGAN's 1e4, VA-VAE's 1e8
+    returns  float32 scalar in [0, limit], no gradient
     """
-    def gradient_norm(name, loss):
-        if loss.numel() != 1:
-            raise ValueError(f"adaptive_weight: {name} of shape {tuple(loss.shape)} is no scalar")
-        gradient = None
-        if loss.requires_grad:
-            gradient, = torch.autograd.grad(loss, last_layer, retain_graph=True, allow_unused=True)
-        if gradient is None:
-            raise ValueError(f"adaptive_weight: {name} does not depend on last_layer")
-        return average(gradient).float().norm()
+    def norm(grad):
+        weight_grad, = torch.autograd.grad(recon, last_layer, grad.to(recon.dtype),
+                                           retain_graph=True)
+        return average(weight_grad).float().norm()
 
-    weight = gradient_norm("rec", rec) / (gradient_norm("gan", gan) + 1e-4)
-    return weight.clamp(0, limit).detach()
+    ratio = norm(rec_grad) / (norm(gan_grad) + 1e-4)  # 1e-4: finite without a GAN gradient
+    return ratio.clamp(0, limit).detach()
