@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from spectral import dct2, lowpass, match_resolution, need_shape, spectrum_distribution, zigzag
+from spectral import dct2, lowpass, match_resolution, check_shape, spectrum_distribution, zigzag
 
 DSM_MASKS = (0, 8, 10, 12)  # anti-diagonals cut (Table 8, the best set)
 SCALES = (1, 2, 4)          # Scale Equivariance's reductions
@@ -85,7 +85,7 @@ def vf_loss(projected, features, cos_margin=0.5, dist_margin=0.25):
                + mean relu(|cos(p_s, p_t) - cos(f_s, f_t)| - dist_margin); 0 within both margins
     """
     _same_shape("vf_loss", projected, features)
-    need_shape("vf_loss", projected, "BTD")
+    check_shape("vf_loss", projected, "BTD")
     with torch.autocast(projected.device.type, enabled=False):
         p = F.normalize(projected.float(), dim=-1)
         f = F.normalize(features.detach().float(), dim=-1)
@@ -107,7 +107,7 @@ def low_freq_align_loss(projected, features, grid, coefficients=64):
     raises   ValueError for shapes that differ, a grid that does not hold T tokens, coefficients < 1
     """
     _same_shape("low_freq_align_loss", projected, features)
-    T = need_shape("low_freq_align_loss", projected, "BTD")[1]
+    T = check_shape("low_freq_align_loss", projected, "BTD")[1]
     h, w = grid
     if T != h * w or coefficients < 1:
         raise ValueError(f"low_freq_align_loss: {T} tokens on a grid of {h}x{w}, "
@@ -139,7 +139,7 @@ def scale_pair(images, latents, k):
     returns  (B, 3, H/k, W/k), (B, C, h/k, w/k)
     raises   ValueError if k does not divide the latent's sides, or they times f are not the image's
     """
-    h, w = need_shape("scale_pair", latents, "BCHW")[-2:]
+    h, w = check_shape("scale_pair", latents, "BCHW")[-2:]
     if k < 1 or h % k or w % k:
         raise ValueError(f"scale_pair: a latent of {h}x{w} cannot be downsampled {k} times")
     return _resize_pair("scale_pair", images, latents, (h // k, w // k))
@@ -154,7 +154,7 @@ def eq_pair(images, latents, scale, rot):
     returns  the pair; height and width swap when rot is odd
     raises   ValueError for another scale or rot, or image sides that are not f times the latent's
     """
-    h, w = need_shape("eq_pair", latents, "BCHW")[-2:]
+    h, w = check_shape("eq_pair", latents, "BCHW")[-2:]
     if not 0 < scale <= 1 or rot not in range(4):
         raise ValueError("eq_pair: needs a scale in (0, 1] and rot in 0..3, "
                          f"got scale={scale}, rot={rot}")
@@ -171,7 +171,7 @@ def scale_images(images, scale, f):
     likewise W; EQ-VAE encodes some such. float32.
     raises   ValueError for a scale outside (0, 1], or sides that are not multiples of f
     """
-    H, W = need_shape("scale_images", images, "BCHW")[-2:]
+    H, W = check_shape("scale_images", images, "BCHW")[-2:]
     if not 0 < scale <= 1 or f < 1 or H % f or W % f:
         raise ValueError("scale_images: needs a scale in (0, 1] and sides that divide by f, "
                          f"got scale={scale}, f={f}, {H}x{W}")
@@ -185,7 +185,7 @@ def _bilinear(x, size):
 def _resize_pair(function, images, latents, size):
     """Latents to size, images to f times that; f = H / h = W / w."""
     h, w = latents.shape[-2:]
-    H, W = need_shape(function, images, "BCHW")[-2:]
+    H, W = check_shape(function, images, "BCHW")[-2:]
     f = W // w
     if (H, W) != (f * h, f * w):
         raise ValueError(f"{function}: an image of {H}x{W} is not f times a latent of {h}x{w} "
@@ -259,7 +259,7 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images):
-        _, C, H, W = need_shape("PatchDiscriminator", images, "BCHW")
+        _, C, H, W = check_shape("PatchDiscriminator", images, "BCHW")
         if C != self.in_channels or min(H, W) < self.smallest:
             raise ValueError(f"PatchDiscriminator: needs {self.in_channels} channels and sides of "
                              f"at least {self.smallest}, got {C}x{H}x{W}")
