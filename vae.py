@@ -258,7 +258,7 @@ class AutoencoderKL(nn.Module):
         self.register_buffer("latent_std", torch.ones(d))
         self.apply(init_weights)
         with torch.no_grad():
-            self.quant_conv.bias[d:] = -6.0                        # logvar: std starts at e^-3 = 0.05
+            self.quant_conv.bias[d:] = -6.0                        # logvar: std of e^-3 = 0.05
 
     def forward(self, images, noise, pair):
         """
