@@ -105,12 +105,15 @@ def load_encoder(name="dinov2_vitb14", source=None, resize="bicubic", imagenet=T
     source   None: DINOv2's code by torch.hub, one pinned commit; a folder: a clone of DINOv2's
              repository, or one whose hubconf.py has a function `name` that returns a network with
              its weights and DINOv2's interface (see Encoder); "random": a small untrained network,
-             always the same, whatever the name. DINOv2's weights come from the official URL, once,
-             and are kept below TORCH_HOME
+             always the same. DINOv2's weights come from the official URL, once, and are kept below
+             TORCH_HOME
     resize, imagenet  of DINOv2; other networks get the defaults
     raises   ValueError for an unknown name or weights that do not fit; FileNotFoundError without
              code, weights or network
     """
+    if name not in ENCODERS and source in (None, "random"):
+        raise ValueError(f"--encoder {name}: unknown; choose one of {', '.join(ENCODERS)}, or give "
+                         "the folder of its hubconf.py as --encoder_source")
     if source == "random":
         warnings.warn("--encoder_source random: the target is an UNTRAINED network; it exercises "
                       "the code and teaches the model NOTHING", stacklevel=2)
@@ -122,9 +125,6 @@ def load_encoder(name="dinov2_vitb14", source=None, resize="bicubic", imagenet=T
                                 "of https://github.com/facebookresearch/dinov2, or random")
     if name in ENCODERS:
         return Encoder(load_dinov2(name, source), resize, imagenet)
-    if source is None:
-        raise ValueError(f"--encoder {name}: unknown; choose one of {', '.join(ENCODERS)}, or give "
-                         "the folder of its hubconf.py as --encoder_source")
     try:
         network = torch.hub.load(source, name, source="local")
     except (RuntimeError, ImportError, SyntaxError) as error:
