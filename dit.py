@@ -2,10 +2,8 @@
 Diffusion transformers and the two processes they are trained and sampled with.
 A latent is cut into patches, the tokens; a transformer maps noisy tokens to a prediction:
 
-  SiT    adaLN-Zero blocks: time and class scale, shift and gate every block
-         (Peebles & Xie 2022, Ma et al. 2024)
-  UViT   time and class are tokens beside the patches; long skips join shallow and deep blocks
-         (Bao et al. 2022)
+  SiT    adaLN-Zero: time and class modulate every block (Peebles & Xie 2022, Ma et al. 2024)
+  UViT   time and class are tokens, long skips join shallow and deep blocks (Bao et al. 2022)
 
   Interpolant   x_t = (1 - t) x + t eps,                 the network learns v = eps - x
   DDPM          x_n = sqrt(a_n) x + sqrt(1 - a_n) eps,   the network learns eps
@@ -302,8 +300,7 @@ class NoiseStream:
     """
     Gaussian noise whose row j depends on (seed, indices[j]) and the calls before alone: sample i of
     a run is the same in any batch and on any number of processes (up to rounding in the network).
-    NoiseStream(seed, indices)(shape) -> shape float32, shape[0] == len(indices); seed and indices
-    are non-negative integers
+    NoiseStream(seed, indices)(shape) -> float32, shape[0] == len(indices); seed, indices >= 0
     """
     def __init__(self, seed, indices):
         # Philox is counter-based, with 128 bits of key per sample; torch's CPU generator keeps only
@@ -371,7 +368,7 @@ class Interpolant:
 
     def loss(self, model, x, t, eps, y=None, drop=None, return_hidden=None):
         """
-        Mean squared error of the predicted velocity. Holds no randomness: the caller draws.
+        Mean squared error of the predicted velocity.
         x        (B, C, h, w) float32 normalised latents
         t, eps   (B,) uniform in [0, 1); standard normal like x
         y, drop  (B,) labels or None; (B,) bool, rows that take the null label, or None

@@ -76,7 +76,7 @@ class Encoder(nn.Module):
                 x = (x * 0.5 + 0.5 - self.mean) / self.std
             x = F.interpolate(x, (self.patch * h, self.patch * w), mode=self.resize,
                               align_corners=False)
-        # bf16 on CUDA; float32 elsewhere, where bf16 is no faster
+        # bf16 on CUDA, float32 elsewhere
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             tokens = self.network.forward_features(x)["x_norm_patchtokens"].float()
         if tokens.shape[1:] != (h * w, self.width):
@@ -105,8 +105,7 @@ def load_encoder(name="dinov2_vitb14", source=None, resize="bicubic", imagenet=T
     source   None: DINOv2's code by torch.hub, one pinned commit; a folder: a clone of DINOv2's
              repository, or one whose hubconf.py has a function `name` that returns a network with
              its weights and DINOv2's interface (see Encoder); "random": a small untrained network,
-             always the same. DINOv2's weights come from the official URL, once, and are kept below
-             TORCH_HOME
+             always the same. DINOv2's weights are downloaded once, to TORCH_HOME
     resize, imagenet  of DINOv2; other networks get the defaults
     raises   ValueError for an unknown name or weights that do not fit; FileNotFoundError without
              code, weights or network

@@ -111,7 +111,7 @@ SCORES = {
 def test_what_the_paper_says_is_in_its_tables():
     """Each number of a claim belongs to its run in the paper, and they are in the claimed order."""
     for where, words, _, a, order, b in claims(protocol.PAPER_CLAIMS):
-        if where.startswith("Fig. 3"):                     # a picture, no numbers
+        if where.startswith("Fig. 3"):                     # an image, no numbers
             continue
         where, a, b = where.split(", here")[0], *(name.removesuffix("-long") for name in (a, b))
         pairs = re.findall(r"(\d*\.\d+) ([<>]) (\d*\.\d+)", words)
@@ -131,11 +131,11 @@ def test_every_number_of_the_papers_tables_is_in_a_claim():
 
 def test_what_the_paper_does_not_have_is_ours():
     """EQ-VAE, KL at 1e-6 and ESM at weight 1 stand in no claim of the paper's."""
-    ours = {"eq", "kl-1e-6", "esm-w1"}
+    extra = {"eq", "kl-1e-6", "esm-w1"}
     runs_of = lambda lists: {name for _, _, _, a, _, b in claims(lists) for name in (a, b)}
-    assert not ours & runs_of(protocol.PAPER_CLAIMS) and ours <= runs_of(protocol.OUR_CLAIMS)
-    paper, mine = report.table().split("| the paper says |")[1].split("| ours |")
-    assert "esm-w1" not in paper and "`esm-w1` below `kl`" in mine
+    assert not extra & runs_of(protocol.PAPER_CLAIMS) and extra <= runs_of(protocol.OUR_CLAIMS)
+    paper, own = report.table().split("| the paper says |")[1].split("| ours |")
+    assert "esm-w1" not in paper and "`esm-w1` below `kl`" in own
 
 
 def test_the_page_counts_the_runs():
