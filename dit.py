@@ -427,6 +427,8 @@ class DDPM:
               "sd": Stable Diffusion's, square roots linear in 0.00085 .. 0.012; ends at 0.0047
     """
     def __init__(self, schedule):
+        if schedule not in ("vp", "sd"):
+            raise ValueError(f"DDPM: schedule {schedule!r} is neither vp nor sd")
         betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
         if schedule == "sd":
             betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
