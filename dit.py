@@ -1,12 +1,9 @@
 """
 Diffusion transformers and the two processes they are trained and sampled with.
-A latent is cut into patches, the patches are tokens, a transformer turns noisy tokens into a
-prediction:
+A latent is cut into patches, the tokens; a transformer maps noisy tokens to a prediction:
 
-  SiT    adaLN-Zero blocks: time and class scale, shift and gate every block
-         (Peebles & Xie 2022, Ma et al. 2024)
-  UViT   time and class are tokens beside the patches; long skips join shallow and deep blocks
-         (Bao et al. 2022)
+  SiT    adaLN-Zero: time and class modulate every block (Peebles & Xie 2022, Ma et al. 2024)
+  UViT   time and class are tokens, long skips join shallow and deep blocks (Bao et al. 2022)
 
   Interpolant   x_t = (1 - t) x + t eps,                 the network learns v = eps - x
   DDPM          x_n = sqrt(a_n) x + sqrt(1 - a_n) eps,   the network learns eps
@@ -16,9 +13,9 @@ Latents x (B, C, h, w), normalised to std near 1; tokens (B, T, D), T = (h/p)*(w
 order; labels y (B,) int64, num_classes is the null label. Time runs from 0 = data to 1 = noise, as
 in REPA. A network receives the time unscaled, as in the original repositories: t in [0, 1] from
 Interpolant (REPA), n = 1 .. 1000 as a float from DDPM (U-ViT, train_ldm_discrete.py).
-Networks and losses hold no randomness: times, noise and dropped labels are drawn by the caller.
-State-dict names and shapes are those of willisma/SiT,
-sihyun-yu/REPA and baofff/U-ViT; weights.py reads their files.
+Networks and losses hold no randomness: the caller draws times, noise and dropped labels.
+State-dict names and shapes are those of willisma/SiT, sihyun-yu/REPA and baofff/U-ViT, whose files
+common/weights.py reads.
 """
 import math
 from functools import partial
@@ -29,10 +26,10 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# ----------------------------------------------------------------------- parts of both transformers
+# ----------------------------------------------------------------- building blocks of both networks
 def sinusoid(t, dim):
     """
-    Time as phases: [cos(t f_k), sin(t f_k)], f_k = 10000^(-k / (dim/2)) radians per unit of t.
+    Time embedding [cos(t f_k), sin(t f_k)], f_k = 10000^(-k / (dim/2)) radians per unit of t.
     t        (B,) any range
     returns  (B, dim) float32 whatever t's dtype: n = 999 and n = 1000 are one number in bfloat16
     """
@@ -44,8 +41,8 @@ def sinusoid(t, dim):
 
 def sincos_positions(grid, dim):
     """
-    Fixed 2-D positions (1, T, dim) of a (rows, columns) grid: first half of dim the column, second
-    half the row, as in MAE.
+    Fixed 2-D positions (1, T, dim) of a (rows, columns) grid: the first half of dim is the column,
+    the second the row, as in MAE.
     """
     omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (dim/4,)
     sides = [torch.arange(n, dtype=torch.float64) for n in grid]
@@ -88,45 +85,34 @@ class Mlp(nn.Module):
 
 
 class LatentTransformer(nn.Module):
-    """What SiT and UViT share: the patch grid, the checks of what comes in, tokens to latent."""
+    """What SiT and UViT share: the patch grid, input checks, tokens to latent."""
 
     def __init__(self, input_size, in_channels, num_classes, patch_size, depth):
         super().__init__()
-        if isinstance(input_size, int):
-            input_size = (input_size, input_size)
-        self.input_size = tuple(input_size)
+        self.input_size = (input_size,) * 2 if isinstance(input_size, int) else tuple(input_size)
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.patch_size = patch_size
         self.depth = depth
         self.grid = tuple(side // patch_size for side in self.input_size)  # (h/p, w/p)
         if any(side % patch_size for side in self.input_size):
-            raise ValueError(f"{type(self).__name__}: patch size {patch_size} does not divide "
+            raise ValueError(f"patch size {patch_size} does not divide latents of "
                              f"{self.input_size}; take a smaller one")
 
-    def check(self, x, y, drop, return_hidden):
+    def prepare(self, x, y, drop):
         """x in the network's precision, and the labels with the null label where drop is True."""
-        name = type(self).__name__
-        wanted = (self.in_channels, *self.input_size)
-        if x.shape[1:] != wanted:
-            raise ValueError(f"{name}: got latents {tuple(x.shape[1:])}, built for {wanted}")
-        if return_hidden is not None and not 1 <= return_hidden <= self.depth:
-            raise ValueError(f"{name}: return_hidden={return_hidden}, but the blocks are counted "
-                             f"1 .. {self.depth}")
+        expected = (self.in_channels, *self.input_size)
+        if x.shape[1:] != expected:
+            raise ValueError(f"got latents {tuple(x.shape[1:])}, the model is built for {expected}")
         if (y is None) != (self.num_classes == 0):
             found = "missing" if y is None else "given"
-            raise ValueError(f"{name}: labels y are {found}, but num_classes={self.num_classes}")
-        # On an accelerator a look at the labels would wait for the device.
-        if y is not None and y.device.type == "cpu" and not torch.compiler.is_compiling():
-            if y.amin() < 0 or y.amax() > self.num_classes:
-                raise ValueError(f"{name}: labels lie in {y.amin()} .. {y.amax()}, not in "
-                                 f"0 .. {self.num_classes} (the null label)")
+            raise ValueError(f"labels y are {found}, but num_classes={self.num_classes}")
         if y is not None and drop is not None:
             y = torch.where(drop, self.num_classes, y)
         return x.to(self.pos_embed.dtype), y
 
     def unpatchify(self, tokens):
-        """(B, T, p*p*C) -> (B, C, h, w); inside a token the order is row, column, channel."""
+        """(B, T, p*p*C), each token in the order row, column, channel -> (B, C, h, w)."""
         (rows, columns), p = self.grid, self.patch_size
         x = tokens.reshape(-1, rows, columns, p, p, self.in_channels)
         x = x.permute(0, 5, 1, 3, 2, 4)                   # (B, C, h/p, p, w/p, p)
@@ -170,12 +156,12 @@ class SiT(LatentTransformer):
     """
     The transformer of SiT and REPA (and of DiT). adaLN-Zero: every gate and the last layer start at
     zero, so a fresh network is the zero function and every block the identity.
-    input_size   int or (h, w); raises ValueError where patch_size does not divide it
+    input_size   int or (h, w); ValueError if patch_size does not divide it
     num_classes  0 = unconditional; else num_classes + 1 embeddings, the last the null label's
     """
     def __init__(self, input_size, in_channels, num_classes, patch_size, depth, dim, heads):
         super().__init__(input_size, in_channels, num_classes, patch_size, depth)
-        # ModuleDict stands where the original has a class: the key keeps the checkpoint's name.
+        # a ModuleDict in place of the original's class keeps the names of its checkpoints
         patchify = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.x_embedder = nn.ModuleDict({"proj": patchify})
         time_mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -191,7 +177,7 @@ class SiT(LatentTransformer):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(patchify.weight.flatten(1))  # a view: as the linear map it is
+        nn.init.xavier_uniform_(patchify.weight.flatten(1))  # a view: initialised as a linear map
         nn.init.zeros_(patchify.bias)
         for i in (0, 2):
             nn.init.normal_(time_mlp[i].weight, std=0.02)
@@ -208,13 +194,12 @@ class SiT(LatentTransformer):
                        precision or under the caller's autocast
         t              (B,) float, unscaled: in [0, 1] from Interpolant
         y              (B,) int64 labels 0 .. num_classes; None exactly when num_classes == 0
-        drop           (B,) bool or None: rows that take the null label instead of theirs
-        return_hidden  k or None: also return the tokens (B, T, D) after block k, counted from 1
+        drop           (B,) bool or None: rows whose label is replaced by the null label
+        return_hidden  k or None: also return the tokens (B, T, D) after block k, 1 .. depth
         returns        (B, C, h, w), or the pair (output, tokens)
-        raises         ValueError for another latent size, missing, unexpected or impossible labels,
-                       a block that is not there
+        raises         ValueError for another latent size, missing or unexpected labels
         """
-        x, y = self.check(x, y, drop, return_hidden)
+        x, y = self.prepare(x, y, drop)
         tokens = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed  # (B, T, D)
         c = self.t_embedder["mlp"](sinusoid(t, 256).to(x.dtype))                         # (B, D)
         if y is not None:
@@ -249,8 +234,8 @@ class UViTBlock(nn.Module):
 class UViT(LatentTransformer):
     """
     The transformer of U-ViT: depth//2 blocks, one in the middle, depth//2 with a long skip each
-    (depth 12 is 6 + 1 + 6 blocks); positions are learned. Arguments as for SiT; the original's
-    num_classes counts the null label (1001), ours does not (1000).
+    (depth 12 is 6 + 1 + 6 blocks); positions are learned. Arguments as for SiT: unlike the
+    original's, num_classes does not count the null label (1000, not 1001).
     """
     def __init__(self, input_size, in_channels, num_classes, patch_size, depth, dim, heads):
         half = depth // 2
@@ -266,7 +251,7 @@ class UViT(LatentTransformer):
         self.out_blocks = nn.ModuleList([UViTBlock(dim, heads, skip=True) for _ in range(half)])
         self.norm = nn.LayerNorm(dim)
         self.decoder_pred = nn.Linear(dim, patch_size ** 2 * in_channels)
-        # smooths over patch borders
+        # smooths the borders between patches
         self.final_layer = nn.Conv2d(in_channels, in_channels, 3, padding=1)
 
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -278,7 +263,7 @@ class UViT(LatentTransformer):
 
     def forward(self, x, t, y=None, drop=None, return_hidden=None):
         """As SiT.forward; t is n = 1 .. 1000 from DDPM; hidden tokens are those of the patches."""
-        x, y = self.check(x, y, drop, return_hidden)
+        x, y = self.prepare(x, y, drop)
         patches = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # (B, T, D)
         extras = [sinusoid(t, patches.shape[-1]).to(x.dtype)[:, None]]    # (B, 1, D)
         if y is not None:                                 # label first, as the original
@@ -297,8 +282,7 @@ class UViT(LatentTransformer):
 
 
 # -------------------------------------------------------------------------------------------- sizes
-# MODELS["SiT-B/2"](input_size=32, in_channels=4, num_classes=1000), /2 being the patch size. Names
-# are those of willisma/SiT, sihyun-yu/REPA and baofff/U-ViT, whose files weights.py reads.
+# MODELS["SiT-B/2"](input_size=32, in_channels=4, num_classes=1000); /2 is the patch size
 SIZES = [  # name, class, depth, dim, heads
     ("SiT-tiny", SiT, 2, 128, 4), ("SiT-mini", SiT, 4, 128, 4),
     ("SiT-S", SiT, 12, 384, 6), ("SiT-B", SiT, 12, 768, 12),
@@ -314,27 +298,23 @@ for p in (1, 2, 4):
 # ---------------------------------------------------------------------------- training and sampling
 class NoiseStream:
     """
-    Gaussian noise whose row j depends on (seed, indices[j]) and on the calls before, on nothing
-    else: sample i of a run is the same in any batch and on any number of processes (up to the
-    rounding of the network's matmuls). Counter-based on the CPU, one key of 128 bits per sample;
-    torch's CPU generator keeps only 32 bits of a seed, too few for 50,000 distinct streams.
-    NoiseStream(seed, indices)(shape) -> shape float32, shape[0] == len(indices); seed and indices
-    are non-negative integers
+    Gaussian noise whose row j depends on (seed, indices[j]) and the calls before alone: sample i of
+    a run is the same in any batch and on any number of processes (up to rounding in the network).
+    NoiseStream(seed, indices)(shape) -> float32, shape[0] == len(indices); seed, indices >= 0
     """
     def __init__(self, seed, indices):
+        # Philox is counter-based, with 128 bits of key per sample; torch's CPU generator keeps only
+        # 32 bits of a seed, too few for 50,000 distinct streams.
         keys = [[seed, int(i)] for i in indices]
         self.streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
 
     def __call__(self, shape):
-        if shape[0] != len(self.streams):
-            raise ValueError(f"NoiseStream: {len(self.streams)} indices, but a batch of "
-                             f"{shape[0]} was asked for")
         rows = [s.standard_normal(shape[1:], dtype=np.float32) for s in self.streams]
         return torch.from_numpy(np.stack(rows))
 
 
 def regress(model, x_t, t, target, y, drop, return_hidden):
-    """Mean squared error of the prediction, in float32; with the hidden tokens if asked for."""
+    """Mean squared error of the prediction, in float32, and the hidden tokens if requested."""
     out = model(x_t, t, y, drop=drop, return_hidden=return_hidden)
     if return_hidden is None:
         return F.mse_loss(out.float(), target)
@@ -343,30 +323,27 @@ def regress(model, x_t, t, target, y, drop, return_hidden):
 
 def guided(model, shape, y, cfg, cfg_interval):
     """
-    The pair (predict, the model's device). predict(x, t, time) -> float64: the network at the time
-    it is told, with classifier-free guidance null + cfg * (class - null), both halves in one call,
-    while cfg_interval[0] <= t <= cfg_interval[1], t in [0, 1]. cfg == 1 is the plain conditional
-    call, cfg == 0 the unconditional network; U-ViT's configurations count from 0 instead (their
-    scale 0.4 is cfg 1.4).
+    Classifier-free guidance: null + cfg * (class - null) while cfg_interval[0] <= t <=
+    cfg_interval[1], t in [0, 1]; the plain prediction outside. cfg == 1 is the conditional network,
+    cfg == 0 the unconditional one; U-ViT's configurations count from 0 (their 0.4 is cfg 1.4).
+    returns  predict(x, t, timestep) -> (B, C, h, w) float64, and the model's device
     """
     B = shape[0]
     device = next(model.parameters()).device
     if cfg != 1 and y is None:
-        raise ValueError(f"cfg={cfg} guides towards labels, but there are none; give y or leave "
-                         "cfg at 1")
+        raise ValueError(f"cfg={cfg} guides towards labels, but there are none; leave cfg at 1")
     if y is not None:
-        if len(y) != B:
-            raise ValueError(f"got {len(y)} labels y for {B} samples")
         y = y.to(device)
-        pair = torch.cat([y, y])                          # (2B,): class, then null
+        twice = torch.cat([y, y])                         # (2B,): class, then null
         drop = torch.arange(2 * B, device=device) >= B
 
-    def predict(x, t, time):
+    def predict(x, t, timestep):
         if cfg == 1 or not cfg_interval[0] <= t <= cfg_interval[1]:
-            return model(x, x.new_full((B,), time), y).double()
-        out = model(torch.cat([x, x]), x.new_full((2 * B,), time), pair, drop=drop)
-        given, null = out.double().chunk(2)
-        return null + cfg * (given - null)
+            return model(x, x.new_full((B,), timestep), y).double()
+        # both halves in one call
+        out = model(torch.cat([x, x]), x.new_full((2 * B,), timestep), twice, drop=drop)
+        conditional, null = out.double().chunk(2)
+        return null + cfg * (conditional - null)
     return predict, device
 
 
@@ -374,11 +351,11 @@ class Interpolant:
     """The straight path x_t = (1 - t) x + t eps, velocity v = eps - x (REPA's loss.py)."""
 
     def time(self, t):
-        """What the network is told at time t in [0, 1], 0 = data."""
+        """The timestep that the network receives at time t in [0, 1], 0 = data."""
         return t
 
     def alpha_bar_at(self, t):
-        """The data's share of the variance of x_t, for data of variance 1; t float or tensor."""
+        """Fraction of the variance of x_t that is data, for data of variance 1; t float, tensor."""
         return (1 - t) ** 2 / ((1 - t) ** 2 + t ** 2)
 
     def noisy(self, x, eps, t):
@@ -386,12 +363,12 @@ class Interpolant:
         return (1 - t) * x + t * eps
 
     def clean(self, x_t, output, t):
-        """The network's answer at x_t as a clean latent: x_t - t v."""
+        """The network's output at x_t as a prediction of the clean latent: x_t - t v."""
         return x_t - t * output
 
     def loss(self, model, x, t, eps, y=None, drop=None, return_hidden=None):
         """
-        Mean squared error of the predicted velocity. Holds no randomness: the caller draws.
+        Mean squared error of the predicted velocity.
         x        (B, C, h, w) float32 normalised latents
         t, eps   (B,) uniform in [0, 1); standard normal like x
         y, drop  (B,) labels or None; (B,) bool, rows that take the null label, or None
@@ -404,22 +381,22 @@ class Interpolant:
     def sample(self, model, shape, steps=100, y=None, cfg=1.0, cfg_interval=(0.0, 1.0),
                sampler="em", noise=torch.randn, watch=None):
         """
-        Latents from noise, one network call a step; the state is float64, the calls in the model's
-        precision or the caller's autocast.
+        Latents from noise, one network call per step; the state is float64, the calls run in the
+        model's precision or the caller's autocast.
         sampler  "em": Euler-Maruyama on dx = (v - w/2 score) dt + sqrt(w) dW, w = 2t, from t = 1 to
                  0.04 in equal steps and then one noiseless step to 0 (REPA's samplers.py);
                  "ode": Euler on dx = v dt, equal steps from 1 to 0
         shape    (B, C, h, w); y (B,) labels or None; cfg and cfg_interval as in `guided`
         noise    noise(shape) -> (B, C, h, w), called for the start and then for every noisy step;
-                 a NoiseStream to fix each sample
+                 a NoiseStream makes each sample reproducible
         watch    None, or called at every step with t and the predicted clean latent, float64
         returns  (B, C, h, w) float32 on the model's device
         raises   ValueError for an unknown sampler, too few steps, guidance without labels
         """
         sde = sampler == "em"
         if sampler not in ("em", "ode") or steps < (2 if sde else 1):
-            raise ValueError(f"sampler={sampler!r} with steps={steps}: take 'em' with 2 steps or "
-                             "more, or 'ode' with 1 or more")
+            raise ValueError(f"sampler={sampler!r} with steps={steps}: use 'em' with at least 2 "
+                             "steps or 'ode' with at least 1")
         predict, device = guided(model, shape, y, cfg, cfg_interval)
         if sde:
             times = torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist() + [0.0]
@@ -443,11 +420,11 @@ class Interpolant:
 
 class DDPM:
     """
-    1000 noise levels and eps-prediction. alpha_bar (1001,) float64 counts as the network does:
-    n = 0 is data (1.0), n = 1000 almost noise.
-    schedule  "vp": betas linear from 1e-4 to 0.02, the discrete twin of the VP-SDE with beta(t)
-              from 0.1 to 20 (the authors' U-ViT on CelebA), alpha_bar ends at 0.00004;
-              "sd": Stable Diffusion's, linear in their roots from 0.00085 to 0.012, ends at 0.0047
+    1000 noise levels and eps-prediction. alpha_bar (1001,) float64: n = 0 is data (1.0), n = 1000
+    almost noise.
+    schedule  "vp": betas linear from 1e-4 to 0.02, which discretises the VP-SDE with beta(t) from
+              0.1 to 20 (the authors' U-ViT on CelebA); alpha_bar ends at 0.00004
+              "sd": Stable Diffusion's, square roots linear in 0.00085 .. 0.012; ends at 0.0047
     """
     def __init__(self, schedule):
         if schedule not in ("vp", "sd"):
@@ -455,11 +432,10 @@ class DDPM:
         betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
         if schedule == "sd":
             betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
-        one = torch.ones(1, dtype=torch.float64)
-        self.alpha_bar = torch.cat([one, (1 - betas).cumprod(0)])
+        self.alpha_bar = torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)])
 
     def time(self, t):
-        """The noise level n = 0 .. 1000 of time t in [0, 1], which the network is told."""
+        """The noise level n = 0 .. 1000 of time t in [0, 1], which is the network's timestep."""
         return round(1000 * t)
 
     def alpha_bar_at(self, t):
@@ -485,9 +461,8 @@ class DDPM:
 
     def step(self, x, eps, n, m, eta=0.0, noise=None):
         """
-        DDIM (Song et al. 2021, Eq. 12): from level n to level m along the predicted eps, all shapes
-        (B, C, h, w). With eta = 0 also upwards, from data to noise, and then back onto the same
-        point if eps is the same. noise is used when eta > 0 (1 = DDPM).
+        DDIM (Song et al. 2021, Eq. 12): x (B, C, h, w) from level n to m along the predicted eps;
+        with eta = 0 also upwards, to more noise. noise is used when eta > 0 (1 = DDPM).
         """
         a, b = float(self.alpha_bar[n]), float(self.alpha_bar[m])
         x0 = self.clean(x, eps, n / 1000)
@@ -504,7 +479,7 @@ class DDPM:
         the rest as Interpolant.sample.
         """
         if not 1 <= steps <= 1000:
-            raise ValueError(f"steps={steps}: DDPM has 1000 noise levels, take 1 .. 1000")
+            raise ValueError(f"steps={steps}: DDPM has 1000 noise levels; use 1 .. 1000")
         predict, device = guided(model, shape, y, cfg, cfg_interval)
         levels = torch.linspace(1000, 0, steps + 1, dtype=torch.float64).round().int().tolist()
         x = noise(shape).to(device, torch.float64)

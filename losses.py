@@ -1,7 +1,7 @@
 """
-Every training loss of an autoencoder. ESM, DSM and the methods of Table 1 add a term on the latent,
-or decode a pair (target, latent) that went through the same operation, so that the decoder learns
-to map one to the other.
+Every training loss of an autoencoder. ESM, DSM and the methods of Table 1 either add a term on the
+latent, or apply one operation to both latent and image, so that the decoder learns to map one to
+the other.
 
     kl_loss              SD-VAE: KL(q(z|x) || N(0, 1)), weight 1e-6 (Eq. 2)
     esm_loss             ESM: KL(f^gamma P_image || P_latent), weight 0.01 (Sec. 3.3, Alg. 1, Eq. 3)
@@ -22,20 +22,19 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from spectral import dct2, lowpass, match_resolution, need_shape, spectrum_distribution, zigzag
+from spectral import dct2, lowpass, match_resolution, spectrum_distribution, zigzag
 
 DSM_MASKS = (0, 8, 10, 12)  # anti-diagonals cut (Table 8, the best set)
-SCALES = (1, 2, 4)          # Scale Equivariance's reductions
+SCALES = (1, 2, 4)          # reductions of Scale Equivariance
 
 
 def _mean(x):
-    return x.mean() if x.numel() else x.sum()  # of nothing: 0, with a gradient, and not NaN
+    return x.mean() if x.numel() else x.sum()  # of an empty batch: 0 with a gradient, not NaN
 
 
-def _same_shape(function, a, b):
-    if a.shape != b.shape or a.ndim < 2:  # different ones might broadcast
-        raise ValueError(f"{function}: needs two tensors (B, ...) of one shape, "
-                         f"got {tuple(a.shape)} and {tuple(b.shape)}")
+def _check_same_shape(function, a, b):
+    if a.shape != b.shape:  # else they might broadcast
+        raise ValueError(f"{function}: shapes {tuple(a.shape)} and {tuple(b.shape)} differ")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -47,7 +46,7 @@ def kl_loss(mean, logvar):
     mean     (B, C, h, w), or (B, any sides)
     logvar   likewise, below 88, where exp leaves float32 (vae.Posterior clamps it to 20)
     """
-    _same_shape("kl_loss", mean, logvar)
+    _check_same_shape("kl_loss", mean, logvar)
     mean, logvar = mean.float(), logvar.float()
     kl = 0.5 * (mean.square() + logvar.expm1() - logvar)  # expm1: exp - 1 cancels near 0
     return _mean(kl.flatten(1).sum(1))
@@ -61,9 +60,8 @@ def esm_loss(images, latents, gamma=1.0, n_bins=16):
     latents  (B, C, h, w), the sampled ones, before any normalisation; the gradient goes here only.
              ValueError for another B
     gamma    0 copies the image's power law, larger is flatter (`delta` in the authors' code)
-    returns  KL(f^gamma P_image || P_latent), nats, batch mean, >= 0. It sees the latent's scale: by
-             the log(1 + P) in the descriptor, rescaling z changes the loss (see
-             spectrum_distribution), so it also nudges the scale until the shapes agree
+    returns  KL(f^gamma P_image || P_latent), nats, batch mean, >= 0. It depends on the latent's
+             scale, because of the log(1 + P) in spectrum_distribution
     """
     if len(images) != len(latents):
         raise ValueError(f"esm_loss: {len(images)} images and {len(latents)} latents")
@@ -76,16 +74,15 @@ def esm_loss(images, latents, gamma=1.0, n_bins=16):
 
 def vf_loss(projected, features, cos_margin=0.5, dist_margin=0.25):
     """
-    VA-VAE's alignment (Yao et al. 2025): a partial ESM, for features of a foundation model are
-    smooth over space, and a latent that shares their directions and their pairwise similarities
-    inherits where in frequency they differ, though not its own power.
+    VA-VAE's alignment (Yao et al. 2025). A partial ESM: features of a foundation model are smooth
+    over space, and a latent that shares their directions and pairwise similarities inherits where
+    in frequency they vary, though not their power.
     projected  (B, T, D) latent cells after a 1x1 projection to the feature width
     features   (B, T, D) of the same grid, no gradient; ValueError if the shapes differ
     returns    mean relu(1 - cos_margin - cos(p_t, f_t))
                + mean relu(|cos(p_s, p_t) - cos(f_s, f_t)| - dist_margin); 0 within both margins
     """
-    _same_shape("vf_loss", projected, features)
-    need_shape("vf_loss", projected, "BTD")
+    _check_same_shape("vf_loss", projected, features)
     with torch.autocast(projected.device.type, enabled=False):
         p = F.normalize(projected.float(), dim=-1)
         f = F.normalize(features.detach().float(), dim=-1)
@@ -97,37 +94,31 @@ def vf_loss(projected, features, cos_margin=0.5, dist_margin=0.25):
 def low_freq_align_loss(projected, features, grid, coefficients=64):
     """
     UAE's semantic loss (Fan et al. 2025; weight 0.5): the first DCT coefficients, in zigzag order,
-    of the latent and of the frozen features agree. A partial ESM: the low end of the spectrum takes
-    its layout from the features, the high end is free. What it is not of UAE: there the encoder is
-    itself a trainable DINOv2, and the decoder trains under noise and random band cuts.
+    of the latent and of the frozen features agree. A partial ESM: low frequencies follow the
+    features, high ones are free. In UAE the encoder is itself a trainable DINOv2, and the decoder
+    trains under noise and random band masks; neither is done here.
     projected, features  (B, T, D), T = h*w in row-major order; no gradient into the features
     grid     (h, w)
-    coefficients  at least 1; all of them if the grid has fewer
+    coefficients  all of them if the grid has fewer
     returns  mean squared difference over coefficients, channels and batch
-    raises   ValueError for shapes that differ, a grid that does not hold T tokens, coefficients < 1
     """
-    _same_shape("low_freq_align_loss", projected, features)
-    T = need_shape("low_freq_align_loss", projected, "BTD")[1]
-    h, w = grid
-    if T != h * w or coefficients < 1:
-        raise ValueError(f"low_freq_align_loss: {T} tokens on a grid of {h}x{w}, "
-                         f"{coefficients} coefficients: needs h*w tokens and 1 coefficient or more")
+    _check_same_shape("low_freq_align_loss", projected, features)
     difference = projected.float() - features.detach().float()      # the DCT is linear
-    spectrum = dct2(difference.transpose(1, 2).unflatten(2, (h, w)))  # (B, D, h, w)
-    low = spectrum.flatten(2)[..., zigzag(h, w, spectrum.device)[:coefficients]]
+    spectrum = dct2(difference.transpose(1, 2).unflatten(2, grid))  # (B, D, h, w)
+    low = spectrum.flatten(2)[..., zigzag(*grid, spectrum.device)[:coefficients]]
     return _mean(low.square())
 
 
 # --------------------------------------------------------------------------------------------------
-# Pairs: what the decoder is shown, and what it shall answer.
-# Each returns (target images, latents), float32, spatially f : 1 as before.
+# Pairs: reconstruction target and decoder input.
+# Each returns (target images, latents), float32; the image's sides stay f times the latent's.
 
 def dsm_pair(images, latents, n, block=8):
     """
     Decoding Spectrum Matching (Alg. 2): image and latent low-passed by the same triangular mask.
     n        anti-diagonals cut, one for the whole batch, drawn from DSM_MASKS; 0 changes nothing
     returns  pair of unchanged shapes
-    raises   ValueError if a side of either does not divide by block, or for an n that is no mask
+    raises   ValueError if a side of either is not a multiple of block, or n is out of range
     """
     return lowpass(images.float(), n, block), lowpass(latents.float(), n, block)
 
@@ -135,14 +126,14 @@ def dsm_pair(images, latents, n, block=8):
 def scale_pair(images, latents, k):
     """
     Scale Equivariance: image and latent downsampled k times, bilinear.
-    k        at least 1, one for the batch, drawn from SCALES; 1 changes nothing
+    k        one for the batch, drawn from SCALES; 1 changes nothing
     returns  (B, 3, H/k, W/k), (B, C, h/k, w/k)
-    raises   ValueError if k does not divide the latent's sides, or they times f are not the image's
+    raises   ValueError if k does not divide the latent's sides
     """
-    h, w = need_shape("scale_pair", latents, "BCHW")[-2:]
-    if k < 1 or h % k or w % k:
+    h, w = latents.shape[-2:]
+    if h % k or w % k:
         raise ValueError(f"scale_pair: a latent of {h}x{w} cannot be downsampled {k} times")
-    return _resize_pair("scale_pair", images, latents, (h // k, w // k))
+    return _resize_pair(images, latents, (h // k, w // k))
 
 
 def eq_pair(images, latents, scale, rot):
@@ -152,44 +143,34 @@ def eq_pair(images, latents, scale, rot):
              cells, the image's is f times that
     rot      quarter turns, counter-clockwise, 0..3
     returns  the pair; height and width swap when rot is odd
-    raises   ValueError for another scale or rot, or image sides that are not f times the latent's
     """
-    h, w = need_shape("eq_pair", latents, "BCHW")[-2:]
-    if not 0 < scale <= 1 or rot not in range(4):
-        raise ValueError("eq_pair: needs a scale in (0, 1] and rot in 0..3, "
-                         f"got scale={scale}, rot={rot}")
+    h, w = latents.shape[-2:]
     size = (max(1, round(h * scale)), max(1, round(w * scale)))
-    images, latents = _resize_pair("eq_pair", images, latents, size)
-    # contiguous: strides of their own would be one more compilation for every odd turn
+    images, latents = _resize_pair(images, latents, size)
+    # contiguous: the strides of a rotated tensor would trigger a recompilation
     images, latents = (torch.rot90(x, rot, (2, 3)).contiguous() for x in (images, latents))
     return images, latents
 
 
 def scale_images(images, scale, f):
     """
-    Images (B, 3, H, W) scaled, bilinear, to whole latent cells: H -> f * round(H / f * scale),
-    likewise W; EQ-VAE encodes some such. float32.
-    raises   ValueError for a scale outside (0, 1], or sides that are not multiples of f
+    Images (B, 3, H, W) scaled by scale in (0, 1], bilinear, to whole latent cells, float32:
+    H -> f * round(H / f * scale), likewise W. EQ-VAE encodes some of its batches so.
     """
-    H, W = need_shape("scale_images", images, "BCHW")[-2:]
-    if not 0 < scale <= 1 or f < 1 or H % f or W % f:
-        raise ValueError("scale_images: needs a scale in (0, 1] and sides that divide by f, "
-                         f"got scale={scale}, f={f}, {H}x{W}")
-    return _bilinear(images, [f * max(1, round(side // f * scale)) for side in (H, W)])
+    return _bilinear(images, [f * max(1, round(side // f * scale)) for side in images.shape[-2:]])
 
 
 def _bilinear(x, size):
     return F.interpolate(x.float(), size=size, mode="bilinear", align_corners=False)
 
 
-def _resize_pair(function, images, latents, size):
-    """Latents to size, images to f times that; f = H / h = W / w."""
+def _resize_pair(images, latents, size):
+    """Latents to size (rows, columns), images to f times that."""
     h, w = latents.shape[-2:]
-    H, W = need_shape(function, images, "BCHW")[-2:]
-    f = W // w
+    H, W = images.shape[-2:]
+    f = H // h
     if (H, W) != (f * h, f * w):
-        raise ValueError(f"{function}: an image of {H}x{W} is not f times a latent of {h}x{w} "
-                         "for one whole f")
+        raise ValueError(f"an image of {H}x{W} is not f times a latent of {h}x{w}")
     if (h, w) == size:
         return images.float(), latents.float()
     return _bilinear(images, (size[0] * f, size[1] * f)), _bilinear(latents, size)
@@ -201,9 +182,8 @@ def _resize_pair(function, images, latents, size):
 class PerceptualLoss(nn.Module):
     """
     LPIPS (VGG, v0.1; Zhang et al. 2018), frozen, float32 also under autocast. forward(a, b), images
-    (B, 3, H, W) in [-1, 1] with sides of at least 16, -> scalar, batch mean. The calibration comes
-    with the lpips package; the VGG-16 trunk is torchvision's file, which is downloaded once;
-    FileNotFoundError says where it belongs when there is no network.
+    (B, 3, H, W) in [-1, 1] with sides of at least 16, -> scalar, batch mean. Its VGG-16 is
+    torchvision's file, downloaded once; FileNotFoundError without it and without a network.
     """
 
     def __init__(self):
@@ -214,18 +194,17 @@ class PerceptualLoss(nn.Module):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # lpips calls torchvision's older interface
                 self.lpips = lpips.LPIPS(net="vgg", version="0.1", verbose=False)
-        except OSError as error:  # no network, or it broke off
+        except OSError as error:  # no network, or an interrupted download
             url = VGG16_Weights.IMAGENET1K_V1.url
-            place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+            path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
             reason = getattr(error, "reason", error)
             raise FileNotFoundError(
                 f"LPIPS needs torchvision's VGG-16, and downloading it failed ({reason}): "
-                f"fetch {url} yourself and put it at {place}, "
-                "or train without it: --lpips_weight 0") from None
+                f"put {url} at {path}, or train without it: --lpips_weight 0") from None
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
-        """Stays in evaluation mode: LPIPS has dropout, and is to answer the same every time."""
+        """Stays in evaluation mode: LPIPS has dropout, and the loss must be deterministic."""
         return super().train(False)
 
     def forward(self, a, b):
@@ -236,18 +215,17 @@ class PerceptualLoss(nn.Module):
 class PatchDiscriminator(nn.Module):
     """
     PatchGAN (Isola et al. 2017; 64 channels, 3 layers, k = 4): one logit per overlapping 70 x 70
-    patch. forward: (B, 3, H, W) in [-1, 1] -> (B, 1, H/8 - 2, W/8 - 2) for sides that divide by 8;
-    ValueError for sides below 24, or below 3 * 2^n_layers. Names as in CompVis'
-    `NLayerDiscriminator`, and so its weights N(0, 0.02); the paper's authors' code draws N(0, 0.2).
+    patch. forward: (B, 3, H, W) in [-1, 1] -> (B, 1, H/8 - 2, W/8 - 2); sides of at least 24.
+    Names and initial weights N(0, 0.02) are those of CompVis' `NLayerDiscriminator`; the paper's
+    authors' code draws N(0, 0.2).
     """
 
     def __init__(self, in_channels=3, channels=64, n_layers=3):
         super().__init__()
-        self.in_channels, self.smallest = in_channels, 3 * 2 ** n_layers
         layers = [nn.Conv2d(in_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2, True)]
         for i in range(1, n_layers + 1):
             inner, outer = channels * min(2 ** (i - 1), 8), channels * min(2 ** i, 8)
-            stride = 2 if i < n_layers else 1  # the last one keeps the resolution
+            stride = 2 if i < n_layers else 1  # the last layer keeps the resolution
             layers += [nn.Conv2d(inner, outer, 4, stride=stride, padding=1, bias=False),
                        nn.BatchNorm2d(outer), nn.LeakyReLU(0.2, True)]
         layers += [nn.Conv2d(outer, 1, 4, stride=1, padding=1)]
@@ -259,17 +237,13 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images):
-        _, C, H, W = need_shape("PatchDiscriminator", images, "BCHW")
-        if C != self.in_channels or min(H, W) < self.smallest:
-            raise ValueError(f"PatchDiscriminator: needs {self.in_channels} channels and sides of "
-                             f"at least {self.smallest}, got {C}x{H}x{W}")
         return self.main(images)
 
 
 def hinge_d_loss(real=None, fake=None):
     """
-    Discriminator: mean relu(1 - real) + mean relu(1 + fake), logits of any shape; 2 when fresh.
-    Either may be left out, so that one can be walked back before the other is computed.
+    Discriminator: mean relu(1 - real) + mean relu(1 + fake), logits of any shape; near 2 at first.
+    Either may be left out, so that one can be backpropagated before the other is computed.
     """
     loss = 0 if real is None else _mean(F.relu(1 - real.float()))
     return loss if fake is None else loss + _mean(F.relu(1 + fake.float()))

@@ -1,8 +1,8 @@
 """
 Representation alignment: the tokens of an early block of the diffusion transformer, projected, are
-turned towards the features that a frozen DINOv2 has of the clean image. What the three methods
-change is the target's spectrum (Sec. 3.5): raw DINOv2 tokens share a large common direction, their
-DC, and a cosine spends itself on it; less DC is more contrast between places.
+aligned with the features of a frozen DINOv2 on the clean image. The three methods differ in the
+target's spectrum (Sec. 3.5): raw DINOv2 tokens share a large common direction, their DC, which
+dominates a cosine; less DC is more contrast between places.
 
     loss      -mean_t cos(projector(hidden_t), target_t), coefficient 0.5, hidden tokens after
               block 4 (Table 6)
@@ -14,7 +14,7 @@ DC, and a cosine spends itself on it; less DC is more contrast between places.
               (spectral.rmsc)
 
 Images (B, 3, H, W) in [-1, 1]; tokens (B, T, D), row-major on a grid (h, w), T = h*w: the
-transformer's grid and the target's are the same, so the image is resized to 14 px a token
+transformer's grid and the target's are the same, so the image is resized to 14 px per token
 (256 px -> 224 px -> 16x16). Numbering: arXiv:2603.14645 v1.
 """
 import os
@@ -27,10 +27,7 @@ import torch.nn.functional as F
 
 from spectral import dog, full_precision, spatial_norm
 
-ENCODERS = {f"dinov2_vit{size}14{suffix}": width
-            for suffix in ("", "_reg")                     # _reg: with 4 register tokens
-            for size, width in dict(s=384, b=768, l=1024, g=1536).items()}
-# its hubconf.py has all of ENCODERS
+ENCODERS = [f"dinov2_vit{size}14{suffix}" for suffix in ("", "_reg") for size in "sblg"]
 REPOSITORY = "facebookresearch/dinov2:12592a9bdfea0a6e4ee4767cd5a8d3195c0e3509"
 WEIGHTS = "https://dl.fbaipublicfiles.com/dinov2"
 # --repa: target filter, projector
@@ -44,163 +41,94 @@ DOG_SIGMAS = (1.0, 2.5)                                    # tokens; our choice,
 
 class Encoder(nn.Module):
     """
-    A frozen network that gives one feature vector per token; always in evaluation mode, no
-    parameter asks for a gradient.
-    network  module whose forward_features(x)["x_norm_patchtokens"] is (B, T, width) for
-             x (B, 3, patch*h, patch*w), ImageNet-normalised
+    A frozen network that gives one feature vector per token; always in evaluation mode.
+    network  module with patch_size, embed_dim and forward_features(x)["x_norm_patchtokens"]
+             (B, T, embed_dim) for x (B, 3, patch_size*h, patch_size*w)
     forward(images, grid): images (B, 3, H, W) in [-1, 1], grid (h, w) with H/h = W/w -> tokens
-             (B, h*w, width), float32, no graph. The network computes in bf16 on CUDA and in float32
-             elsewhere; normalisation and resize are float32
+             (B, h*w, embed_dim), float32, no graph
     resize   "bicubic" (REPA) or "bilinear" (VA-VAE), neither with antialiasing
-    imagenet  whether the network is shown images with ImageNet's mean and std taken off, as DINOv2
-             was trained (REPA), or as they are, in [-1, 1] (VA-VAE)
-    raises   ValueError if the grid does not fit the image or the network answers with another token
-             count or width
+    imagenet  True: images are normalised by ImageNet's mean and std, as DINOv2 was trained (REPA);
+             False: the network gets them in [-1, 1] (VA-VAE)
+    raises   ValueError if the grid does not fit the image, or tokens of another shape come out
     """
 
-    def __init__(self, network, width, patch=14, resize="bicubic", imagenet=True):
+    def __init__(self, network, resize="bicubic", imagenet=True):
         super().__init__()
-        self.network, self.width, self.patch = network, width, patch
+        self.network, self.width, self.patch = network, network.embed_dim, network.patch_size
         self.resize, self.imagenet = resize, imagenet
         for name, values in zip(("mean", "std"), IMAGENET):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
-        """Stays in evaluation mode: a target that moves by dropout is no target."""
+        """Stays in evaluation mode: dropout would change the target in every step."""
         return super().train(False)
 
     @torch.no_grad()             # not inference_mode: a loss may save the target for its backward
     def forward(self, images, grid):
         (H, W), (h, w) = images.shape[-2:], grid
         if H * w != W * h:
-            raise ValueError(f"Encoder: an image of {H}x{W} does not fit a token grid of {h}x{w}; "
-                             "H/h must equal W/w")
+            raise ValueError(f"an image of {H}x{W} does not fit a token grid of {h}x{w}")
         device = images.device.type
-        size = self.patch * h, self.patch * w
         with torch.autocast(device, enabled=False):
             x = images.float()
             if self.imagenet:
                 x = (x * 0.5 + 0.5 - self.mean) / self.std
-            x = F.interpolate(x, size, mode=self.resize, align_corners=False)
+            x = F.interpolate(x, (self.patch * h, self.patch * w), mode=self.resize,
+                              align_corners=False)
+        # bf16 on CUDA, float32 elsewhere
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             tokens = self.network.forward_features(x)["x_norm_patchtokens"].float()
         if tokens.shape[1:] != (h * w, self.width):
-            raise ValueError(f"Encoder: expected {h}x{w} = {h * w} tokens of width {self.width}, "
-                             f"the network gave {tokens.shape[1]} of width {tokens.shape[2]}; give "
-                             "the name and the patch size that belong to it")
+            raise ValueError(f"the encoder gave {tuple(tokens.shape[1:])} tokens, expected "
+                             f"{(h * w, self.width)} by its patch_size and embed_dim")
         return tokens
 
 
-class RandomViT(nn.Module):
-    """
-    A small untrained ViT with DINOv2's interface, for tests and demonstrations: patches of 14 px,
-    width 64, two pre-norm blocks.
-    """
+class RandomEncoder(nn.Module):
+    """One untrained convolution over patches, with DINOv2's interface; for tests."""
+    patch_size, embed_dim = 14, 64
 
-    def __init__(self, width=64, patch=14):
+    def __init__(self):
         super().__init__()
-        self.patches = nn.Conv2d(3, width, patch, stride=patch)
-        self.position = nn.Parameter(0.5 * torch.randn(1, width, 16, 16))
-        block = lambda: nn.TransformerEncoderLayer(
-            width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
-        self.blocks = nn.Sequential(block(), block())
-        self.norm = nn.LayerNorm(width)
+        self.patches = nn.Conv2d(3, self.embed_dim, self.patch_size, stride=self.patch_size)
 
     def forward_features(self, x):
-        x = self.patches(x)                                                 # (B, D, h, w)
-        x = x + F.interpolate(self.position, x.shape[-2:], mode="bicubic", align_corners=False)
-        tokens = self.blocks(x.flatten(2).transpose(1, 2))                  # (B, h*w, D)
-        return {"x_norm_patchtokens": self.norm(tokens)}
-
-
-class LabelNet(nn.Module):
-    """
-    A small residual network that experiments/miniature.py trains on class labels: a target encoder
-    for 32 px images where DINOv2 is out of reach, and the features of FD-cifar.
-    forward: (B, 3, H, W) in [-1, 1] -> logits; pooled: -> (B, 192); forward_features: DINOv2's
-    interface with one token per 4x4 pixels, width 96.
-    """
-    width, patch, token_width = 192, 4, 96
-
-    def __init__(self, num_classes):
-        super().__init__()
-        layer = lambda i, o, stride=1: nn.Sequential(
-            nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-        self.stages = nn.ModuleList()
-        for i, o in ((3, 48), (48, self.token_width), (self.token_width, self.width)):
-            down = layer(i, o, 2)
-            residual = nn.Sequential(layer(o, o), layer(o, o))
-            self.stages.append(nn.ModuleList([down, residual]))
-        self.head = nn.Linear(self.width, num_classes)
-
-    def stage(self, x, stages):
-        for down, residual in stages:                                       # each halves the sides
-            x = down(x)
-            x = x + residual(x)
-        return x
-
-    def pooled(self, images):
-        return self.stage(images, self.stages).mean((2, 3))
-
-    def forward(self, images):
-        return self.head(self.pooled(images))
-
-    def forward_features(self, x):
-        mean, std = (torch.tensor(s, device=x.device).view(1, 3, 1, 1) for s in IMAGENET)
-        x = 2 * (x * std + mean) - 1                       # Encoder normalised it for DINOv2
-        tokens = self.stage(x, self.stages[:2]).flatten(2).transpose(1, 2)  # (B, H/4 * W/4, 96)
+        tokens = self.patches(x).flatten(2).transpose(1, 2)                 # (B, h*w, D)
         return {"x_norm_patchtokens": F.layer_norm(tokens, tokens.shape[-1:])}
 
 
 def load_encoder(name="dinov2_vitb14", source=None, resize="bicubic", imagenet=True):
     """
-    DINOv2 (Oquab et al. 2023) as a frozen Encoder on the CPU.
-    name     a key of ENCODERS
-    source   None: the code by torch.hub, one pinned commit; a folder: a clone of that repository;
-             "random": a small untrained ViT of width 64, the same in every run and on every rank,
-             whatever the name; a .pt file: the LabelNet that experiments/miniature.py trained. The
-             weights of the first two come from the official URL, once: torch.hub keeps them below
-             TORCH_HOME, and a file that lies there already is taken
-    resize, imagenet  as Encoder takes them; a LabelNet is always shown its own input
-    raises   ValueError for an unknown name or a file without a LabelNet; FileNotFoundError without
-             code, weights or network, with the places where they belong
+    A frozen Encoder on the CPU.
+    name     one of ENCODERS (DINOv2, Oquab et al. 2023), or a function of source/hubconf.py
+    source   None: DINOv2's code by torch.hub, one pinned commit; a folder: a clone of DINOv2's
+             repository, or one whose hubconf.py has a function `name` that returns a network with
+             its weights and DINOv2's interface (see Encoder); "random": a small untrained network,
+             always the same. DINOv2's weights are downloaded once, to TORCH_HOME
+    resize, imagenet  of DINOv2; other networks get the defaults
+    raises   ValueError for an unknown name or weights that do not fit; FileNotFoundError without
+             code, weights or network
     """
-    if name not in ENCODERS:
-        raise ValueError(f"--encoder {name}: unknown, take one of {', '.join(ENCODERS)}")
+    if name not in ENCODERS and source in (None, "random"):
+        raise ValueError(f"--encoder {name}: unknown; choose one of {', '.join(ENCODERS)}, or give "
+                         "the folder of its hubconf.py as --encoder_source")
     if source == "random":
         warnings.warn("--encoder_source random: the target is an UNTRAINED network; it exercises "
                       "the code and teaches the model NOTHING", stacklevel=2)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)         # torch.manual_seed reaches the GPUs too
-            return Encoder(RandomViT(), 64, resize=resize, imagenet=imagenet)
-    if source is not None and source.endswith(".pt"):
-        return Encoder(load_labelnet(source), LabelNet.token_width, LabelNet.patch)
+            return Encoder(RandomEncoder(), resize, imagenet)
     if source is not None and not os.path.isfile(os.path.join(source, "hubconf.py")):
-        repository = f"https://github.com/{REPOSITORY.split(':')[0]}"
-        raise FileNotFoundError(f"--encoder_source {source}: no hubconf.py in there; give the "
-                                f"folder of a clone of {repository}, or random")
-    network = load_dinov2(name, source)
-    return Encoder(network, ENCODERS[name], resize=resize, imagenet=imagenet)
-
-
-def load_labelnet(path):
-    """The LabelNet in a file of experiments/miniature.py; the errors of load_encoder."""
+        raise FileNotFoundError(f"--encoder_source {source}: no hubconf.py in there; give a clone "
+                                "of https://github.com/facebookresearch/dinov2, or random")
+    if name in ENCODERS:
+        return Encoder(load_dinov2(name, source), resize, imagenet)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        network = LabelNet(checkpoint["num_classes"])
-        network.load_state_dict(checkpoint["model"])
-        finite = all(tensor.isfinite().all() for tensor in network.state_dict().values())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--encoder_source {path}: no such file; "
-                                "experiments/miniature.py trains one") from None
-    except Exception:                                      # a damaged file fails in any way
-        raise ValueError(f"--encoder_source {path}: not a LabelNet of "
-                         "experiments/miniature.py") from None
-    if not finite:
-        raise ValueError(f"--encoder_source {path}: holds weights that are not finite; train it "
-                         "anew with experiments/miniature.py")
-    return network
+        network = torch.hub.load(source, name, source="local")
+    except (RuntimeError, ImportError, SyntaxError) as error:
+        raise ValueError(f"--encoder {name} --encoder_source {source}: {one_line(error)}") from None
+    return Encoder(network)
 
 
 def load_dinov2(name, source):
@@ -209,23 +137,27 @@ def load_dinov2(name, source):
     url = f"{WEIGHTS}/{name.removesuffix('_reg')}/{file}"
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "xFormers")  # DINOv2 says that it does without
-            network = torch.hub.load(               # validation knows heads of branches only
+            warnings.filterwarnings("ignore", "xFormers")  # DINOv2 warns that it runs without
+            network = torch.hub.load(              # skip_validation: it only knows branches
                 source or REPOSITORY, name, source="local" if source else "github",
                 pretrained=False, verbose=False, trust_repo=True, skip_validation=True)
         network.load_state_dict(torch.hub.load_state_dict_from_url(
             url, map_location="cpu", progress=False, weights_only=True))
-    except OSError as error:                               # no network, or it broke off
-        reason = getattr(error, "reason", error)
-        place = os.path.join(torch.hub.get_dir(), "checkpoints", file)
+    except OSError as error:                               # no network, or an interrupted download
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", file)
         clone = f"https://github.com/{REPOSITORY.replace(':', '/tree/')}"
-        raise FileNotFoundError(f"{name}: fetching it failed ({reason}): put {url} at {place} and "
-                                f"give a clone of {clone} as --encoder_source DIR") from None
+        reason = getattr(error, "reason", error)
+        raise FileNotFoundError(f"{name}: downloading it failed ({reason}): put {url} at {path} "
+                                f"and give a clone of {clone} as --encoder_source DIR") from None
     except (RuntimeError, TypeError, pickle.UnpicklingError, EOFError, ImportError,
             SyntaxError) as error:                         # code without this name, other weights
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{name} from {source or REPOSITORY} with {file}: {reason}") from None
+        raise ValueError(f"{name} from {source or REPOSITORY} with {file}: "
+                         f"{one_line(error)}") from None
     return network
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:300]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -234,38 +166,34 @@ def load_dinov2(name, source):
 @full_precision
 def filter_target(tokens, kind, grid, sigma1=DOG_SIGMAS[0], sigma2=DOG_SIGMAS[1], norm_std=0.6):
     """
-    What of the features the transformer is to match.
+    The part of the features that the transformer is aligned with.
     tokens   (B, T, D) on the grid (h, w), T = h*w
     kind     "none"; "spnorm": spectral.spatial_norm; "dog": Eq. 6 on the grid, then every channel
              divided by its std over the tokens
     sigma1, sigma2  of the DoG, in tokens, 0 <= sigma1 < sigma2
-    norm_std  share of the mean over the tokens that is taken off, as Table 6's "normalization std"
-             reads: iREPA's 0.6 is the factor on the mean in its code (zscore_alpha), so DoG's 1.0
-             is full subtraction. A DoG has no DC, so there the factor changes nothing
+    norm_std  factor on the mean that spnorm subtracts: Table 6's "normalization std", since 0.6 is
+             that factor in iREPA's code (zscore_alpha). A DoG has no mean, so it ignores the factor
     returns  (B, T, D), float32
-    raises   ValueError for an unknown kind, a grid that does not hold T tokens, sigmas out of order
+    raises   ValueError for an unknown kind or sigmas out of order
 
     The default sigmas are our choice, the paper's text names none. On a 16x16 grid DCT index u is
-    u / 2 cycles per image. Where objects and their parts lie is said by u = 2 .. 8, one to four
-    cycles; u = 0 is the common offset, u = 1 a slope across the image, and beyond 8 neighbours
-    differ: edges of single tokens, and noise. Gain of the sampled kernels, G(sigma1) - G(sigma2):
+    u / 2 cycles per image. The layout of objects and their parts is in u = 2 .. 8, one to four
+    cycles; u = 0 is the common offset, u = 1 a slope across the image; above 8 are edges of single
+    tokens, and noise. Gain of the sampled kernels, G(sigma1) - G(sigma2):
         (1.0, 2.5)   0 at DC, peak 0.59 at u = 4.3, half of it at u = 1.9 and 7.9: that band
-        (1.0, 2.0)   peak 0.47 at u = 4.9, half at 2.3 and 8.6: weak at the lowest of the layout
+        (1.0, 2.0)   peak 0.47 at u = 4.9, half at 2.3 and 8.6: weak at the coarsest layout
         (0.5, 2.0)   peak at u = 6.5, above half of it from 2.7 to the end: nearly a high-pass
-        (1.0, 4.0)   peak at u = 3.1, half at 1.3 and 7.0: lets slopes through
+        (1.0, 4.0)   peak at u = 3.1, half at 1.3 and 7.0: passes slopes
     """
-    T, (h, w) = tokens.shape[1], grid
-    if T != h * w:
-        raise ValueError(f"filter_target: {T} tokens do not fill a grid of {h}x{w}")
     if kind == "none":
         return tokens
     if kind == "spnorm":
         return spatial_norm(tokens, norm_std)
     if kind == "dog":
-        x = dog(tokens.transpose(1, 2).unflatten(2, (h, w)), sigma1, sigma2)  # (B, D, h, w)
+        x = dog(tokens.transpose(1, 2).unflatten(2, grid), sigma1, sigma2)    # (B, D, h, w)
         x = x.flatten(2).transpose(1, 2)                                      # (B, T, D)
         return x / (x.std(dim=1, keepdim=True, correction=0) + 1e-6)
-    raise ValueError(f"filter_target: kind {kind!r} is none of none, spnorm, dog")
+    raise ValueError(f"filter_target: kind {kind!r} is not one of none, spnorm, dog")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -273,33 +201,27 @@ def filter_target(tokens, kind, grid, sigma1=DOG_SIGMAS[0], sigma2=DOG_SIGMAS[1]
 
 class Projector(nn.Module):
     """
-    From the transformer's width to the encoder's; trained with the model, not needed to sample.
+    From the transformer's width to the encoder's; trained with the model, not used in sampling.
     kind     "mlp": three linear layers with SiLU, token by token (REPA); "conv": one 3x3
              convolution on the grid (iREPA, REPA-DoG)
-    dim, out_dim    widths; hidden: of the mlp, whose weights start as REPA's: xavier, bias 0
+    hidden   width of the mlp
     forward(tokens, grid): (B, T, dim) on the grid (h, w) -> (B, T, out_dim)
-    raises   ValueError for an unknown kind, or tokens of another width or count
     """
 
     def __init__(self, kind, dim, out_dim, hidden=2048):
         super().__init__()
-        if kind not in ("mlp", "conv"):
-            raise ValueError(f"Projector: kind {kind!r} is none of mlp, conv")
-        self.kind, self.dim = kind, dim
+        self.kind = kind
         if kind == "conv":
             self.layers = nn.Conv2d(dim, out_dim, 3, padding=1)
         else:
             self.layers = nn.Sequential(
                 nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
                 nn.Linear(hidden, out_dim))
-            for linear in self.layers[::2]:
+            for linear in self.layers[::2]:                # REPA's initial weights
                 nn.init.xavier_uniform_(linear.weight)
                 nn.init.zeros_(linear.bias)
 
     def forward(self, tokens, grid):
-        if tokens.shape[1:] != (grid[0] * grid[1], self.dim):
-            raise ValueError(f"Projector: got {tokens.shape[1]} tokens of width {tokens.shape[2]}, "
-                             f"expected {grid[0]}x{grid[1]} of width {self.dim}")
         if self.kind == "mlp":
             return self.layers(tokens)
         return self.layers(tokens.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
@@ -308,12 +230,10 @@ class Projector(nn.Module):
 @full_precision
 def alignment_loss(projected, target):
     """
-    -mean over tokens and batch of the cosine between projected and target, both (B, T, D); the
-    gradient goes to projected only.
-    returns  float32 scalar in [-1, 1], -1 when every token points as its target
-    raises   ValueError if the shapes differ (they would broadcast)
+    -mean over tokens and batch of the cosine between projected and target, both (B, T, D); float32
+    scalar in [-1, 1]. The gradient goes to projected only. ValueError if the shapes differ.
     """
-    if projected.shape != target.shape:
+    if projected.shape != target.shape:  # else they might broadcast
         raise ValueError(f"alignment_loss: projected tokens {tuple(projected.shape)} and target "
                          f"{tuple(target.shape)} differ in shape")
     target = target.detach().to(projected.dtype)

@@ -1,8 +1,8 @@
 """
 Frequencies of images and latents. An autoencoder's latent is easy to diffuse when its power
 spectrum is a flattened copy of the image's (ESM) and when each of its frequencies decodes to the
-same frequency of the image (DSM); this file holds the transforms, spectra, masks and filters in
-which those two sentences are written; ideas.py draws them. Numbering: arXiv:2603.14645 v1.
+same frequency of the image (DSM). This file holds the transforms, spectra, masks and filters that
+both are written in; analysis/ideas.py draws them. Numbering: arXiv:2603.14645 v1.
 
     Sec. 3.3, ESM      PSD of photographs P(f) ~ f^-alpha; flattened: f^gamma * P(f)
     Prop. 3.1, Eq. 1   learnable power: S * SNR / (1 + SNR), SNR = alpha_bar * S / (1 - alpha_bar)
@@ -33,32 +33,29 @@ def full_precision(function):
     return wrapped
 
 
-def constant(function):
-    """Decorator: a matrix is made once, outside inference mode: training may be the next to ask."""
+def cached_matrix(function):
+    """Decorator: computes a matrix once, outside inference mode, since training may use it next."""
     return functools.lru_cache(maxsize=None)(torch.inference_mode(False)(function))
 
 
-def need_shape(function, x, dims):
+def check_shape(function, x, dims):
     """x.shape; ValueError unless it is dims ("*HW": any before H); only the first may be empty."""
     fits = x.ndim >= len(dims) - 1 if dims[0] == "*" else x.ndim == len(dims)
     if not fits or 0 in x.shape[1 - len(dims):]:
-        wanted = f"({', '.join(dims)}) without empty sides"
-        raise ValueError(f"{function}: needs a tensor {wanted}, got {tuple(x.shape)}")
+        expected = f"({', '.join(dims)}) without empty sides"
+        raise ValueError(f"{function}: needs a tensor {expected}, got {tuple(x.shape)}")
     return x.shape
 
 
 # --------------------------------------------------------------------------------------------------
 # The DCT
 
-@constant
+@cached_matrix
 def dct_matrix(n, device="cpu", dtype=torch.float32):
     """
     Orthonormal DCT-II: D[u, i] = sqrt((1 if u == 0 else 2) / n) cos(pi (2i + 1) u / 2n).
-    n        signal length, at least 1 (else ValueError)
     returns  (n, n), rows are frequencies, D @ D.T = I; cached, so do not write into it
     """
-    if n < 1 or n % 1:
-        raise ValueError(f"dct_matrix: a signal has a whole length of at least 1, got n={n}")
     i = torch.arange(n, dtype=torch.float64)
     D = math.sqrt(2 / n) * torch.cos(math.pi / (2 * n) * i[:, None] * (2 * i + 1))
     D[0] /= math.sqrt(2)
@@ -68,22 +65,21 @@ def dct_matrix(n, device="cpu", dtype=torch.float32):
 @full_precision
 def dct2(x):
     """2-D DCT of the last two dimensions: (..., H, W) -> (..., H, W), energy kept (Parseval)."""
-    H, W = need_shape("dct2", x, "*HW")[-2:]
+    H, W = check_shape("dct2", x, "*HW")[-2:]
     return dct_matrix(H, x.device, x.dtype) @ x @ dct_matrix(W, x.device, x.dtype).T
 
 
 @full_precision
 def idct2(x):
     """The inverse of dct2: coefficients (..., H, W) -> (..., H, W)."""
-    H, W = need_shape("idct2", x, "*HW")[-2:]
+    H, W = check_shape("idct2", x, "*HW")[-2:]
     return dct_matrix(H, x.device, x.dtype).T @ x @ dct_matrix(W, x.device, x.dtype)
 
 
 def _tiles(function, x, block):  # (B, C, H, W) -> (B, C, H/b, W/b, b, b)
-    B, C, H, W = need_shape(function, x, "BCHW")
+    B, C, H, W = check_shape(function, x, "BCHW")
     if block < 1 or H % block or W % block:
-        raise ValueError(f"{function}: {H}x{W} does not tile into {block}x{block} DCT blocks; "
-                         "crop it or change the block")
+        raise ValueError(f"{function}: {H}x{W} does not tile into {block}x{block} DCT blocks")
     return x.reshape(B, C, H // block, block, W // block, block).transpose(3, 4)
 
 
@@ -94,30 +90,26 @@ def _untile(tiles):              # (B, C, H/b, W/b, b, b) -> (B, C, H, W)
 
 @full_precision
 def block_dct2(x, block=8):
-    """
-    DCT of every block x block tile, as in JPEG; ValueError if x does not tile.
-    (B, C, H, W) -> (B, C, H/block, W/block, block, block)
-    """
+    """DCT of every tile, as in JPEG: (B, C, H, W) -> (B, C, H/block, W/block, block, block)."""
     return dct2(_tiles("block_dct2", x, block))
 
 
 @full_precision
 def block_idct2(coefficients):
     """Inverse of block_dct2: (B, C, H/block, W/block, block, block) -> (B, C, H, W)."""
-    if len(set(need_shape("block_idct2", coefficients, "BChwbb")[-2:])) > 1:
-        raise ValueError(f"block_idct2: needs square blocks, got {tuple(coefficients.shape)}")
     return _untile(idct2(coefficients))
 
 
-@constant
+@cached_matrix
 def zigzag(h, w, device="cpu"):
     """
     JPEG's order of the DCT coefficients of an (h, w) grid, low frequencies first: (h*w,) int64
     positions in row-major order, DC, (0, 1), (1, 0), (2, 0), ... along the anti-diagonals. Cached.
     """
-    places = [(u, v) for u in range(h) for v in range(w)]
-    places.sort(key=lambda p: (sum(p), p[0] if sum(p) % 2 else p[1]))
-    return torch.tensor([u * w + v for u, v in places]).to(device)
+    order = [(u, v) for u in range(h) for v in range(w)]
+    # odd anti-diagonals run downwards, even ones upwards
+    order.sort(key=lambda uv: (sum(uv), uv[0] if sum(uv) % 2 else uv[1]))
+    return torch.tensor([u * w + v for u, v in order]).to(device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -130,13 +122,12 @@ def triangle_mask(n, block=8):
     returns  (block, block) bool, True = kept, that is u + v < 2*block - 1 - n
     """
     if n not in range(2 * block):
-        raise ValueError(f"triangle_mask: n={n} is outside 0..{2 * block - 1}: "
-                         f"a {block}x{block} block has {2 * block - 1} anti-diagonals")
+        raise ValueError(f"triangle_mask: n={n} is outside 0..{2 * block - 1}")
     u = torch.arange(block)
     return u[:, None] + u[None, :] < 2 * block - 1 - n
 
 
-@constant
+@cached_matrix
 def _lowpass_matrix(n, block, device, dtype):
     """(b*b, b*b): DCT, mask and inverse DCT of a flattened tile are one symmetric projection."""
     D = dct_matrix(block, "cpu", torch.float64)
@@ -156,8 +147,6 @@ def lowpass(x, n, block=8):
     tiles = _tiles("lowpass", x, block)  # (B, C, H/b, W/b, b, b)
     if n == 0:                           # keeps everything: nothing to compute
         return x
-    if block > 16:                       # a matrix of block^4 numbers would be slower
-        return _untile(idct2(dct2(tiles) * triangle_mask(n, block).to(x.device)))
     projection = _lowpass_matrix(n, block, x.device, x.dtype)
     return _untile((tiles.flatten(-2) @ projection).view(tiles.shape))
 
@@ -169,7 +158,7 @@ def downsample_dct(x, k):
     x        (B, C, H, W), H and W multiples of k >= 1 (else ValueError)
     returns  (B, C, H/k, W/k); the division by k keeps the mean: an orthonormal DC grows with a side
     """
-    H, W = need_shape("downsample_dct", x, "BCHW")[-2:]
+    H, W = check_shape("downsample_dct", x, "BCHW")[-2:]
     if k < 1 or H % k or W % k:
         raise ValueError(f"downsample_dct: {H}x{W} does not divide by {k}")
     return idct2(dct2(x)[..., :H // k, :W // k]) / k
@@ -180,15 +169,15 @@ def downsample_dct(x, k):
 
 def power_spectrum(x):
     """Squared DCT coefficients, averaged over channels: (B, C, H, W) -> (B, H, W)."""
-    need_shape("power_spectrum", x, "BCHW")
+    check_shape("power_spectrum", x, "BCHW")
     return dct2(x).square().mean(dim=1)
 
 
-@constant
+@cached_matrix
 def _radial_bins(H, W, n_bins, device, dtype):
     """(H*W, n_bins): column b is 1/count on the coefficients of bin b, 0 elsewhere, 0 if empty."""
     u, v = torch.arange(H), torch.arange(W)
-    r2 = (u[:, None] ** 2 + v[None, :] ** 2).flatten()  # (H*W,), whole numbers: borders are exact
+    r2 = (u[:, None] ** 2 + v[None, :] ** 2).flatten()  # (H*W,), integers: ring borders are exact
     index = (r2 * n_bins ** 2 // r2.max().clamp_min(1)).double().sqrt().long()
     members = F.one_hot(index.clamp_max(n_bins - 1), n_bins).double()  # the last bin is closed
     return (members / members.sum(0).clamp_min(1)).to(device, dtype)
@@ -199,12 +188,9 @@ def radial_profile(P, n_bins=16):
     """
     Mean power in rings of equal width around DC.
     P        (B, H, W) power; ring floor(r / r_max * n_bins), r = sqrt(u^2 + v^2), the last closed
-    n_bins   at least 1 (else ValueError)
     returns  (B, n_bins); a ring without a coefficient (sides much below n_bins) is 0
     """
-    _, H, W = need_shape("radial_profile", P, "BHW")
-    if n_bins < 1:
-        raise ValueError(f"radial_profile: n_bins={n_bins} must be at least 1")
+    _, H, W = check_shape("radial_profile", P, "BHW")
     return P.flatten(1) @ _radial_bins(H, W, n_bins, P.device, P.dtype)
 
 
@@ -214,12 +200,11 @@ def spectrum_distribution(x, n_bins=16, gamma=0.0, remove_dc=True):
     The descriptor that ESM compares: where in frequency the power of x lies.
     x        (B, C, H, W) image or latent
     gamma    flattening: ring b (from 1) is multiplied by b^gamma, which lowers the power law's
-             exponent by about gamma; in -10..10, beyond which b^gamma leaves float32 (ValueError)
+             exponent by about gamma; in -10..10 (else ValueError): 16^gamma must fit float32
     returns  (B, n_bins), sums to 1 (uniform for a constant x). Not invariant to the scale of x:
              log(1 + P) is close to P for small latents (the largest ring decides) and to log P for
              large ones (all rings count alike)
     """
-    need_shape("spectrum_distribution", x, "BCHW")
     if not abs(gamma) <= 10:
         raise ValueError(f"spectrum_distribution: gamma={gamma} is outside -10..10")
     if remove_dc:
@@ -248,7 +233,7 @@ def _blur_matrix(n, sigma, radius, reflect):
     return torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, source.clamp(0, n - 1), weight)
 
 
-@constant
+@cached_matrix
 def _resize_matrix(n, m, blur, device, dtype):
     """(m, n) matrix of match_resolution's resize of one axis, after the 7-tap Gaussian if blur."""
     pixels = torch.eye(n, dtype=torch.float64)[None, None]
@@ -263,14 +248,11 @@ def match_resolution(x, size):
     """
     What an image goes through before its spectrum is compared with a latent's (the authors' code).
     x        (B, C, H, W)
-    size     (h, w) of the latent, each at least 1 (else ValueError)
+    size     (h, w) of the latent
     returns  (B, C, h, w): bicubic, align_corners=False, no antialiasing; when the reduction is 16
              or more, a 7x7 Gaussian of sigma 1.2 with zero padding goes before it
     """
-    H, W = need_shape("match_resolution", x, "BCHW")[-2:]
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"match_resolution: size={tuple(size)} is not (h, w) with sides of at "
-                         "least 1")
+    H, W = check_shape("match_resolution", x, "BCHW")[-2:]
     h, w = size
     blur = H >= 16 * h
     columns = _resize_matrix(W, w, blur, x.device, x.dtype).T
@@ -284,10 +266,10 @@ def fit_power_law(profile):
     profile  (..., n_bins) radial; f is a ring's middle; DC's ring 0 and empty rings are left out
     returns  (...) alpha, no gradient; 0 for a white spectrum and for fewer than two rings of power
     """
-    need_shape("fit_power_law", profile, "*R")
+    check_shape("fit_power_law", profile, "*R")
     profile = profile.detach()[..., 1:]
     f = torch.arange(1, profile.shape[-1] + 1, device=profile.device, dtype=profile.dtype) + 0.5
-    weight = (profile > 0) / f      # linear rings crowd at high f: every octave is to count alike
+    weight = (profile > 0) / f      # linear rings crowd at high f; so every octave counts alike
     weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-30)
     log_P = torch.where(profile > 0, profile, 1).log()
     log_f = f.log() - (weight * f.log()).sum(-1, keepdim=True)
@@ -295,7 +277,7 @@ def fit_power_law(profile):
 
 
 # --------------------------------------------------------------------------------------------------
-# What diffusion can learn of a spectrum (Prop. 3.1)
+# How much of a spectrum diffusion can learn (Prop. 3.1)
 
 @full_precision
 def wiener_gain(S, alpha_bar):
@@ -305,14 +287,9 @@ def wiener_gain(S, alpha_bar):
     S          tensor of powers >= 0, any shape
     alpha_bar  in (0, 1), number or tensor
     returns    like S, in [0, 1]
-    raises     ValueError for a negative power or an alpha_bar outside (0, 1)
     """
-    if not torch.as_tensor((alpha_bar > 0) & (alpha_bar < 1)).all():
-        raise ValueError(f"wiener_gain: alpha_bar={alpha_bar} must lie in (0, 1)")
-    if (S < 0).any():
-        raise ValueError(f"wiener_gain: a power of {S.min().item():g} is negative")
     signal = alpha_bar * S
-    return signal / (signal + (1 - alpha_bar))  # the SNR itself may leave float32
+    return signal / (signal + (1 - alpha_bar))  # the SNR itself may overflow float32
 
 
 @full_precision
@@ -331,7 +308,7 @@ def rmsc(tokens):
     tokens   (B, T, D)
     returns  (B,) sqrt(mean_t ||x_t - mean||^2), at most 1; 0, with gradient 0, when all agree
     """
-    T = need_shape("rmsc", tokens, "BTD")[1]
+    T = check_shape("rmsc", tokens, "BTD")[1]
     x = F.normalize(tokens, dim=-1)
     return torch.linalg.vector_norm(x - x.mean(dim=1, keepdim=True), dim=(1, 2)) / T ** 0.5
 
@@ -344,12 +321,12 @@ def directional_energy(tokens):
     returns  (B, T), index 0 is DC, sums to T (a token shorter than 1e-12 counts for less than 1)
     Prop. 3.2: rmsc(tokens)**2 == directional_energy(tokens)[:, 1:].sum(1) / T
     """
-    T = need_shape("directional_energy", tokens, "BTD")[1]
+    T = check_shape("directional_energy", tokens, "BTD")[1]
     x = F.normalize(tokens, dim=-1)
     return (dct_matrix(T, x.device, x.dtype) @ x).square().sum(-1)
 
 
-@constant
+@cached_matrix
 def _reflect_blur(n, sigma, device, dtype):
     radius = max(1, math.ceil(4 * sigma))
     return _blur_matrix(n, sigma, radius, reflect=True).to(device, dtype)
@@ -360,11 +337,9 @@ def gaussian_blur(x, sigma):
     """
     Gaussian blur, reflect padding, 4-sigma kernel; constants pass unchanged.
     x        (B, C, H, W), any size (a kernel longer than the side reflects more than once)
-    sigma    in pixels (tokens), 0..1000 (else ValueError); 0 is the identity
+    sigma    in pixels (tokens), >= 0; 0 is the identity
     """
-    H, W = need_shape("gaussian_blur", x, "BCHW")[-2:]
-    if not 0 <= sigma <= 1000:
-        raise ValueError(f"gaussian_blur: sigma={sigma} is outside 0..1000")
+    H, W = check_shape("gaussian_blur", x, "BCHW")[-2:]
     if sigma == 0:
         return x
     columns = _reflect_blur(W, sigma, x.device, x.dtype).T
@@ -374,7 +349,7 @@ def gaussian_blur(x, sigma):
 def dog(x, sigma1, sigma2):
     """
     Difference of Gaussians (Eq. 6): G_sigma1 * x - G_sigma2 * x, a band-pass without constants.
-    x        (B, C, H, W); sigmas in pixels (tokens), 0 <= sigma1 < sigma2, else ValueError
+    x        (B, C, H, W); sigmas in pixels (tokens), 0 <= sigma1 < sigma2 (else ValueError)
     """
     if not 0 <= sigma1 < sigma2:
         raise ValueError(f"dog: needs 0 <= sigma1 < sigma2, got sigma1={sigma1}, sigma2={sigma2}")
@@ -388,6 +363,6 @@ def spatial_norm(tokens, alpha=0.6):
     tokens   (B, T, D) -> (B, T, D); the std is the population's, so that T = 1 is finite
     alpha    0 keeps the common offset, 1 removes it
     """
-    need_shape("spatial_norm", tokens, "BTD")
+    check_shape("spatial_norm", tokens, "BTD")
     std = tokens.std(dim=1, keepdim=True, correction=0)
     return (tokens - alpha * tokens.mean(dim=1, keepdim=True)) / (std + 1e-6)

@@ -4,8 +4,8 @@ The autoencoder of latent diffusion (Fig. 1): SD-VAE's U-Net, its posterior, its
     encode   q(z|x) = N(mean, diag exp(logvar)),  [mean, logvar] = quant_conv(encoder(x))
     sample   z = mean + exp(logvar / 2) * noise,  noise ~ N(0, I),  logvar clamped to [-30, 20]
     decode   x^ = decoder(post_quant_conv(z))
-Encoder: conv_in; per level num_res_blocks residual blocks and, but after the last, a halving;
-block, attention, block; conv_out. The decoder mirrors it with one block more per level, deepest
+Encoder: conv_in; per level num_res_blocks residual blocks and, except in the last, a downsampling;
+block, attention, block; conv_out. The decoder mirrors it with one more block per level, deepest
 level first. Reduction f = 2^(levels - 1).
 
     name        widths                  f   d   parameters
@@ -37,7 +37,7 @@ class AEConfig:
     ch: int = 128
     num_res_blocks: int = 2   # per level of the encoder; the decoder has one more
     attn_levels: tuple = ()   # levels whose blocks are followed by attention, besides the middle
-    norm_groups: int = 32     # of every GroupNorm; the field that leaves no trace in the weights
+    norm_groups: int = 32     # of every GroupNorm; cannot be read from the weights
 
     def __post_init__(self):
         self.ch_mult = tuple(self.ch_mult)  # JSON turns tuples into lists
@@ -48,8 +48,8 @@ class AEConfig:
         return 2 ** (len(self.ch_mult) - 1)
 
 
-# The tiny ones have 4 groups of four channels, as 32 groups have of 128. A group of one channel
-# loses that channel's mean and contrast in every norm.
+# The tiny ones have 4 groups of 4 channels, as 32 groups of 128 have: a norm over one channel would
+# erase its mean and contrast.
 CONFIGS = {
     "f8d4": AEConfig(ch_mult=(1, 2, 4, 4), latent_channels=4),
     "f16d16": AEConfig(ch_mult=(1, 1, 2, 2, 4), latent_channels=16),
@@ -94,7 +94,7 @@ class AttnBlock(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         h = self.norm(x)
-        # (B, 1, HW, C) each; contiguous, for the fused kernels want the last stride to be 1
+        # (B, 1, HW, C) each; contiguous, as fused kernels require the last stride to be 1
         q, k, v = (conv(h).reshape(B, 1, C, H * W).transpose(2, 3).contiguous()
                    for conv in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)                # (B, 1, HW, C)
@@ -219,16 +219,9 @@ class Posterior:
         self.logvar = logvar.float().clamp(-30.0, 20.0)
 
     def sample(self, noise=None):
-        """
-        A latent (B, C, h, w), float32.
-        noise    standard normal of mean's shape, for a loop whose every draw follows from its
-                 seed, or None for a fresh draw; ValueError for another shape
-        """
+        """A latent (B, C, h, w), float32; noise: standard normal like mean, None to draw it."""
         if noise is None:
             noise = torch.randn_like(self.mean)
-        elif noise.shape != self.mean.shape:
-            raise ValueError(f"Posterior.sample: noise {tuple(noise.shape)} does not fit the mean "
-                             f"{tuple(self.mean.shape)}")
         return self.mean + torch.exp(0.5 * self.logvar) * noise.float()
 
     def mode(self):
@@ -237,15 +230,15 @@ class Posterior:
 
 def init_weights(module):
     """
-    Where training starts: every convolution keeps the variance of its input, every residual branch
-    adds nothing yet. PyTorch's own initialisation shrinks the signal by sqrt(3) a layer and learns
-    slower (tests/benchmark.py, section alternatives); the paper names none.
+    Initial weights: every convolution keeps the variance of its input, every residual branch starts
+    at zero. PyTorch's default shrinks the signal by sqrt(3) per layer and learns more slowly; the
+    paper names none.
     """
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="linear")   # std = 1 / sqrt(fan_in)
         nn.init.zeros_(module.bias)
-    elif isinstance(module, ResnetBlock):                          # apply() comes to it after its
-        nn.init.zeros_(module.conv2.weight)                        # layers
+    elif isinstance(module, ResnetBlock):                          # apply() visits its layers first
+        nn.init.zeros_(module.conv2.weight)
     elif isinstance(module, AttnBlock):
         nn.init.zeros_(module.proj_out.weight)
 
@@ -265,15 +258,15 @@ class AutoencoderKL(nn.Module):
         self.register_buffer("latent_std", torch.ones(d))
         self.apply(init_weights)
         with torch.no_grad():
-            self.quant_conv.bias[d:] = -6.0                        # a narrow start: std e^-3 = 0.05
+            self.quant_conv.bias[d:] = -6.0                        # logvar: std of e^-3 = 0.05
 
     def forward(self, images, noise, pair):
         """
-        Fig. 1 in one call: encode, sample, let the method change both sides, decode.
+        Fig. 1 in one call: encode, sample, transform image and latent alike (DSM, SE, EQ), decode.
         images   (B, 3, H, W) in [-1, 1]
         noise    (B, C, h, w) standard normal, of the posterior sample
-        pair     (images, latents) -> (target, z): what the decoder shall answer, what it is shown
-                 (Alg. 2: both low-passed by one mask); the identity for losses on latents alone
+        pair     (images, latents) -> (target, z): reconstruction target and decoder input (Alg. 2:
+                 both low-passed by one mask); the identity for losses on latents alone
         returns  recon = decode(z), target, latents (B, C, h, w) as sampled, the Posterior
         """
         posterior = self.encode(images)
@@ -288,13 +281,10 @@ class AutoencoderKL(nn.Module):
         return B, self.config.latent_channels, H // f, W // f
 
     def encode(self, x):
-        """
-        Images (B, 3, H, W) in [-1, 1] -> Posterior over (B, C, H/f, W/f), not normalised.
-        raises   ValueError unless f divides H and W
-        """
+        """Images (B, 3, H, W); f divides H and W -> Posterior over (B, C, H/f, W/f)."""
         (H, W), f = x.shape[-2:], self.config.reduction
         if H % f or W % f:
-            raise ValueError(f"encode: {H}x{W} does not divide by this autoencoder's reduction "
+            raise ValueError(f"encode: {H}x{W} is not a multiple of this autoencoder's reduction "
                              f"{f}; crop or resize the images")
         return Posterior(*self.quant_conv(self.encoder(x)).chunk(2, dim=1))
 
@@ -303,13 +293,11 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     def set_latent_stats(self, mean, std):
-        """mean, std of latents: numbers or (C,). ValueError for another shape or a std <= 0."""
+        """mean, std of latents: numbers or (C,). ValueError unless finite and std > 0."""
         mean, std = (torch.as_tensor(s, dtype=torch.float32) for s in (mean, std))
-        C = len(self.latent_mean)
-        fits = all(s.shape in ((), (C,)) and s.isfinite().all() for s in (mean, std))
-        if not fits or (std <= 0).any():
-            raise ValueError(f"latent statistics: 1 or {C} finite numbers, std above 0; "
-                             f"got {mean.tolist()}, {std.tolist()}")
+        if not (mean.isfinite() & std.isfinite() & (std > 0)).all():
+            raise ValueError(f"latent statistics: must be finite, std above 0; got mean "
+                             f"{mean.tolist()}, std {std.tolist()}")
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
@@ -318,7 +306,7 @@ class AutoencoderKL(nn.Module):
         return (z - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
 
     def denormalize(self, z):
-        """The inverse of normalize: what decode() wants."""
+        """The inverse of normalize: latents as decode() expects them."""
         return z * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
 
     @property

@@ -35,6 +35,8 @@ from common.metrics import Moments, frechet_distance, frechet_parts, to_uint8
 from common.weights import load_autoencoder
 from dit import NoiseStream
 from experiments import protocol, report
+from experiments.labelnet import PATH as LABELNET
+from experiments.labelnet import LabelNet, load_labelnet
 from experiments.protocol import (
     AE,
     AE_STEPS,
@@ -50,11 +52,9 @@ from experiments.protocol import (
     plan,
     sit_steps,
 )
-from repa import LabelNet, load_labelnet
 from spectral import match_resolution, spectrum_distribution
 
 ROOT = protocol.HERE.parent                                # the folder of the scripts
-LABELNET = protocol.HERE / "labelnet.pt"
 LOCKS = collections.defaultdict(threading.Lock)            # several runs share an autoencoder
 
 # --------------------------------------------------------------------------------------------------
@@ -85,9 +85,8 @@ def commands(name, seed, data, out):
 
 
 def from_anywhere(word):
-    """A word of a command; if it names a file of the project, by its full path."""
-    ours = word.endswith(".py") or word == "experiments/labelnet.pt"
-    return str(ROOT / word) if ours else word
+    """A word of a command; a script or the folder experiments by its full path."""
+    return str(ROOT / word) if word.endswith(".py") or word == "experiments" else word
 
 
 def trained(folder, stage):
@@ -280,7 +279,7 @@ def collect(out):
     experiments/results/NAME-sSEED.json for every finished run that has none: its commands,
     hardware, commit, final numbers and loss curves.
     """
-    net = load_labelnet(str(LABELNET)).eval()
+    net = load_labelnet().eval()
     checkpoint = torch.load(LABELNET, weights_only=True)   # for its accuracy
     train_set = None
     for name, seed in plan():

@@ -14,7 +14,7 @@ SIT = (f"--model SiT-tiny/2 --steps {SIT_STEPS} --batch_size 32 --lr 1e-3 --ema 
        "--eval_every 1000")
 GEN = "--num_samples 2000 --steps 30 --batch_size 100 --reference_images 0"
 REPA = ("--repa_depth 1 --dog_sigma1 0.5 --dog_sigma2 1.25 "
-        "--encoder_source experiments/labelnet.pt")
+        "--encoder labelnet --encoder_source experiments")
 AUTOENCODERS = {                                           # flags of train_ae.py
     "kl": "--reg kl --kl_weight 3e-5",
     "se": "--reg se",

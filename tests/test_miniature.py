@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-import repa
 import train_ae
 import train_diffusion
 from experiments import miniature, protocol, report
+from experiments.labelnet import LabelNet
+from repa import Encoder, load_encoder
 from spectral import dct2, match_resolution, radial_profile
 from vae import AEConfig, AutoencoderKL
 
@@ -110,7 +111,7 @@ SCORES = {
 def test_what_the_paper_says_is_in_its_tables():
     """Each number of a claim belongs to its run in the paper, and they are in the claimed order."""
     for where, words, _, a, order, b in claims(protocol.PAPER_CLAIMS):
-        if where.startswith("Fig. 3"):                     # a picture, no numbers
+        if where.startswith("Fig. 3"):                     # an image, no numbers
             continue
         where, a, b = where.split(", here")[0], *(name.removesuffix("-long") for name in (a, b))
         pairs = re.findall(r"(\d*\.\d+) ([<>]) (\d*\.\d+)", words)
@@ -130,11 +131,11 @@ def test_every_number_of_the_papers_tables_is_in_a_claim():
 
 def test_what_the_paper_does_not_have_is_ours():
     """EQ-VAE, KL at 1e-6 and ESM at weight 1 stand in no claim of the paper's."""
-    ours = {"eq", "kl-1e-6", "esm-w1"}
+    extra = {"eq", "kl-1e-6", "esm-w1"}
     runs_of = lambda lists: {name for _, _, _, a, _, b in claims(lists) for name in (a, b)}
-    assert not ours & runs_of(protocol.PAPER_CLAIMS) and ours <= runs_of(protocol.OUR_CLAIMS)
-    paper, mine = report.table().split("| the paper says |")[1].split("| ours |")
-    assert "esm-w1" not in paper and "`esm-w1` below `kl`" in mine
+    assert not extra & runs_of(protocol.PAPER_CLAIMS) and extra <= runs_of(protocol.OUR_CLAIMS)
+    paper, own = report.table().split("| the paper says |")[1].split("| ours |")
+    assert "esm-w1" not in paper and "`esm-w1` below `kl`" in own
 
 
 def test_the_page_counts_the_runs():
@@ -253,12 +254,11 @@ def test_the_project_is_found_from_any_folder(called, tmp_path, monkeypatch):
     miniature.run_one("kl-dog", 0, "cifar10", pathlib.Path("out"))
     assert [pathlib.Path(words[1]).name for words in called] == [
         "train_ae.py", "train_diffusion.py", "evaluate.py"]
-    train_diffusion_words = called[1]
-    source = train_diffusion_words[train_diffusion_words.index("--encoder_source") + 1]
-    for path in [source, *(words[1] for words in called)]:
+    source = called[1][called[1].index("--encoder_source") + 1]
+    for path in [f"{source}/hubconf.py", *(words[1] for words in called)]:
         assert pathlib.Path(path).is_absolute() and pathlib.Path(path).is_file()
     recorded = pathlib.Path("out/diffusion/kl-dog-s0/commands.txt").read_text()
-    assert "--encoder_source experiments/labelnet.pt" in recorded
+    assert "--encoder labelnet --encoder_source experiments" in recorded
     assert recorded.startswith("python train_ae.py ") and str(miniature.ROOT) not in recorded
 
 
@@ -300,34 +300,20 @@ def test_the_scatter_ranks(tmp_path, monkeypatch, capsys):
 def test_the_network_of_fd_cifar_is_part_of_the_project():
     """experiments/labelnet.pt loads as a target encoder and knows its accuracy."""
     assert torch.load(miniature.LABELNET, weights_only=True)["accuracy"] > 0.8
-    encoder = repa.load_encoder(source=str(miniature.LABELNET))
+    encoder = load_encoder("labelnet", source=str(protocol.HERE))
     assert encoder(torch.zeros(1, 3, 32, 32), (8, 8)).shape == (1, 64, 96)
 
 
-def test_labelnet_is_a_target_encoder(tmp_path):
-    """
-    The file that miniature.py writes loads as --encoder_source; its tokens are the second stage of
-    the network on the image as it is.
-    """
-    net = repa.LabelNet(num_classes=3).eval()
+def test_labelnet_is_a_target_encoder():
+    """Its tokens are the second stage of the network on the image as it is."""
+    net = LabelNet(num_classes=3).eval()
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.1)
-    torch.save(dict(model=net.state_dict(), num_classes=3), tmp_path / "labelnet.pt")
-    encoder = repa.load_encoder(source=str(tmp_path / "labelnet.pt"))
-    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    images = torch.rand(2, 3, 32, 48) * 2 - 1
     with torch.no_grad():
-        expected = net.stage(images, net.stages[:2]).flatten(2).transpose(1, 2)  # (B, 64, 96)
-    expected = F.layer_norm(expected, (96,))
-    torch.testing.assert_close(encoder(images, (8, 8)), expected, rtol=1e-3, atol=1e-4)
+        tokens = net.features(images, net.stages[:2]).flatten(2).transpose(1, 2)    # (B, 96, 96)
+    expected = F.layer_norm(tokens, (96,))
+    torch.testing.assert_close(Encoder(net)(images, (8, 12)), expected, rtol=1e-3, atol=1e-4)
     assert net(images).shape == (2, 3) and net.pooled(images).shape == (2, 192)
-
-
-def test_a_file_that_is_no_labelnet_is_refused(tmp_path):
-    """Missing and foreign files are named."""
-    with pytest.raises(FileNotFoundError, match="none.pt"):
-        repa.load_encoder(source=str(tmp_path / "none.pt"))
-    torch.save(dict(model={}), tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="other.pt: not a LabelNet"):
-        repa.load_encoder(source=str(tmp_path / "other.pt"))
