@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from common.weights import diffusers_name, load_autoencoder, load_transformer, split_name
+from common.weights import diffusers_name, load_autoencoder, load_transformer, named_tensors
 from dit import Interpolant, SiT, UViT
 from test_dit import TINY, batch, tiny
 from test_vae import SMALL, meta_shapes, small
@@ -634,7 +634,7 @@ def test_no_name_of_ours_looks_wrapped():
         nets = [AutoencoderKL(config) for config in CONFIGS.values()]
     for net in (*nets, tiny(SiT), tiny(UViT)):
         for name in net.state_dict():
-            assert split_name(name) == ((), name)
+            assert named_tensors(name) == ((), name)
 
 
 @pytest.mark.parametrize("change, words", [
