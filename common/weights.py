@@ -42,8 +42,8 @@ def find_file(path, hint):
     known = [file for file in files if file.name.startswith(("ckpt.pt", "diffusion_pytorch_model"))]
     if not known and len(files) != 1:
         names = ", ".join(sorted(file.name for file in files)) or "none"
-        raise FileNotFoundError(f"{path}: no such file, nor a folder with ckpt.pt, diffusion_"
-                                f"pytorch_model.* or a single file of weights (here: {names}); {hint}")
+        raise FileNotFoundError(f"{path}: no such file, nor a folder with ckpt.pt, diffusion_pyt"
+                                f"orch_model.* or one file of weights (here: {names}); {hint}")
     # the plain file before variants such as .fp16
     return min(known or files, key=lambda file: (len(file.parts), file.name.count("."), file.name))
 
@@ -170,14 +170,14 @@ def read_settings(file):
     By the config.json beside diffusers' weights: groups of the norms, mean and std of the latents.
     diffusers calls (z - latents_mean or shift_factor) / latents_std * scaling_factor a latent.
     """
-    path = file.parent / "config.json"
-    if not path.exists():                               # file may be a link
-        path = file.resolve().parent / "config.json"
-    if not path.exists():
+    # beside the file, or beside what a link leads to
+    paths = [place.parent / "config.json" for place in (file, file.resolve())]
+    found = [path for path in paths if path.exists()]
+    if not found:
         warnings.warn(f"{file}: no config.json beside it: norms are taken to have 32 groups, "
                       "latents mean 0 and std 1", stacklevel=3)
         return 32, 0.0, 1.0
-    settings = json.loads(path.read_text())
+    settings = json.loads(found[0].read_text())
     given = {name: value for name, value in settings.items() if value is not None}
     mean = given.get("latents_mean", given.get("shift_factor", 0.0))
     std = torch.tensor(given.get("latents_std", 1.0)) / given.get("scaling_factor", 0.18215)
