@@ -234,12 +234,12 @@ def load_autoencoder(path):
         # attention's linear layers are 1x1 convolutions here
         weights = {our_name.get(name, name): w[:, :, None, None] if w.ndim == 2 else w
                    for name, w in weights.items()}
-    # what files may leave out: statistics, and quant convolutions (SD3, FLUX), then identities
-    for conv in (ae.quant_conv, ae.post_quant_conv):
-        nn.init.dirac_(conv.weight)
-        nn.init.zeros_(conv.bias)
-    optional = ("latent_", "quant_conv.", "post_quant_conv.")
-    weights = {k: w for k, w in ae.state_dict().items() if k.startswith(optional)} | weights
+    if not ours:    # the layouts leave out statistics, SD3 and FLUX quant convolutions: identities
+        for conv in (ae.quant_conv, ae.post_quant_conv):
+            nn.init.dirac_(conv.weight)
+            nn.init.zeros_(conv.bias)
+        optional = ("latent_", "quant_conv.", "post_quant_conv.")
+        weights = {k: w for k, w in ae.state_dict().items() if k.startswith(optional)} | weights
     fill(ae, file, weights)
     return ae.eval()
 
