@@ -211,14 +211,14 @@ def load_autoencoder(path):
     """
     file = find_file(path, "train an autoencoder with train_ae.py or give a released one")
     data = read_file(file)
-    ours = isinstance(data, dict) and "stage" in data
-    if ours and data["stage"] != "ae":
+    is_checkpoint = isinstance(data, dict) and "stage" in data
+    if is_checkpoint and data["stage"] != "ae":
         raise ValueError(f"{file}: a checkpoint of stage {data['stage']!r}, not of train_ae.py")
     weights = find_network(file, data, {"encoder.conv_in.weight"}, "autoencoder")
     diffusers = any(name.startswith("encoder.down_blocks.") for name in weights)
     try:
         groups, mean, std = read_settings(file) if diffusers else (32, 0.0, 1.0)
-        config = AEConfig(**data["ae_config"]) if ours else infer_config(weights, groups)
+        config = AEConfig(**data["ae_config"]) if is_checkpoint else infer_config(weights, groups)
         if config.in_channels != 3:
             raise ValueError(f"for images of {config.in_channels} channels, not RGB")
         with torch.device("meta"):                      # no random draws
@@ -230,11 +230,11 @@ def load_autoencoder(path):
     if diffusers:
         for part, later_part in DIFFUSERS_2022.items():
             weights = {name.replace(part, later_part): w for name, w in weights.items()}
-        our_name = {diffusers_name(key, len(config.ch_mult)): key for key in ae.state_dict()}
+        our_keys = {diffusers_name(key, len(config.ch_mult)): key for key in ae.state_dict()}
         # attention's linear layers are 1x1 convolutions here
-        weights = {our_name.get(name, name): w[:, :, None, None] if w.ndim == 2 else w
+        weights = {our_keys.get(name, name): w[:, :, None, None] if w.ndim == 2 else w
                    for name, w in weights.items()}
-    if not ours:    # the layouts leave out statistics, SD3 and FLUX quant convolutions: identities
+    if not is_checkpoint:   # no statistics; in SD3 and FLUX no quant convolutions: identities
         for conv in (ae.quant_conv, ae.post_quant_conv):
             nn.init.dirac_(conv.weight)
             nn.init.zeros_(conv.bias)
@@ -272,13 +272,14 @@ def load_transformer(model, path):
     raises  FileNotFoundError; ValueError naming the file and the first tensor that does not fit
     """
     file = find_file(path, "give a SiT, REPA or U-ViT checkpoint")
-    own = model.state_dict()
-    weights = find_network(file, read_file(file), own.keys(), type(model).__name__)
+    state = model.state_dict()
+    weights = find_network(file, read_file(file), state.keys(), type(model).__name__)
     if isinstance(model, UViT) and not any(name.startswith("final_layer.") for name in weights):
-        weights["final_layer.weight"] = nn.init.dirac_(torch.empty_like(own["final_layer.weight"]))
-        weights["final_layer.bias"] = torch.zeros_like(own["final_layer.bias"])
+        conv = model.final_layer
+        weights["final_layer.weight"] = nn.init.dirac_(torch.empty_like(conv.weight))
+        weights["final_layer.bias"] = torch.zeros_like(conv.bias)
     bias = "final_layer.linear.bias"
-    if isinstance(model, SiT) and len(weights.get(bias, ())) == 2 * len(own[bias]):
+    if isinstance(model, SiT) and len(weights.get(bias, ())) == 2 * len(state[bias]):
         reverse_time(weights, model.in_channels)
     fill(model, file, weights)
     return model

@@ -99,8 +99,8 @@ def refused(path, *words, net=None, error=ValueError):
 # ---------------------------------------------------------------------------- names
 def test_diffusers_names():
     """Where shapes cannot tell tensors apart: pairs written down for f8d4; all stay different."""
-    pairs = {f"encoder.mid.attn_1.{ours}.weight": f"encoder.mid_block.attentions.0.{name}.weight"
-             for ours, name in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"),
+    pairs = {f"encoder.mid.attn_1.{part}.weight": f"encoder.mid_block.attentions.0.{name}.weight"
+             for part, name in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"),
                                 ("proj_out", "to_out.0"), ("norm", "group_norm"))}
     pairs |= {
         "decoder.mid.block_2.norm2.bias": "decoder.mid_block.resnets.1.norm2.bias",
