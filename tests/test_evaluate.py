@@ -416,11 +416,12 @@ def test_gen_on_two_nodes_is_refused(gen, monkeypatch):
 
 
 def test_uvit_is_sampled_with_its_schedule(diffusion, material, tmp_path):
-    """The noise levels that train_diffusion.py recorded; those of older runs are SD's."""
+    """The noise levels that train_diffusion.py recorded."""
     checkpoint = torch.load(diffusion / "ckpt.pt", weights_only=True)
     model_args = checkpoint["model_args"]
     ema = dit.MODELS["UViT-tiny/4"](**model_args).state_dict()
-    for args, end in ((dict(schedule="vp"), 4e-5), (dict(schedule="sd"), 0.0047), ({}, 0.0047)):
+    for schedule, end in (("vp", 4e-5), ("sd", 0.0047)):
+        args = dict(checkpoint["args"], schedule=schedule)
         torch.save(dict(checkpoint, model_name="UViT-tiny/4", ema=ema, args=args),
                    tmp_path / "uvit.pt")
         process = load_diffusion(tmp_path / "uvit.pt", None, torch.device("cpu"))[1]
