@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from analysis.figures import picture_grid
+from analysis.figures import image_grid
 from common import run
 from common.data import open_data, take, train_batches
 from common.latents import LatentCache, build_cache, images_hash
@@ -424,7 +424,7 @@ def main():
                 compute.say(stop.farewell(step, args))
                 break
             if evaluating and rank == 0:
-                picture_grid(sample_grid(args, nets, ae, compute), f"{args.out}/samples.png")
+                image_grid(sample_grid(args, nets, ae, compute), f"{args.out}/samples.png")
             if last_step:
                 compute.say(f"wrote {args.out}/ckpt.pt, log.jsonl, samples.png")
                 break

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import AxesImage
 from PIL import Image
 
 from analysis import ideas
@@ -38,7 +39,7 @@ def test_the_pipeline_has_every_stage(image):
                   "one mask for both", "masked image", "masked latent", "decoder",
                   "reconstruction", "loss"):
         assert stage in found, stage
-    assert len(figure.axes[0].images) == 5                 # image, latent, both masked, the mask
+    assert len(figure.findobj(AxesImage)) == 5             # image, latent, both masked, the mask
 
 
 def test_the_readmes_command_draws_both(tmp_path, monkeypatch):

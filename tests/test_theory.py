@@ -83,8 +83,8 @@ def test_the_exact_denoiser_meets_the_bound(process):
     """Prop. 3.1: the Wiener filter leaves S / (1 + SNR) in every ring, at every time."""
     latents = gaussian_latents(600)
     found = theory.denoised_power(wiener(process), process, latents, times=(0.15, 0.4, 0.7))
-    torch.testing.assert_close(found.left, found.power - found.learnable, rtol=0.12, atol=0)
-    shares, total = theory.share_learnt(found, theory.ring_sizes(H, W, theory.rings_of(latents)))
+    torch.testing.assert_close(found.error, found.power - found.learnable, rtol=0.12, atol=0)
+    shares, total = theory.fraction_learned(found, theory.ring_sizes(H, W, theory.rings_of(latents)))
     assert total == pytest.approx(1, abs=0.03)
     torch.testing.assert_close(shares, torch.ones_like(shares), rtol=0.08, atol=0)
 
@@ -94,8 +94,8 @@ def test_a_network_that_answers_zero_leaves_all_the_power(process):
     latents = gaussian_latents(40)
     nothing = Denoiser(process, lambda alpha_bar: 0.0)
     found = theory.denoised_power(nothing, process, latents, times=(0.2, 0.8), batch_size=7)
-    torch.testing.assert_close(found.left, found.power.expand(2, -1))
-    assert theory.share_learnt(found, theory.ring_sizes(H, W, 8))[1] == pytest.approx(0, abs=1e-9)
+    torch.testing.assert_close(found.error, found.power.expand(2, -1))
+    assert theory.fraction_learned(found, theory.ring_sizes(H, W, 8))[1] == pytest.approx(0, abs=1e-9)
 
 
 def test_power_and_bound_are_those_of_the_spectrum():
@@ -127,7 +127,7 @@ def test_sampling_with_the_exact_denoiser_is_coarse_to_fine(process):
     exact = radial_profile(spectrum().mean(0)[None], rings)[0]
     torch.testing.assert_close(power[-1], exact, rtol=0.2, atol=0)
     half = theory.half_times(times, power)
-    assert (half.diff() < 0.02).all() and theory.diagonal(half) > 0.03
+    assert (half.diff() < 0.02).all() and theory.slope_per_octave(half) > 0.03
     flat = torch.stack([radial_profile((spectrum() * wiener_gain(spectrum(), float(
         process.alpha_bar_at(t)))).mean(0)[None], rings)[0] for t in times[1:-1].tolist()])
     ideal = theory.half_times(times[1:], torch.cat([flat, exact[None]]))
@@ -140,11 +140,11 @@ def test_half_times_by_hand():
     power = torch.tensor([[0.0, 4.0, 3.0], [1.0, 1.0, 3.0], [3.0, 3.0, 4.0], [4.0, 4.0, 4.0]])
     assert theory.half_times(times, power).tolist() == pytest.approx([0.4, 0.4, 1.0])
     for process in PROCESSES:                              # SNR = 1 is alpha_bar S = 1 - alpha_bar
-        t = float(theory.half_times_of(torch.tensor([2.5]).double(), process))
+        t = float(theory.wiener_half_times(torch.tensor([2.5]).double(), process))
         alpha_bar = float(process.alpha_bar_at(t))
         assert alpha_bar * 2.5 / (1 - alpha_bar) == pytest.approx(1, rel=0.01)
     half = 0.8 - 0.1 * torch.tensor([9.0, 1.5, 2.5, 3.5, 4.5, 5.5]).log2()  # ring 0 does not count
-    assert theory.diagonal(half) == pytest.approx(0.1)
+    assert theory.slope_per_octave(half) == pytest.approx(0.1)
 
 
 def test_watching_changes_no_sample():
@@ -254,7 +254,7 @@ def test_held_out_latents_are_normalised_and_have_their_labels(runs_of, tmp_path
     def held_out(**values):
         args = SimpleNamespace(**dict(ae=None, data=None, val_images=3, batch_size=2, seed=0)
                                | values)
-        return theory.held_out(str(runs_of[0] / "ckpt.pt"), args, "cpu")
+        return theory.held_out_latents(str(runs_of[0] / "ckpt.pt"), args, "cpu")
     run = held_out()
     _, val_set = open_data(torch.load(runs_of[0] / "ckpt.pt")["data"], 16, val_images=3)
     images = torch.stack([val_set[i][0] for i in range(len(val_set))]) / 127.5 - 1
