@@ -1,6 +1,6 @@
 """
-What the scripts draw with: latents as colours (Fig. 3), grids of images, labelled rows; and five
-figures of evaluate.py:
+What the scripts draw with, and five commands of evaluate.py, which take its flags and the device,
+yield (values, settings) as they measure, and write their figure at the end:
 
     spectrum_figure     radial PSD of images and of latents                        Figs. 4, 5, 7, 8
     bands_figure        does a low-passed latent decode to the low-passed image?   ours, to Alg. 2
@@ -8,13 +8,12 @@ figures of evaluate.py:
     similarity_figure   which tokens a token resembles, for each target of REPA    Fig. 6
     curves_figure       the logs of training runs                                  ours
 
-Those five take evaluate.py's flags and the device, yield (values, settings) as they measure, and
-write their figure at the end. What is drawn is in [0, 1], images for a network are in [-1, 1].
+What is drawn is in [0, 1], images for a network are in [-1, 1].
 """
-import contextlib
 import csv
 import json
 import pathlib
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,8 +34,7 @@ def pca_rgb(latents):
     """
     The first three principal components over all cells of all latents as colours (Fig. 3).
     latents  (B, C, h, w), any C >= 1
-    returns  (B, 3, h, w) in [0, 1]; mid-grey is the mean, two standard deviations of each
-             component span half the range
+    returns  (B, 3, h, w) in [0, 1]; two standard deviations of a component span half the range
     """
     B, C, h, w = latents.shape
     cells = latents.float().movedim(1, -1).reshape(-1, C)                   # (B*h*w, C)
@@ -58,32 +56,28 @@ def image_grid(images, path, columns=8):
         images, file, "png", nrow=columns, padding=2, pad_value=1.0))
 
 
-def subplots(*shape, **options):
-    """plt.subplots without a display. matplotlib is imported only where something is drawn."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplots(*shape, **options)
+def subplots(rows, columns, inches, **options):
+    """A figure (width, height) and its axes, an array (rows, columns). It needs no display."""
+    from matplotlib.figure import Figure  # imported only where something is drawn
+    figure = Figure(inches, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def save_figure(figure, path, **options):
-    """Write a figure as PNG, or what the path's suffix says, and close it."""
-    import matplotlib.pyplot as plt
+def save_figure(figure, path, dpi=90, **options):
+    """Write a figure as PNG, or what the path's suffix says."""
     suffix = pathlib.Path(path).suffix[1:] or "png"
-    run.write_atomic(path, lambda file: figure.savefig(file, format=suffix, **options))
-    plt.close(figure)
+    run.write_atomic(path, lambda file: figure.savefig(file, format=suffix, dpi=dpi, **options))
 
 
 def figure_rows(rows, path):
     """
     A grid of images with a label before every row, as PNG, or what the path's suffix says.
-    rows     {label: (N, 3, h, w) in [0, 1]}; the N of all rows are equal, their sizes may differ
-             (small ones are shown in blocks)
+    rows     {label: (N, 3, h, w) in [0, 1]}, one N; small images are shown in blocks
     """
     columns = len(next(iter(rows.values())))
-    figure, axes = subplots(
-        len(rows), columns, figsize=(1.3 * columns + 0.3, 1.3 * len(rows)), squeeze=False,
-        gridspec_kw=dict(wspace=0.04, hspace=0.04))
+    figure, axes = subplots(len(rows), columns, (1.3 * columns + 0.3, 1.3 * len(rows)),
+                            gridspec_kw=dict(wspace=0.04, hspace=0.04))
+    figure.set_layout_engine("none")                   # which would set its own distances
     for (label, images), row in zip(rows.items(), axes):
         row[0].set_ylabel(label, fontsize=8)
         for image, ax in zip(images, row):
@@ -94,31 +88,27 @@ def figure_rows(rows, path):
 
 
 # --------------------------------------------------------------------------------------------------
-# What the figures of evaluate.py share
+# What the commands share
 
 def out_path(args):
     """Where a command's figure goes: --out, or out/<command>.png."""
     return pathlib.Path(args.out or f"out/{args.command}.png")
 
 
-def write_figure(args, figure, columns=(), rows=()):
+def write_table(args, figure, columns, rows):
     """A command's figure, and the numbers of its curves beside it as CSV."""
-    out = out_path(args)
-    save_figure(figure, out, dpi=90)
-    if not rows:
-        print(f"wrote {out}")
-        return
-    table = out.with_suffix(".csv")
+    table = out_path(args).with_suffix(".csv")
+    save_figure(figure, out_path(args))
     with open(table, "w", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
-    print(f"wrote {out}, {table}")
+    print(f"wrote {out_path(args)}, {table}")
 
 
 def held_out_images(args, trained, device):
     """
     The first --val_images held-out images of --data, or of what a run was trained on.
     trained  data, image_size and seed of the run, as far as they are known
-    returns  images (N, 3, H, W) in [-1, 1] and labels (N,) on device; the number of classes
+    returns  images (N, 3, H, W) in [-1, 1], labels (N,), both on device; the number of classes
     """
     size = getattr(args, "image_size", None) or trained.get("image_size", 256)
     _, val_set = open_data(args.data or trained.get("data"), size, val_images=args.val_images,
@@ -140,8 +130,7 @@ def unique_names(files, taken=()):
 
     def shortest(path):
         for split in (run_parts, lambda path: path.parts):     # x.pt and x.ckpt keep their suffixes
-            parts = split(path)
-            others = [split(other) for other in paths if other != path]
+            parts, others = split(path), [split(other) for other in paths if other != path]
             for depth in range(1, len(parts) + 1):
                 name = "/".join(parts[-depth:])
                 if name not in taken and all(o[-depth:] != parts[-depth:] for o in others):
@@ -157,13 +146,12 @@ def autoencoder_files(args):
 
 def autoencoders(args, device, block=1):
     """
-    Yields (label, autoencoder, held-out images (N, 3, H, W)); labels are unique_names.
-    block    sides that the latents must be multiples of, else ValueError
+    Yields (label, autoencoder, held-out images (N, 3, H, W)); ValueError if there is none, or if
+    the sides of its latents are no multiples of block.
     """
     files = autoencoder_files(args)
-    if not files:
-        raise FileNotFoundError(f"no out/ae/{args.preset}-*/ckpt.pt here; --ae: train autoencoders "
-                                "with train_ae.py, or give files")
+    run.need(files, f"no out/ae/{args.preset}-*/ckpt.pt here; --ae: train autoencoders with "
+             "train_ae.py, or give files")
     for file, label in zip(files, unique_names(files, taken=("image", "images"))):
         ae = load_autoencoder(file).to(device)
         images, _, _ = held_out_images(args, run.checkpoint_args(file), device)
@@ -185,33 +173,45 @@ def encode_all(ae, images, batch_size, seed=None):
     return torch.cat([posterior.sample(eps) for posterior, eps in zip(posteriors, draws)])
 
 
+def open_encoder(args, device):
+    """The network of --encoder, on device, and its name in figures."""
+    name = "random encoder" if args.encoder_source == "random" else args.encoder
+    return repa.load_encoder(args.encoder, args.encoder_source).to(device), name
+
+
 # --------------------------------------------------------------------------------------------------
 # Spectra
+
+def psd_exponent(x, rings=16):
+    """alpha of the mean PSD ~ f^-alpha of x (B, C, H, W), a float."""
+    power = spectral.radial_profile(spectral.power_spectrum(x), rings).mean(0)
+    return spectral.fit_power_law(power).item()
+
 
 def draw_curve(axes, rows, name, batches, gamma=0.0, descriptor=True, remove_dc=True, **style):
     """
     One curve on axes[0], radial power scaled to sum 1, and on axes[1], what ESM compares
-    (spectral.spectrum_distribution); its 16 rows of the CSV are appended to rows.
+    (spectral.spectrum_distribution), unless descriptor is False, for values of no meaningful scale.
     batches     tensors (b, C, h, w) of one size
-    descriptor  False leaves axes[1] out, for values whose scale means nothing
-    returns     the descriptor (16,), its mean over all batches
+    rows        of the CSV, to which 16 are appended
+    returns     the mean descriptor (16,)
     """
-    n, profile, shares = 0, 0, 0
+    n, power, shares = 0, 0, 0
     for x in batches:
         n += len(x)
-        power = spectral.power_spectrum(x - x.mean((-2, -1), keepdim=True))
-        profile = profile + spectral.radial_profile(power).sum(0).cpu()
+        P = spectral.power_spectrum(x - x.mean((-2, -1), keepdim=True))
+        power = power + spectral.radial_profile(P).sum(0).cpu()
         distribution = spectral.spectrum_distribution(x, gamma=gamma, remove_dc=remove_dc)
         shares = shares + distribution.sum(0).cpu()
     rings = torch.arange(1, 17)
-    profile = profile / n * rings ** gamma
-    relative, shares = profile / profile.sum(), shares / n
-    label = f"{name}: $f^{{-{spectral.fit_power_law(profile):.2f}}}$"
+    power, shares = power / n * rings ** gamma, shares / n
+    relative = power / power.sum()
+    label = f"{name}: $f^{{-{spectral.fit_power_law(power):.2f}}}$"
     axes[0].loglog(rings, relative, marker="o", ms=3, label=label, **style)
     if descriptor:
         axes[1].plot(rings, shares, marker="o", ms=3, label=name, **style)
     last = shares.tolist() if descriptor else 16 * [""]
-    rows.extend(zip(16 * [name], rings.tolist(), profile.tolist(), relative.tolist(), last))
+    rows.extend(zip(16 * [name], rings.tolist(), power.tolist(), relative.tolist(), last))
     return shares
 
 
@@ -219,18 +219,12 @@ def draw_published(ax, rows, data):
     """The curves that the authors print for "celeba" or "imagenet", and the KL of each."""
     printed = CURVES[data]
     for i, (name, shares) in enumerate(printed.items()):
-        label, latents = f"{name}, published", name not in ("image", TARGET)
+        label = f"{name}, published"
         ax.plot(range(1, 17), shares, ls=":", lw=2, color=f"C{9 - i}", label=label)
         rows.extend((label, ring, "", "", share) for ring, share in enumerate(shares, 1))
-        if latents:
-            print(f"published, {data}, {name}: KL(target || curve) "
-                  f"{divergence(printed[TARGET], shares):.4f}")
-
-
-def psd_exponent(x, rings=16):
-    """alpha of the mean PSD ~ f^-alpha of x (B, C, H, W), a float."""
-    power = spectral.radial_profile(spectral.power_spectrum(x), rings).mean(0)
-    return spectral.fit_power_law(power).item()
+        if name not in ("image", TARGET):
+            kl = divergence(printed[TARGET], shares)
+            print(f"published, {data}, {name}: KL(target || curve) {kl:.4f}")
 
 
 @torch.no_grad()
@@ -248,12 +242,13 @@ def spectrum_figure(args, device):
              f"--encoder_source {args.encoder_source}: needs --encoder, the name of the model")
     models, published = autoencoders(args, device), bool(args.published)
     if args.encoder:
-        encoder = repa.load_encoder(args.encoder, args.encoder_source).to(device)
+        encoder, encoder_name = open_encoder(args, device)
     if (args.encoder or published) and not autoencoder_files(args):
         models = [("", None, held_out_images(args, {}, device)[0])] if args.encoder else []
-    figure, axes = subplots(1, 2 if models else 1, figsize=(12 if models else 6.5, 4.8),
-                            squeeze=False, layout="constrained")
-    axes, rows, sizes = axes[0], [], set()
+    panels = 2 if models else 1
+    figure, (axes,) = subplots(1, panels, (6 * panels, 4.8))
+    rows, sizes = [], set()
+    draw = partial(draw_curve, axes, rows, remove_dc=not published)
     if published:
         draw_published(axes[-1], rows, args.published)
     for i, (label, ae, images) in enumerate(models):
@@ -263,22 +258,18 @@ def spectrum_figure(args, device):
         if grid not in sizes:
             at = f", {grid[0]}x{grid[1]}" if sizes else ""
             sizes.add(grid)
-            draw_curve(axes, rows, f"images{at}", [small], remove_dc=not published, color="black",
-                       lw=2)
-            draw_curve(axes, rows, f"target, gamma {args.gamma:g}{at}", [small], args.gamma,
-                       remove_dc=not published, color="black", ls="--")
+            draw(f"images{at}", [small], color="black", lw=2)
+            draw(f"target, gamma {args.gamma:g}{at}", [small], args.gamma, color="black", ls="--")
             if args.encoder:
-                name = encoder_label(args) + at
+                name = encoder_name + at
                 tokens = (encoder(x, grid) for x in images.split(args.batch_size))
                 features = (x.mT.unflatten(2, grid) for x in tokens)      # (b, D, h, w)
                 if not published:
                     features = (F.normalize(x, dim=1) for x in features)
-                curves[name] = draw_curve(axes, rows, name, features, descriptor=published,
-                                          remove_dc=not published, color="gray", ls="-.")
+                curves[name] = draw(name, features, descriptor=published, color="gray", ls="-.")
         if ae:
             latents = encode_all(ae, images, args.batch_size, args.seed)
-            curves[label] = draw_curve(axes, rows, label, [latents], remove_dc=not published,
-                                       color=f"C{i}")
+            curves[label] = draw(label, [latents], color=f"C{i}")
         settings = dict(gamma=args.gamma, n=len(images), seed=args.seed)
         if published:
             target = spectral.spectrum_distribution(small, gamma=args.gamma, remove_dc=False)
@@ -298,19 +289,14 @@ def spectrum_figure(args, device):
     for ax in axes:
         ax.set_xlabel("ring (1 = low frequency)")
         ax.legend(fontsize=8)
-    write_figure(args, figure, ("curve", "ring", "power", "share", "descriptor"), rows)
-
-
-def encoder_label(args):
-    """Whose features they are."""
-    return "random encoder" if args.encoder_source == "random" else args.encoder
+    write_table(args, figure, ("curve", "ring", "power", "share", "descriptor"), rows)
 
 
 # --------------------------------------------------------------------------------------------------
 # Bands, latents, similarity
 
 def decode_lowpassed(ae, latents, n, batch_size):
-    """Images (N, 3, H, W): decode(lowpass(z, n)) of latents (N, C, h, w)."""
+    """decode(lowpass(z, n)) of latents (N, C, h, w): images (N, 3, H, W)."""
     return torch.cat([ae.decode(spectral.lowpass(z, n)) for z in latents.split(batch_size)])
 
 
@@ -340,10 +326,8 @@ def bands_figure(args, device):
     anti-diagonal of the image's blocks.
     """
     columns = len(autoencoder_files(args))
-    figure, axes = subplots(1, 1 + columns, figsize=(4.6 + 3.6 * columns, 4), layout="constrained",
-                            squeeze=False)
-    left = axes[0, 0]
-    for ax, (label, ae, images) in zip(axes[0, 1:], autoencoders(args, device, block=8)):
+    figure, ((left, *others),) = subplots(1, 1 + columns, (4.6 + 3.6 * columns, 4))
+    for ax, (label, ae, images) in zip(others, autoencoders(args, device, block=8)):
         latents = encode_all(ae, images, args.batch_size)
         decoded = {n: decode_lowpassed(ae, latents, n, args.batch_size) for n in range(15)}
         scores = [psnr(decoded[n], spectral.lowpass(images, n)).mean().item() for n in decoded]
@@ -359,16 +343,16 @@ def bands_figure(args, device):
     left.set(title="Does a low-passed latent decode\nto the low-passed image?",
              xlabel="n, anti-diagonals cut", ylabel="PSNR, dB")
     left.legend(fontsize=8)
-    write_figure(args, figure)
+    save_figure(figure, out_path(args))
+    print(f"wrote {out_path(args)}")
 
 
 def latents_figure(args, device):
     """Fig. 3: a few held-out images, and under them the latents of every autoencoder as PCA-RGB."""
     rows, shown = {}, None
     for label, ae, images in autoencoders(args, device):
-        if shown is None:                              # the same ones for all
-            shown = images
-            rows["image"] = shown * 0.5 + 0.5
+        shown = images if shown is None else shown     # the same ones for all
+        rows["image"] = shown * 0.5 + 0.5
         rows[label] = pca_rgb(encode_all(ae, shown, args.batch_size))
     figure_rows(rows, out_path(args))
     print(f"wrote {out_path(args)}")
@@ -400,13 +384,12 @@ def similarity_figure(args, device):
     token = side * side // 2 + side // 2 if args.token is None else args.token
     run.need(0 <= token < side * side, f"--token {token}: there are {side * side} tokens, numbered "
              "row by row from 0")
-    encoder = repa.load_encoder(args.encoder, args.encoder_source).to(device)
+    encoder, name = open_encoder(args, device)
     # (N, T, D)
     tokens = torch.cat([encoder(x, (side, side)) for x in images.split(args.batch_size)])
     marked = images * 0.5 + 0.5
-    row, column = 14 * (token // side), 14 * (token % side)
-    red = torch.tensor([1.0, 0.2, 0.2], device=device)[:, None, None]
-    marked[:, :, row:row + 14, column:column + 14] = red
+    y, x = 14 * (token // side), 14 * (token % side)
+    marked[:, :, y:y + 14, x:x + 14] = torch.tensor([1.0, 0.2, 0.2], device=device)[:, None, None]
     rows, values = {"image, token in red": marked}, {}
     for kind, label in dict(none="raw", spnorm="spnorm", dog="dog").items():
         target = F.normalize(repa.filter_target(tokens, kind, (side, side)), dim=-1)
@@ -414,15 +397,12 @@ def similarity_figure(args, device):
         cosine = (target @ target[:, token, :, None])[..., 0].view(-1, 1, side, side)
         contrast = values[f"rmsc_{kind}"] = spectral.rmsc(target).mean().item()
         rows[f"{label}\nRMSC {contrast:.2f}"] = (cosine * 0.5 + 0.5).expand(-1, 3, -1, -1)
-    yield values, dict(encoder=encoder_label(args), n=len(images), token=token)
+    yield values, dict(encoder=name, n=len(images), token=token)
     figure_rows(rows, out_path(args))
     print(f"wrote {out_path(args)} (black = opposite, white = equal)")
 
 
-# --------------------------------------------------------------------------------------------------
-# Logs
-
-# What a log's line may hold, and the title of its panel
+# What a line of log.jsonl may hold, and the title of its panel
 PANELS = dict(
     loss="loss", l1="L1", lpips="LPIPS", kl="KL", esm="ESM divergence",
     align="alignment", gan="GAN", disc="discriminator", grad_norm="gradient norm",
@@ -431,20 +411,14 @@ PANELS = dict(
 
 
 def read_log(path):
-    """
-    The lines of a log.jsonl as dicts with a "step". Lines that are no JSON are skipped, such as the
-    last one of a run that is writing it.
-    raises   FileNotFoundError, or ValueError if there is text and none of it is a log
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such log; give a run's folder or its log.jsonl")
-    lines, entries = path.read_text(errors="replace").splitlines(), []
-    for line in lines:
-        with contextlib.suppress(ValueError, TypeError):
-            entry = json.loads(line)
-            entries += [entry] if "step" in entry else []
-    run.need(entries or len(lines) < 2, f"{path}: not the log of a training run; give log.jsonl")
-    return entries
+    """The lines of a run's log.jsonl as dicts; path is the run's folder or the log."""
+    path = path / "log.jsonl" if path.is_dir() else path
+    run.need(path.is_file(), f"{path}: no such log; give a run's folder or its log.jsonl")
+    lines = path.read_text(errors="replace").split("\n")[:-1]     # the last is being written
+    try:
+        return [dict(entry, step=entry["step"]) for entry in map(json.loads, lines)]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path}: not the log of a training run; give log.jsonl") from None
 
 
 def curves_figure(args, device):
@@ -452,33 +426,32 @@ def curves_figure(args, device):
     The log.jsonl of training runs in one figure, one colour per run: losses, gradient norms, PSNR
     and ESM divergence of held-out images, over steps. Runs may be going on.
     """
-    folders = [pathlib.Path(path) for path in dict.fromkeys(args.runs)]
-    folders = [path.parent if path.name == "log.jsonl" else path for path in folders]
-    logs = {}
-    for path, name in zip(folders, unique_names(folders)):
-        logs[name] = read_log(path / "log.jsonl" if path.is_dir() else path)
-        if not logs[name]:
-            print(f"{path}: has nothing to draw yet")
+    paths = [pathlib.Path(path) for path in dict.fromkeys(args.runs)]
+    paths = [path.parent if path.name == "log.jsonl" else path for path in paths]
+    logs = {name: read_log(path) for name, path in zip(unique_names(paths), paths)}
+    for name, log in logs.items():
+        if not log:
+            print(f"{name}: has nothing to draw yet")
     logged = {key for log in logs.values() for entry in log for key in entry}
     shown = [panel for panel in PANELS if panel in logged]
     run.need(shown, f"{args.runs[0]}: no line of a log yet; try again later")
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
-    figure, axes = subplots(lines, columns, figsize=(4.4 * columns, 3 * lines + 0.5),
-                            squeeze=False, layout="constrained")
-    import matplotlib
-    colors = matplotlib.colormaps["tab10" if len(logs) <= 10 else "turbo"]
-    colors = colors.resampled(max(10, len(logs)))
+    figure, axes = subplots(lines, columns, (4.4 * columns, 3 * lines + 0.5))
+    from matplotlib import colormaps
+    colors = colormaps["tab10" if len(logs) <= 10 else "turbo"].resampled(max(10, len(logs)))
     for ax in axes.flat[len(shown):]:
         ax.set_axis_off()
     for panel, ax in zip(shown, axes.flat):
         positive = not panel.endswith(("psnr", "ssim"))
         for i, log in enumerate(logs.values()):
-            points = [(entry["step"], entry[panel]) for entry in log if panel in entry]
-            ax.plot(*np.array(points).reshape(-1, 2).T, color=colors(i), lw=1)
-            positive = positive and not any(value <= 0 for _, value in points)
+            steps = [entry["step"] for entry in log if panel in entry]
+            values = [entry[panel] for entry in log if panel in entry]
+            ax.plot(steps, values, color=colors(i), lw=1)
+            positive = positive and not any(value <= 0 for value in values)
         ax.set(title=PANELS[panel], xlabel="step", yscale="log" if positive else "linear")
     figure.legend(axes[0, 0].lines, list(logs), loc="outside lower center", fontsize=8,
                   ncols=min(4, len(logs)))
-    write_figure(args, figure)
+    save_figure(figure, out_path(args))
+    print(f"wrote {out_path(args)}")
     return ()                                          # nothing is measured

@@ -6,10 +6,8 @@ The paper in two figures, drawn from one image.
     --plot       an image without its magnitudes, Fig. 2; its power law; the targets of ESM; what
                  a denoiser can learn, Prop. 3.1; the masks of DSM, Fig. 10; downsampling as a
                  low-pass, Fig. 9; the DoG of Eq. 6
-    --pipeline   where ESM and DSM enter the training of an autoencoder, Fig. 1
-
-Everything is computed by spectral.py from the image that is shown. Only the pipeline's latent is a
-stand-in, the image made 4 times smaller, so that no trained autoencoder is needed.
+    --pipeline   where ESM and DSM enter the training of an autoencoder, Fig. 1. Its latent is a
+                 stand-in, the image made 4 times smaller, so that nothing has to be trained
 """
 import argparse
 import math
@@ -47,9 +45,6 @@ def crop_face(image):
     H, W = image.shape[-2:]
     return image[..., H // 8:H * 5 // 8, W // 4:W * 3 // 4]
 
-
-# --------------------------------------------------------------------------------------------------
-# --plot: the ideas, one per panel
 
 def plot_spectra(axes, image):
     """Three panels: the image's power law, ESM's flattened targets, the power one can learn."""
@@ -99,10 +94,10 @@ def plot_dog(ax):
     grid = 16                                              # DINOv2 tokens of a 256 px image
     omega = torch.arange(grid) / (2 * grid)                # cycles per token of DCT row u
     response = lambda sigma: torch.exp(-2 * (math.pi * sigma * omega) ** 2)
-    for sigmas in ((0.5, 2.0), (1.0, 2.0), (1.0, 4.0), DOG_SIGMAS):
-        ours = sigmas == DOG_SIGMAS
-        ax.plot(range(grid), response(sigmas[0]) - response(sigmas[1]), marker="o", ms=3,
-                lw=3 if ours else 1, label="$\\sigma$ = {}, {}".format(*sigmas) + " (ours)" * ours)
+    for sigma1, sigma2 in ((0.5, 2.0), (1.0, 2.0), (1.0, 4.0), DOG_SIGMAS):
+        default = (sigma1, sigma2) == DOG_SIGMAS
+        ax.plot(response(sigma1) - response(sigma2), marker="o", ms=3, lw=3 if default else 1,
+                label=f"$\\sigma$ = {sigma1}, {sigma2}" + " (ours)" * default)
     ax.set(title="Eq. 6: DoG on a 16x16 token grid", xlabel="DCT frequency u (0 = DC)",
            ylabel="gain")
     ax.legend()
@@ -110,7 +105,7 @@ def plot_dog(ax):
 
 def plot(image):
     """The figure of --plot. image (1, 3, H, W) in [-1, 1], H and W multiples of 8."""
-    figure = Figure(figsize=(18, 9.6), layout="constrained")
+    figure = Figure((18, 9.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1)
     axes = top.subplots(1, 5)
     show(axes[0], image[0], "{} x {} pixels".format(*image.shape[-2:]))
@@ -128,98 +123,69 @@ def plot(image):
     return figure
 
 
-# --------------------------------------------------------------------------------------------------
-# --pipeline: Fig. 1
-
 def pipeline(image, n=12):
     """The figure of --pipeline. image (1, 3, H, W) in [-1, 1], H and W multiples of 64."""
     image = crop_face(image)
     latent = spectral.downsample_dct(image, 4)             # in the place of an encoder's
-    figure = Figure(figsize=(15.6, 7.9))
+    figure = Figure((15.6, 7.9))
     board = figure.add_axes((0, 0, 1, 1), xlim=(0, 15.6), ylim=(0, 7.9))   # one unit = one inch
     board.set_axis_off()
-    top, middle, bottom = 6.3, 4.05, 1.75
-    source, latents, mask, masked, decoder, output = 1.2, 4.3, 8.0, 10.4, 12.35, 14.4
 
-    def panel(x, y, width=1.75, height=1.75):              # axes centred at (x, y)
+    def panel(x, y, width=1.76, height=1.76):              # axes centred at (x, y)
         return board.inset_axes((x - width / 2, y - height / 2, width, height),
                                 transform=board.transData)
 
     def write(x, y, text, **style):
-        board.text(x, y, text, **dict(ha="center", va="center", fontsize=13) | style)
-
-    def box(x, y, text, color):
-        write(x, y, text, bbox=dict(boxstyle="round,pad=1", fc=color, lw=1.6))
+        board.text(x, y, text, ha="center", va="center", **dict(fontsize=13) | style)
 
     def arrow(x1, y1, x2, y2, color="black"):
         board.annotate("", (x2, y2), (x1, y1), arrowprops=dict(
             arrowstyle="-|>", lw=2, color=color, mutation_scale=18, shrinkA=0, shrinkB=0))
 
-    show(panel(source, top), image[0], "image $x$")
-    show(panel(output, top), spectral.lowpass(image, n)[0], "masked image")
-    show(panel(latents, bottom), latent[0])
-    show(panel(masked, bottom), spectral.lowpass(latent, n)[0])
-    box(source, bottom, "Encoder", "#eeeeee")
-    box(decoder, bottom, "Decoder", "#eeeeee")
-    box(output, bottom, "reconstruction\n$\\hat{x}$", "white")
-    box(output, middle, "loss:\nL1 + LPIPS + GAN", "#fff3e0")
-    write(latents, bottom - 1.1, "latent $z$")
-    write(masked, bottom - 1.1, "masked latent")
-    write(2.6, bottom + 0.2, "sample", fontsize=11)
+    # upper row, y = 6.3: image and masked image; lower row, y = 1.75: encoder to reconstruction
+    show(panel(1.2, 6.3), image[0], "image $x$")
+    show(panel(14.4, 6.3), spectral.lowpass(image, n)[0], "masked image")
+    show(panel(4.3, 1.75), latent[0], "latent $z$")
+    show(panel(10.4, 1.75), spectral.lowpass(latent, n)[0], "masked latent")
+    for x, y, text, color in (
+            (1.2, 1.75, "Encoder", "#eeeeee"), (12.4, 1.75, "Decoder", "#eeeeee"),
+            (14.4, 1.75, "reconstruction\n$\\hat{x}$", "white"),
+            (14.4, 4.05, "loss:\nL1 + LPIPS + GAN", "#fff3e0")):
+        write(x, y, text, bbox=dict(boxstyle="round,pad=0.8", fc=color, lw=1.6))
+    for x1, x2 in ((2.08, 7.75), (8.25, 13.52)):
+        arrow(x1, 6.3, x2, 6.3)
+    for x1, x2 in ((1.75, 3.42), (5.18, 7.75), (8.25, 9.52), (11.28, 11.85), (12.95, 13.58)):
+        arrow(x1, 1.75, x2, 1.75)
+    for x, y1, y2 in ((1.2, 5.42, 2.03), (14.4, 5.42, 4.45), (14.4, 2.15, 3.65)):
+        arrow(x, y1, x, y2)
+    write(2.6, 1.95, "sample", fontsize=11)
     write(7.8, 7.65, "Fig. 1: how an autoencoder is trained with ESM, with DSM, or with both",
           fontsize=15)
     write(7.8, 0.2, "Afterwards a diffusion model learns the latents. No network was trained here: "
           "the latent is the image at a quarter of its size.", fontsize=10, color="gray")
 
-    for x1, x2 in ((source + 0.88, mask - 0.25), (mask + 0.25, output - 0.88)):
-        arrow(x1, top, x2, top)
-    for x1, x2 in ((source + 0.6, latents - 0.88), (latents + 0.88, mask - 0.25),
-                   (mask + 0.25, masked - 0.88), (masked + 0.88, decoder - 0.6),
-                   (decoder + 0.6, output - 0.85)):
-        arrow(x1, bottom, x2, bottom)
-    arrow(source, top - 0.88, source, bottom + 0.3)
-    arrow(output, top - 0.88, output, middle + 0.42)
-    arrow(output, bottom + 0.45, output, middle - 0.42)
-
-    esm = panel(latents, middle - 0.1, 3.6, 1.7)
+    esm = panel(4.3, 4.25, 3.6, 1.7)
     target = spectral.match_resolution(image, latent.shape[-2:])
     target = spectral.spectrum_distribution(target, gamma=1.0)[0]
     current = spectral.spectrum_distribution(latent)[0]
-    esm.plot(target, "--", color="black", lw=2, label="the image's, flattened")
+    esm.plot(target, "k--", lw=2, label="the image's, flattened")
     esm.plot(current, color=GREEN, lw=2, label="the latent's")
     esm.fill_between(range(16), target, current, color=GREEN, alpha=0.25,
                      label="their KL joins the loss")
     esm.set(xticks=[], yticks=[], xlabel="frequency", ylabel="power", facecolor="#e8f5e9")
     esm.set_title("ESM (Alg. 1): match the spectra", color=GREEN, weight="bold")
     esm.legend(fontsize=10)
-    arrow(source + 0.88, top - 0.88, latents - 1.2, middle + 1.05, GREEN)
-    arrow(latents, bottom + 0.88, latents, middle - 1.2, GREEN)
+    arrow(2.08, 5.7, 2.9, 5.3, GREEN)
+    arrow(4.3, 2.9, 4.3, 3.15, GREEN)
 
-    dsm = panel(mask, middle - 0.05, 1.3, 1.3)
+    dsm = panel(8, 4, 1.3, 1.3)
     show_mask(dsm, n)
     dsm.set_title("DSM (Alg. 2):\none mask for both", color=BLUE, weight="bold")
     dsm.set_xlabel(f"DCT; n = {n}, drawn\nfrom {{{', '.join(map(str, DSM_MASKS))}}}")
-    for row, edge in ((top, middle + 1.15), (bottom, middle - 1.15)):
-        write(mask, row, r"$\odot$", fontsize=26, color=BLUE)
-        arrow(mask, edge, mask, row + math.copysign(0.25, middle - row), BLUE)
+    for y, start, end in ((6.3, 5.2, 6.05), (1.75, 2.9, 2.0)):
+        write(8, y, r"$\odot$", fontsize=26, color=BLUE)
+        arrow(8, start, 8, end, BLUE)
     return figure
-
-
-# --------------------------------------------------------------------------------------------------
-# The command line
-
-def check(args):
-    """ValueError on the first flag that cannot work."""
-    run.need(args.plot or args.pipeline,
-             "nothing to draw: give --plot OUT.png or --pipeline OUT.png")
-    for flag, path in (("plot", args.plot), ("pipeline", args.pipeline)):
-        folder = os.path.dirname(path or "") or "."
-        run.need(os.path.isdir(folder), f"--{flag} {path}: no such folder; make it first")
-        run.need(not path or path.endswith((".png", ".pdf", ".svg")),
-                 f"--{flag} {path}: must end in .png, .pdf or .svg")
-    multiple = 64 if args.pipeline else 8                  # its latent, 1/8 of it, has 8x8 blocks
-    run.need(64 <= args.size <= 4096 and args.size % multiple == 0,
-             f"--size {args.size}: must be a multiple of {multiple} in 64..4096")
 
 
 def main():
@@ -233,13 +199,22 @@ def main():
     add("--size", type=int, default=256, help="pixels a side after a centre crop, a multiple of "
         "8, for --pipeline of 64")
     args = run.parse_args(parser, {})
-    check(args)
+    figures = [(name, draw, getattr(args, name)) for name, draw in
+               dict(plot=plot, pipeline=pipeline).items() if getattr(args, name)]
+    run.need(figures, "nothing to draw: give --plot OUT.png or --pipeline OUT.png")
+    for name, _, path in figures:
+        run.need(os.path.isdir(os.path.dirname(path) or "."),
+                 f"--{name} {path}: no such folder; make it first")
+        run.need(path.endswith((".png", ".pdf", ".svg")),
+                 f"--{name} {path}: must end in .png, .pdf or .svg")
+    multiple = 64 if args.pipeline else 8                  # its latent, 1/8 of it, has 8x8 blocks
+    run.need(64 <= args.size <= 4096 and args.size % multiple == 0,
+             f"--size {args.size}: must be a multiple of {multiple} in 64..4096")
     file = args.image or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
     image = image_file(file, args.size, "cpu")             # (1, 3, size, size) in [-1, 1]
-    for draw, path in ((plot, args.plot), (pipeline, args.pipeline)):
-        if path:
-            save_figure(draw(image), path, dpi=80)
-            print(f"wrote {path}")
+    for _, draw, path in figures:
+        save_figure(draw(image), path, dpi=80)
+        print(f"wrote {path}")
     print(f"the image's power falls as f^-{psd_exponent(image, 32):.2f}")
 
 

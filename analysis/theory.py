@@ -5,13 +5,13 @@ The paper's argument, measured on trained models. evaluate.py's commands:
     trajectory      in which order does sampling bring the frequencies in: coarse to fine?
     diffusability   what can be known of an autoencoder before any diffusion is trained
 
-Prop. 3.1: of a frequency of power S, seen in noise at alpha_bar, a denoiser can save at most
-S * SNR / (1 + SNR) of the squared error over predicting 0, if the data are Gaussian and the
-frequencies independent. The rest, S / (1 + SNR), is the bound. A network also sees how frequencies,
-channels and places hang together, their means and the class, so that it may get below the bound.
+Prop. 3.1: of a frequency of power S, the best denoiser of Gaussian data with independent
+frequencies saves S * SNR / (1 + SNR) of the squared error over predicting 0. The rest, the bound,
+is S / (1 + SNR). A network may get below it: it also sees how frequencies, channels and places
+depend on one another, their means and the class.
 
-Latents (N, C, h, w) normalised to std 1; t from 0 = data to 1 = noise; rings as in
-spectral.radial_profile, up to 16. The commands' functions are as in figures.py.
+Latents (N, C, h, w) normalised to std 1; t from 0 = data to 1 = noise; R rings as in
+spectral.radial_profile, at most 16. The commands' functions are as in figures.py.
 """
 from types import SimpleNamespace
 
@@ -29,36 +29,32 @@ TIMES = [(i + 0.5) / 20 for i in range(20)]                # uniform, as trainin
 SHOWN = (3, 7, 11, 15)                                     # of TIMES: t = .175, .375, .575, .775
 
 
-def rings_of(latents):
-    """How many rings a latent's spectrum is cut into, none of them empty: at most 16."""
-    return min(16, *latents.shape[-2:])
+def ring_profile(P):
+    """Means over at most 16 rings, none of them empty: (N, h, w) -> (N, R)."""
+    return spectral.radial_profile(P, min(16, *P.shape[-2:]))
 
 
-def ring_power(latents, rings):
-    """Mean power of each ring over latents (N, C, h, w) -> (rings,), float64 on the CPU."""
-    power = spectral.power_spectrum(latents)
-    return spectral.radial_profile(power, rings).double().mean(0).cpu()
+def ring_power(latents):
+    """Mean power of each ring over latents (N, C, h, w) -> (R,), float64 on the CPU."""
+    return ring_profile(spectral.power_spectrum(latents)).double().mean(0).cpu()
 
-
-# --------------------------------------------------------------------------------------------------
-# What diffusion learns of each frequency
 
 @torch.no_grad()
 def denoised_power(model, process, latents, labels=None, times=TIMES, seed=0, batch_size=64):
     """
     Prop. 3.1 and a network, by ring and time.
     latents  (N, C, h, w) normalised, on the model's device; labels (N,) or None
-    times    t in (0, 1) each; the noise of a latent follows from (seed, its number), at all times
-    returns  power (R,): of the latents; learnable (T, R): Prop. 3.1 on every channel and
-             coefficient, then the mean of a ring; error (T, R): the squared error of the predicted
-             clean latent; all float64, per coefficient
+    times    T of them in (0, 1); the noise of a latent depends on (seed, its number) alone
+    returns  power (R,) of the latents; learnable (T, R), Prop. 3.1 on every channel and
+             coefficient; error (T, R), squared, of the predicted clean latent; all float64 means
+             per coefficient
     """
-    rings, N = rings_of(latents), len(latents)
+    N = len(latents)
     S = spectral.dct2(latents.double()).square().mean(0)   # (C, h, w)
-    of_ring = lambda P: spectral.radial_profile(P.mean(0)[None], rings)[0].cpu()
+    ring_mean = lambda P: ring_profile(P.mean(0)[None])[0].cpu()
     learnable, errors = [], []
     for t in times:
-        learnable.append(of_ring(spectral.learnable_power(S, float(process.alpha_bar_at(t)))))
+        learnable.append(ring_mean(spectral.learnable_power(S, float(process.alpha_bar_at(t)))))
         error = torch.zeros_like(S)
         for rows in torch.arange(N, device=latents.device).split(batch_size):
             z = latents[rows]
@@ -68,68 +64,62 @@ def denoised_power(model, process, latents, labels=None, times=TIMES, seed=0, ba
             output = model(z_t, time, None if labels is None else labels[rows])
             clean = process.clean(z_t.double(), output.double(), t)
             error += spectral.dct2(clean - z).square().sum(0)
-        errors.append(of_ring(error / N))
-    return SimpleNamespace(power=of_ring(S), learnable=torch.stack(learnable),
+        errors.append(ring_mean(error / N))
+    return SimpleNamespace(power=ring_mean(S), learnable=torch.stack(learnable),
                            error=torch.stack(errors))
 
 
 def fraction_learned(found, weights):
     """
-    Of the power that Prop. 3.1 calls learnable, the fraction that the network saves, over all
+    The fraction of the learnable power in found (denoised_power) that the network saves, over all
     times: above 1 where it beats the bound, below 0 where it is worse than predicting 0.
-    found    of denoised_power; weights (R,) coefficients of each ring
-    returns  of each ring (R,); of all of them, a float
+    weights (R,) coefficients per ring -> of each ring (R,); of all of them, a float
     """
     saved, learnable = (found.power - found.error).sum(0), found.learnable.sum(0)
     return saved / learnable, float((weights * saved).sum() / (weights * learnable).sum())
 
 
-def ring_sizes(h, w, rings):
-    """How many coefficients of an (h, w) latent lie in each ring: (rings,) float64."""
+def ring_sizes(h, w):
+    """How many coefficients of an (h, w) latent lie in each ring: (R,) float64."""
     each = torch.eye(h * w, dtype=torch.float64).view(-1, h, w)
-    return (spectral.radial_profile(each, rings) > 0).double().sum(0)
+    return (ring_profile(each) > 0).double().sum(0)
 
 
 def held_out_latents(file, args, device):
     """
-    A run of train_diffusion.py with held-out images of its data: model, process, ae, normalised
-    latents (N, C, h, w), and labels (N,) or None, all on the device.
+    A run of train_diffusion.py with held-out images of its data: model, process, normalised latents
+    (N, C, h, w), labels (N,) or None, and the settings of the result.
     """
     model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
-    data = args.data or checkpoint["data"]
+    data, classes = args.data or checkpoint["data"], model.num_classes
     trained = dict(data=data, image_size=checkpoint["image_size"], seed=checkpoint["data_seed"])
-    images, labels, classes = figures.held_out_images(args, trained, device)
-    run.need(model.num_classes in (0, classes), f"--data {data}: has {classes} classes, and {file} "
-             f"was trained with {model.num_classes}; give images of these classes")
+    images, labels, found = figures.held_out_images(args, trained, device)
+    run.need(classes in (0, found), f"--data {data}: has {found} classes, and {file} was trained "
+             f"with {classes}; give images of these classes")
     latents = ae.normalize(figures.encode_all(ae, images, args.batch_size, seed=args.seed))
-    return SimpleNamespace(
-        model=model, process=process, ae=ae, latents=latents,
-        labels=labels if model.num_classes else None,
-        settings=dict(ckpt=file, step=checkpoint["step"], n=len(latents),
-                      model=checkpoint["model_name"], seed=args.seed))
+    settings = dict(ckpt=file, step=checkpoint["step"], n=len(latents),
+                    model=checkpoint["model_name"], seed=args.seed)
+    return model, process, latents, labels if classes else None, settings
 
 
 def denoise_figure(args, device):
     """
     Prop. 3.1 on trained networks: by radial frequency the power of held-out latents, the network's
-    denoising error, and the error that the best denoiser of Gaussian latents must leave; one panel
-    for each of four times, one colour per run. Above the noise there is something to learn, below
-    it nearly nothing.
+    denoising error, and the least error of a denoiser of Gaussian latents; one panel for each of
+    four times, one colour per run. Above the noise there is something to learn.
 
     Printed: the fraction of the learnable power that was learned, over twenty times spread evenly,
-    as training draws them; of all frequencies, and ring by ring. Above 1: better than the bound, by
-    what frequencies, channels and places tell about each other.
+    as training draws them; of all frequencies, and ring by ring. Above 1: better than the bound.
     """
-    figure, axes = figures.subplots(1, len(SHOWN), figsize=(4 * len(SHOWN), 4.4), sharey=True,
-                                    layout="constrained")
+    figure, (axes,) = figures.subplots(1, len(SHOWN), (4 * len(SHOWN), 4.4), sharey=True)
     rows, files = [], checkpoint_files(args)
     for i, (file, name) in enumerate(zip(files, figures.unique_names(files))):
-        held_out = held_out_latents(file, args, device)
-        found = denoised_power(held_out.model, held_out.process, held_out.latents, held_out.labels,
-                               seed=args.seed, batch_size=args.batch_size)
-        rings, color = torch.arange(1, len(found.power) + 1), f"C{i}"
+        model, process, latents, labels, settings = held_out_latents(file, args, device)
+        found = denoised_power(model, process, latents, labels, seed=args.seed,
+                               batch_size=args.batch_size)
+        rings = torch.arange(1, len(found.power) + 1)
         for ax, k in zip(axes, SHOWN):
-            alpha_bar = float(held_out.process.alpha_bar_at(TIMES[k]))
+            alpha_bar, color = float(process.alpha_bar_at(TIMES[k])), f"C{i}"
             ax.semilogy(rings, found.power, color=color, lw=5, alpha=0.25)
             ax.semilogy(rings, found.power - found.learnable[k], color=color, ls="--", lw=1)
             ax.semilogy(rings, found.error[k], color=color, marker="o", ms=3, label=name)
@@ -138,16 +128,15 @@ def denoise_figure(args, device):
         for k, t in enumerate(TIMES):
             columns = (rings, found.power, found.learnable[k], found.error[k])
             rows += [(name, t, *line) for line in zip(*(column.tolist() for column in columns))]
-        weights = ring_sizes(*held_out.latents.shape[-2:], len(rings))
-        fractions, total = fraction_learned(found, weights)
+        fractions, total = fraction_learned(found, ring_sizes(*latents.shape[-2:]))
         by_ring = " ".join(f"{fraction:.2f}" for fraction in fractions.tolist())
-        yield dict(fraction_learned=total, by_ring=by_ring), held_out.settings
+        yield dict(fraction_learned=total, by_ring=by_ring), settings
     axes[0].set_ylabel("power per coefficient, normalised latents")
     axes[0].legend(axes[0].lines[:4], ["power of the latent", "bound of Prop. 3.1",
                                        "denoising error of the network", "noise"], fontsize=8)
     axes[-1].legend(fontsize=8)
     columns = ("run", "t", "ring", "power", "learnable", "denoising_error")
-    figures.write_figure(args, figure, columns, rows)
+    figures.write_table(args, figure, columns, rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,17 +144,16 @@ def denoise_figure(args, device):
 
 def follow_sampling(model, process, shape, steps, seed=0, labels=None, keep=1):
     """
-    The predicted clean latents of one sampling run.
-    shape    (N, C, h, w): N samples, as `evaluate.py gen` draws them by default: Euler-Maruyama for
-             SiT, DDIM for U-ViT, no guidance
-    returns  times (T,), falling to 0; power (T, R) of the predictions by ring, the last row that of
-             the samples; predictions, T tensors (keep, C, h, w), float32
+    The predicted clean latents while N samples of shape (N, C, h, w) are drawn, as `evaluate.py
+    gen` does by default: Euler-Maruyama for SiT, DDIM for U-ViT, no guidance.
+    returns  times (T,), falling to 0; power (T, R) of the predictions, the last row that of the
+             samples; predictions, T tensors (keep, C, h, w), float32
     """
-    rings, times, power, kept = rings_of(torch.empty(shape)), [], [], []
+    times, power, kept = [], [], []
 
     def watch(t, clean):
         times.append(t)
-        power.append(ring_power(clean, rings))
+        power.append(ring_power(clean))
         kept.append(clean[:keep].float())
     samples = process.sample(model, shape, steps, labels, noise=NoiseStream(seed, range(shape[0])),
                              watch=watch)
@@ -176,7 +164,7 @@ def follow_sampling(model, process, shape, steps, seed=0, labels=None, keep=1):
 def half_times(times, power):
     """
     When each ring has reached half of its final power for good: (R,) t, linear between two steps.
-    times    (T,) falling; power (T, R), the last row the final one
+    times (T,) falling; power (T, R), the last row the final one
     """
     half = []
     for share in (power / power[-1]).T:                    # (T,) of a ring
@@ -214,23 +202,19 @@ def slope_per_octave(half):
 @torch.no_grad()
 def trajectory_figure(args, device):
     """
-    Coarse to fine: along a sampling run, the power of the predicted clean latent in each radial
-    ring as a share of its final power. A ring comes in when it reaches half (white dots); the
-    dashed line is when the best denoiser of Gaussian latents would bring it in, where SNR = 1.
-    Power counts here whether it is right or wrong. Under the map what one sample's prediction
-    decodes to, by time.
+    Coarse to fine: while samples are drawn, the power of the predicted clean latent in each ring,
+    right or wrong, as a share of its final power. White dots: half of it; dashed: half for the best
+    denoiser of Gaussian latents, where SNR = 1. Below, what one sample's prediction decodes to.
 
     Printed: the slope of the diagonal, in t per octave, of the run and of that denoiser.
     """
     files, rows = checkpoint_files(args), []
-    figure, axes = figures.subplots(2, len(files), figsize=(5.6 * len(files), 5), squeeze=False,
-                                    layout="constrained", height_ratios=(5, 1))
+    figure, axes = figures.subplots(2, len(files), (5.6 * len(files), 5), height_ratios=(5, 1))
     for (top, bottom), file, name in zip(axes.T, files, figures.unique_names(files)):
         model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
-        labels = None
+        labels, shape = None, (args.num_samples, model.in_channels, *model.input_size)
         if model.num_classes:
             labels = torch.arange(args.num_samples, device=device) % model.num_classes
-        shape = (args.num_samples, model.in_channels, *model.input_size)
         times, power, kept = follow_sampling(model, process, shape, args.steps, args.seed, labels)
         half, ideal = half_times(times, power), wiener_half_times(power[-1], process)
         slope, rings = slope_per_octave(half), range(1, power.shape[1] + 1)
@@ -253,7 +237,7 @@ def trajectory_figure(args, device):
         yield (dict(slope=slope, slope_where_snr_is_1=slope_per_octave(ideal)),
                dict(ckpt=file, step=checkpoint["step"], n=args.num_samples, steps=args.steps,
                     sampler=sampler, cfg=1, seed=args.seed))
-    figures.write_figure(args, figure, ("run", "t", "ring", "power"), rows)
+    figures.write_table(args, figure, ("run", "t", "ring", "power"), rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,10 +264,9 @@ def diffusability(ae, images, batch_size=100):
                   sees the latent's scale, and diffusion, which normalises, does not
       alpha       exponent of the latents' PSD; Scale Equivariance finds SD-VAE's too small
       neighbours  neighbour_correlation: over-smoothed latents (REPA-E) are near 1
-      high_band   dB of PSNR that are lost with the upper half of the latent's band (n = 8): how
-                  much of the image sits there (FreqWarm)
+      high_band   dB of PSNR lost with the upper half of the latent's band, n = 8 (FreqWarm)
       dsm         PSNR of decode(low-passed latent) against the low-passed image, dB, mean over the
-                  masks of DSM_MASKS that cut: DSM's own aim
+                  masks of DSM_MASKS that cut
       psnr        of the reconstruction, dB
     """
     latents = figures.encode_all(ae, images, batch_size, seed=0)
@@ -305,9 +288,7 @@ def diffusability_rows(args, device):
     """
     One row per autoencoder of what can be known before any diffusion is trained: divergence from
     the flattened target, as it is and normalised; exponent of the spectrum; correlation of
-    neighbouring cells; dB in the latent's high band; agreement of low-passed latents with
-    low-passed images; PSNR. `python -m experiments.miniature scatter` sets them against what
-    diffusion then does.
+    neighbouring cells; dB in the latent's high band; DSM's consistency; PSNR.
     """
     for label, ae, images in figures.autoencoders(args, device, block=8):
         yield diffusability(ae, images, args.batch_size), dict(autoencoder=label, n=len(images))

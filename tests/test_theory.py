@@ -15,6 +15,7 @@ import train_diffusion
 from analysis import theory
 from common.data import open_data
 from common.metrics import frechet_distance, frechet_parts
+from common.weights import load_diffusion
 from conftest import run_main
 from dit import DDPM, Interpolant, NoiseStream
 from spectral import dct2, idct2, radial_profile, wiener_gain
@@ -84,9 +85,9 @@ def test_the_exact_denoiser_meets_the_bound(process):
     latents = gaussian_latents(600)
     found = theory.denoised_power(wiener(process), process, latents, times=(0.15, 0.4, 0.7))
     torch.testing.assert_close(found.error, found.power - found.learnable, rtol=0.12, atol=0)
-    shares, total = theory.fraction_learned(found, theory.ring_sizes(H, W, theory.rings_of(latents)))
+    fractions, total = theory.fraction_learned(found, theory.ring_sizes(H, W))
     assert total == pytest.approx(1, abs=0.03)
-    torch.testing.assert_close(shares, torch.ones_like(shares), rtol=0.08, atol=0)
+    torch.testing.assert_close(fractions, torch.ones_like(fractions), rtol=0.08, atol=0)
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=NAMES)
@@ -95,14 +96,15 @@ def test_a_network_that_answers_zero_leaves_all_the_power(process):
     nothing = Denoiser(process, lambda alpha_bar: 0.0)
     found = theory.denoised_power(nothing, process, latents, times=(0.2, 0.8), batch_size=7)
     torch.testing.assert_close(found.error, found.power.expand(2, -1))
-    assert theory.fraction_learned(found, theory.ring_sizes(H, W, 8))[1] == pytest.approx(0, abs=1e-9)
+    _, total = theory.fraction_learned(found, theory.ring_sizes(H, W))
+    assert total == pytest.approx(0, abs=1e-9)
 
 
 def test_power_and_bound_are_those_of_the_spectrum():
     """power: the mean of a ring; learnable: Eq. 1 per channel and coefficient, then the mean."""
     latents, process = gaussian_latents(50), Interpolant()
     found = theory.denoised_power(wiener(process), process, latents, times=(0.4,))
-    torch.testing.assert_close(found.power, theory.ring_power(latents, 8))
+    torch.testing.assert_close(found.power, theory.ring_power(latents))
     S, alpha_bar = dct2(latents).square().mean(0), 0.36 / 0.52
     eq1 = S * (alpha_bar * S / (1 - alpha_bar)) / (1 + alpha_bar * S / (1 - alpha_bar))
     torch.testing.assert_close(found.learnable[0], radial_profile(eq1.mean(0)[None], 8)[0])
@@ -111,7 +113,7 @@ def test_power_and_bound_are_those_of_the_spectrum():
 def test_ring_sizes_count_every_coefficient():
     """No ring is empty, whatever the sides; DC is in the first."""
     for h, w in ((8, 12), (8, 8), (2, 3), (4, 40), (16, 16), (5, 3)):
-        sizes = theory.ring_sizes(h, w, theory.rings_of(torch.zeros(1, 1, h, w)))
+        sizes = theory.ring_sizes(h, w)
         assert sizes.sum() == h * w and (sizes > 0).all()
 
 
@@ -123,14 +125,13 @@ def test_sampling_with_the_exact_denoiser_is_coarse_to_fine(process):
     """
     times, power, kept = theory.follow_sampling(wiener(process), process, (400, C, H, W), 100)
     assert times[-1] == 0 and (times.diff() < 0).all() and kept[-1].shape == (1, C, H, W)
-    rings = theory.rings_of(kept[0])
-    exact = radial_profile(spectrum().mean(0)[None], rings)[0]
+    exact = theory.ring_profile(spectrum().mean(0)[None])[0]
     torch.testing.assert_close(power[-1], exact, rtol=0.2, atol=0)
     half = theory.half_times(times, power)
     assert (half.diff() < 0.02).all() and theory.slope_per_octave(half) > 0.03
-    flat = torch.stack([radial_profile((spectrum() * wiener_gain(spectrum(), float(
-        process.alpha_bar_at(t)))).mean(0)[None], rings)[0] for t in times[1:-1].tolist()])
-    ideal = theory.half_times(times[1:], torch.cat([flat, exact[None]]))
+    gains = [wiener_gain(spectrum(), float(process.alpha_bar_at(t))) for t in times[1:-1].tolist()]
+    predicted = theory.ring_profile(torch.stack([(spectrum() * gain).mean(0) for gain in gains]))
+    ideal = theory.half_times(times[1:], torch.cat([predicted, exact[None]]))
     torch.testing.assert_close(half.double(), ideal.double(), rtol=0, atol=0.04)
 
 
@@ -221,7 +222,7 @@ def test_frechet_parts():
 # The commands
 
 @pytest.fixture(scope="module")
-def runs_of(material, tmp_path_factory):
+def runs(material, tmp_path_factory):
     """Folders of two short runs: SiT with classes, U-ViT."""
     out = tmp_path_factory.mktemp("diffusion")
     with pytest.MonkeyPatch.context() as patch:
@@ -240,37 +241,38 @@ def command(name, folder, *more, monkeypatch):
     return results, list(csv.DictReader(table.open())) if table.exists() else []
 
 
-def test_denoise_writes_figure_and_table(runs_of, tmp_path, monkeypatch):
+def test_denoise_writes_figure_and_table(runs, tmp_path, monkeypatch):
     """One result a run, one row a run, time and ring; figure beside it."""
-    results, rows = command("denoise", tmp_path, "--ckpt", *runs_of, "--val_images", 3, "--out",
+    results, rows = command("denoise", tmp_path, "--ckpt", *runs, "--val_images", 3, "--out",
                             tmp_path / "figure.png", monkeypatch=monkeypatch)
     assert [line["model"] for line in results] == ["SiT-tiny/4", "UViT-tiny/2"]
     rings = len(results[0]["by_ring"].split())
     assert len(rows) == 2 * len(theory.TIMES) * rings and (tmp_path / "figure.png").exists()
 
 
-def test_held_out_latents_are_normalised_and_have_their_labels(runs_of, tmp_path):
+def test_held_out_latents_are_normalised_and_have_their_labels(runs, tmp_path):
     """Sampled with --seed, by the run's own statistics; other data's classes are refused."""
+    file = str(runs[0] / "ckpt.pt")
+
     def held_out(**values):
-        args = SimpleNamespace(**dict(ae=None, data=None, val_images=3, batch_size=2, seed=0)
-                               | values)
-        return theory.held_out_latents(str(runs_of[0] / "ckpt.pt"), args, "cpu")
-    run = held_out()
-    _, val_set = open_data(torch.load(runs_of[0] / "ckpt.pt")["data"], 16, val_images=3)
+        flags = dict(ae=None, data=None, val_images=3, batch_size=2, seed=0)
+        return theory.held_out_latents(file, SimpleNamespace(**flags | values), "cpu")
+    _, _, latents, labels, _ = held_out()
+    _, _, ae, checkpoint = load_diffusion(file, None, "cpu")
+    _, val_set = open_data(checkpoint["data"], 16, val_images=3)
     images = torch.stack([val_set[i][0] for i in range(len(val_set))]) / 127.5 - 1
-    assert run.labels.tolist() == [val_set[i][1] for i in range(len(val_set))]
-    posterior = run.ae.encode(images)
-    mean, std = run.ae.latent_mean.view(-1, 1, 1), run.ae.latent_std.view(-1, 1, 1)
-    difference = run.latents * std + mean - posterior.mode()   # the posterior's noise is left
+    assert labels.tolist() == [val_set[i][1] for i in range(len(val_set))]
+    posterior = ae.encode(images)
+    difference = ae.denormalize(latents) - posterior.mode()    # the posterior's noise is left
     noise = difference / (0.5 * posterior.logvar).exp()
     assert abs(noise.mean()) < 0.2 and 0.8 < noise.std() < 1.2
-    assert not torch.equal(held_out(seed=1).latents, run.latents)
+    assert not torch.equal(held_out(seed=1)[2], latents)
     with pytest.raises(ValueError, match="--data discs: has 0 classes, and .* trained with 2"):
         held_out(data="discs")
 
 
-def test_trajectory_writes_figure_and_table(runs_of, tmp_path, monkeypatch):
-    results, rows = command("trajectory", tmp_path, "--ckpt", *runs_of, "--num_samples", 3,
+def test_trajectory_writes_figure_and_table(runs, tmp_path, monkeypatch):
+    results, rows = command("trajectory", tmp_path, "--ckpt", *runs, "--num_samples", 3,
                             "--steps", 5, "--out", tmp_path / "figure.png",
                             monkeypatch=monkeypatch)
     assert all(math.isfinite(line["slope"]) for line in results) and len(results) == 2
