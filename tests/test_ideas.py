@@ -1,8 +1,8 @@
-"""The two figures that explain the paper: both are drawn, with the values that the code uses."""
-import numpy as np
+"""The two figures that explain the paper are drawn, with the values that the code uses."""
 import pytest
 import torch
 from matplotlib.image import AxesImage
+from matplotlib.text import Text
 from PIL import Image
 
 from analysis import ideas
@@ -12,8 +12,7 @@ from repa import DOG_SIGMAS
 
 
 def texts(figure):
-    """Everything that is written in a figure, legends and titles included, in one string."""
-    from matplotlib.text import Text
+    """All that is written in a figure, legends and titles included."""
     return "\n".join(text.get_text() for text in figure.findobj(Text))
 
 
@@ -43,11 +42,10 @@ def test_the_pipeline_has_every_stage(image):
 
 
 def test_the_readmes_command_draws_both(tmp_path, monkeypatch):
-    """Of a given picture, and of the one that comes with matplotlib."""
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 90, 3), np.uint8)).save(
-        tmp_path / "picture.png")
+    """Of a given image, and of the one that comes with matplotlib."""
+    Image.linear_gradient("L").resize((90, 80)).save(tmp_path / "image.png")
     run_main(ideas, "--plot", tmp_path / "a.png", "--pipeline", tmp_path / "b.png", "--size", 64,
-        "--image", tmp_path / "picture.png", monkeypatch=monkeypatch)
+             "--image", tmp_path / "image.png", monkeypatch=monkeypatch)
     run_main(ideas, "--pipeline", tmp_path / "c.png", monkeypatch=monkeypatch)
     sizes = {Image.open(tmp_path / name).size for name in ("b.png", "c.png")}
     assert len(sizes) == 1 and Image.open(tmp_path / "a.png").size[0] > 1000

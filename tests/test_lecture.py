@@ -76,10 +76,10 @@ def answer(number, body, scope):
 
 def test_it_runs_from_top_to_bottom(tmp_path):
     """In a copy of what it needs, started in experiments/: every figure is drawn, nothing fails."""
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("analysis/*.py"), *WEIGHTS):
-        copy = tmp_path / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copy)
+    for folder in ("common", "analysis"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    for path in (*ROOT.glob("*.py"), *WEIGHTS):
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
     notebook = nbformat.read(FILE, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":

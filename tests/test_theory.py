@@ -23,8 +23,7 @@ from test_train_diffusion import flags_of
 from vae import AEConfig, AutoencoderKL, Posterior
 
 C, H, W = 2, 8, 12
-PROCESSES = [Interpolant(), DDPM("vp"), DDPM("sd")]
-NAMES = ["interpolant", "vp", "sd"]
+PROCESSES = dict(interpolant=Interpolant(), vp=DDPM("vp"), sd=DDPM("sd"))
 
 
 def spectrum():
@@ -66,7 +65,11 @@ def wiener(process):
     return Denoiser(process, lambda alpha_bar: wiener_gain(spectrum(), alpha_bar))
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=NAMES)
+@pytest.fixture(params=PROCESSES)
+def process(request):
+    return PROCESSES[request.param]
+
+
 def test_noisy_and_clean_are_inverse(process):
     """The true answer at x_t gives the clean latent again; alpha_bar is its share of variance."""
     x, eps = torch.randn(2, 4, C, H, W, dtype=torch.float64)
@@ -79,7 +82,6 @@ def test_noisy_and_clean_are_inverse(process):
         assert float(process.alpha_bar_at(t)) == pytest.approx(float(share))
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=NAMES)
 def test_the_exact_denoiser_meets_the_bound(process):
     """Prop. 3.1: the Wiener filter leaves S / (1 + SNR) in every ring, at every time."""
     latents = gaussian_latents(600)
@@ -90,7 +92,6 @@ def test_the_exact_denoiser_meets_the_bound(process):
     torch.testing.assert_close(fractions, torch.ones_like(fractions), rtol=0.08, atol=0)
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=NAMES)
 def test_a_network_that_answers_zero_leaves_all_the_power(process):
     latents = gaussian_latents(40)
     nothing = Denoiser(process, lambda alpha_bar: 0.0)
@@ -117,7 +118,7 @@ def test_ring_sizes_count_every_coefficient():
         assert sizes.sum() == h * w and (sizes > 0).all()
 
 
-@pytest.mark.parametrize("process", PROCESSES[:2], ids=NAMES[:2])
+@pytest.mark.parametrize("process", ["interpolant", "vp"], indirect=True)
 def test_sampling_with_the_exact_denoiser_is_coarse_to_fine(process):
     """
     Each ring comes in where the theory says, low frequencies first; the predictions end at the
@@ -136,11 +137,11 @@ def test_sampling_with_the_exact_denoiser_is_coarse_to_fine(process):
 
 
 def test_half_times_by_hand():
-    """Between two steps by the straight line; the last crossing counts."""
+    """Linear between two steps; the last crossing counts."""
     times = torch.tensor([1.0, 0.6, 0.2, 0.0])
     power = torch.tensor([[0.0, 4.0, 3.0], [1.0, 1.0, 3.0], [3.0, 3.0, 4.0], [4.0, 4.0, 4.0]])
     assert theory.half_times(times, power).tolist() == pytest.approx([0.4, 0.4, 1.0])
-    for process in PROCESSES:                              # SNR = 1 is alpha_bar S = 1 - alpha_bar
+    for process in PROCESSES.values():                     # SNR = 1 is alpha_bar S = 1 - alpha_bar
         t = float(theory.wiener_half_times(torch.tensor([2.5]).double(), process))
         alpha_bar = float(process.alpha_bar_at(t))
         assert alpha_bar * 2.5 / (1 - alpha_bar) == pytest.approx(1, rel=0.01)
@@ -148,27 +149,20 @@ def test_half_times_by_hand():
     assert theory.slope_per_octave(half) == pytest.approx(0.1)
 
 
-def test_watching_changes_no_sample():
-    for process in PROCESSES:
-        network = wiener(process)
-        shape = (2, C, H, W)
-        plain = process.sample(network, shape, 6, noise=NoiseStream(0, range(2)))
-        _, _, kept = theory.follow_sampling(network, process, shape, 6, keep=2)
-        assert torch.equal(kept[-1], plain)
+def test_watching_changes_no_sample(process):
+    network, shape = wiener(process), (2, C, H, W)
+    plain = process.sample(network, shape, 6, noise=NoiseStream(0, range(2)))
+    _, _, kept = theory.follow_sampling(network, process, shape, 6, keep=2)
+    assert torch.equal(kept[-1], plain)
 
 
 def test_neighbour_correlation():
-    """White cells 0, constant pictures 1, a checkerboard -1."""
+    """White latents 0, constant ones 1, a checkerboard -1."""
     assert abs(theory.neighbour_correlation(torch.randn(50, C, H, W))) < 0.02
-    pictures = torch.randn(500, C, 1, 1).expand(-1, -1, H, W)
-    assert theory.neighbour_correlation(pictures) == pytest.approx(1, abs=1e-4)
+    constant = torch.randn(500, C, 1, 1).expand(-1, -1, H, W)
+    assert theory.neighbour_correlation(constant) == pytest.approx(1, abs=1e-4)
     board = (-1.0) ** (torch.arange(H)[:, None] + torch.arange(W))
     assert theory.neighbour_correlation(board.expand(3, C, H, W)) == pytest.approx(-1)
-
-
-def autoencoder():
-    torch.manual_seed(0)
-    return AutoencoderKL(AEConfig((1, 2), C, ch=8, num_res_blocks=1, norm_groups=2)).eval()
 
 
 def test_diffusability_without_the_scale():
@@ -176,8 +170,9 @@ def test_diffusability_without_the_scale():
     Latents three times as large have another ESM divergence, and the same everything else:
     diffusion sees no scale.
     """
-    ae, images = autoencoder(), torch.nn.functional.interpolate(
-        torch.randn(4, 3, 8, 12), scale_factor=4, mode="bilinear")[..., :32]
+    ae = AutoencoderKL(AEConfig((1, 2), C, ch=8, num_res_blocks=1, norm_groups=2)).eval()
+    images = torch.nn.functional.interpolate(torch.randn(4, 3, 8, 8), size=(32, 48),
+                                             mode="bilinear")
     before = theory.diffusability(ae, images)
     with torch.no_grad():
         ae.quant_conv.weight[:C] *= 3
@@ -194,32 +189,20 @@ def test_diffusability_of_a_perfect_pair():
     A lossless autoencoder whose latent is the image: all of the high band is lost with it, and
     low-passed latents decode to low-passed images exactly.
     """
-    class Same(torch.nn.Module):
-        def encode(self, images):
-            return Posterior(images, torch.full_like(images, -30.0))
-
-        def decode(self, z):
-            return z
-
-    images = torch.rand(3, 3, 16, 24) * 2 - 1
-    found = theory.diffusability(Same(), images)
+    ae = SimpleNamespace(encode=lambda x: Posterior(x, torch.full_like(x, -30.0)),
+                         decode=lambda z: z)
+    found = theory.diffusability(ae, torch.rand(3, 3, 16, 24) * 2 - 1)
     assert found["psnr"] == 100 and found["dsm"] > 50 and found["high_band"] > 60
 
 
 def test_frechet_parts():
     """Total, decoder, diffusion: each between its own pair."""
-    def moments(seed, shift):
-        torch.manual_seed(seed)
-        features = torch.randn(100, 5) + shift
-        return features.mean(0), features.T.cov()
-    s, r, i = moments(0, 3.0), moments(1, 1.0), moments(2, 0.0)
+    features = [torch.randn(100, 5) + shift for shift in (3.0, 1.0, 0.0)]
+    s, r, i = ((x.mean(0), x.T.cov()) for x in features)
     assert frechet_parts(s, r, i) == (frechet_distance(*s, *i), frechet_distance(*r, *i),
                                       frechet_distance(*s, *r))
     assert frechet_parts(r, r, i)[2] == 0 and frechet_parts(s, i, i)[1] == 0
 
-
-# --------------------------------------------------------------------------------------------------
-# The commands
 
 @pytest.fixture(scope="module")
 def runs(material, tmp_path_factory):
@@ -232,25 +215,29 @@ def runs(material, tmp_path_factory):
     return [out / "sit", out / "uvit"]
 
 
-def command(name, folder, *more, monkeypatch):
-    """The command's lines of results.jsonl and the lines of its CSV."""
-    run_main(evaluate, name, *more, "--device", "cpu",
-        "--results", folder / "results.jsonl", monkeypatch=monkeypatch)
-    results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    table = folder / "figure.csv"
-    return results, list(csv.DictReader(table.open())) if table.exists() else []
+@pytest.fixture
+def evaluated(tmp_path, monkeypatch):
+    """A function that runs a command: its lines of results.jsonl, and those of its CSV."""
+    def lines(command, *more):
+        out, results = tmp_path / f"{command}.png", tmp_path / "results.jsonl"
+        flags = [] if command == "diffusability" else ["--out", out]
+        run_main(evaluate, command, *more, *flags, "--device", "cpu", "--results", results,
+                 monkeypatch=monkeypatch)
+        table = out.with_suffix(".csv")
+        rows = list(csv.DictReader(table.open())) if out.exists() else []
+        return [json.loads(line) for line in results.read_text().splitlines()], rows
+    return lines
 
 
-def test_denoise_writes_figure_and_table(runs, tmp_path, monkeypatch):
-    """One result a run, one row a run, time and ring; figure beside it."""
-    results, rows = command("denoise", tmp_path, "--ckpt", *runs, "--val_images", 3, "--out",
-                            tmp_path / "figure.png", monkeypatch=monkeypatch)
+def test_denoise_writes_figure_and_table(runs, evaluated):
+    """One result per run, one row per run, time and ring."""
+    results, rows = evaluated("denoise", "--ckpt", *runs, "--val_images", 3)
     assert [line["model"] for line in results] == ["SiT-tiny/4", "UViT-tiny/2"]
     rings = len(results[0]["by_ring"].split())
-    assert len(rows) == 2 * len(theory.TIMES) * rings and (tmp_path / "figure.png").exists()
+    assert len(rows) == 2 * len(theory.TIMES) * rings
 
 
-def test_held_out_latents_are_normalised_and_have_their_labels(runs, tmp_path):
+def test_held_out_latents_are_normalised_and_have_their_labels(runs):
     """Sampled with --seed, by the run's own statistics; other data's classes are refused."""
     file = str(runs[0] / "ckpt.pt")
 
@@ -271,25 +258,19 @@ def test_held_out_latents_are_normalised_and_have_their_labels(runs, tmp_path):
         held_out(data="discs")
 
 
-def test_trajectory_writes_figure_and_table(runs, tmp_path, monkeypatch):
-    results, rows = command("trajectory", tmp_path, "--ckpt", *runs, "--num_samples", 3,
-                            "--steps", 5, "--out", tmp_path / "figure.png",
-                            monkeypatch=monkeypatch)
-    assert all(math.isfinite(line["slope"]) for line in results) and len(results) == 2
+def test_trajectory_writes_figure_and_table(runs, evaluated):
+    results, rows = evaluated("trajectory", "--ckpt", *runs, "--num_samples", 3, "--steps", 5)
+    assert all(math.isfinite(line["slope"]) for line in results)
     assert {row["run"] for row in rows} == {"sit", "uvit"}
     assert {float(row["t"]) for row in rows} >= {0.0, 1.0}
     assert len(rows) == 8 * (6 + 6)                        # rings; steps and the sample itself
     assert [line["sampler"] for line in results] == ["em", "ddim"]
 
 
-def test_diffusability_has_a_row_for_each_autoencoder(material, tmp_path, monkeypatch):
-    results, _ = command("diffusability", tmp_path, "--ae", material / "ae" / "ckpt.pt",
-                         "--val_images", 2, "--image_size", 32, monkeypatch=monkeypatch)
+def test_diffusability_has_a_row_for_each_autoencoder(material, evaluated):
+    ae = material / "ae" / "ckpt.pt"
+    results, _ = evaluated("diffusability", "--ae", ae, "--image_size", 32)
     assert [line["n"] for line in results] == [1]          # one of twelve is held out
     assert set(results[0]) >= {"esm", "esm_shape", "alpha", "neighbours", "high_band", "dsm"}
-
-
-def test_latents_that_do_not_tile_are_refused(material, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="ae.s latents of 12x12 do not tile"):
-        command("diffusability", tmp_path, "--ae", material / "ae" / "ckpt.pt",
-                "--image_size", 24, monkeypatch=monkeypatch)
+        evaluated("diffusability", "--ae", ae, "--image_size", 24)
