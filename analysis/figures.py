@@ -1,12 +1,7 @@
 """
-What the scripts draw with, and five commands of evaluate.py, which take its flags and the device,
-yield (values, settings) as they measure, and write their figure at the end:
-
-    spectrum_figure     radial PSD of images and of latents                        Figs. 4, 5, 7, 8
-    bands_figure        does a low-passed latent decode to the low-passed image?   ours, to Alg. 2
-    latents_figure      latents as images                                          Fig. 3
-    similarity_figure   which tokens a token resembles, for each target of REPA    Fig. 6
-    curves_figure       the logs of training runs                                  ours
+What the scripts draw with, and five commands of evaluate.py: spectrum, bands, latents, similarity,
+curves. The commands' functions take its flags and the device, yield (values, settings) as they
+measure, and write their figure at the end.
 
 What is drawn is in [0, 1], images for a network are in [-1, 1].
 """
@@ -230,13 +225,12 @@ def draw_published(ax, rows, data):
 @torch.no_grad()
 def spectrum_figure(args, device):
     """
-    Radial power of the images (at the latents' size), their flattened target, and the latents of
-    every autoencoder: figure and CSV.
+    Figs. 4, 5, 7, 8: radial power of the images (at the latents' size), of their flattened target,
+    and of the latents of every autoencoder: figure and CSV.
 
-    With --encoder also the DINOv2 features of the images, unit length per token (Fig. 7); then
-    autoencoders are not needed. With --published the authors' printed curves lie over yours, all
-    in the paper's own form: log(1 + power), DC kept, features as the encoder scales them. Without
-    autoencoders these are drawn alone.
+    With --encoder also DINOv2's features, unit length per token; then autoencoders are not needed.
+    With --published the authors' printed curves lie over yours, all in the paper's own form:
+    log(1 + power), DC kept, features as the encoder scales them; they may be drawn alone.
     """
     run.need(args.encoder or not args.encoder_source,
              f"--encoder_source {args.encoder_source}: needs --encoder, the name of the model")
@@ -302,8 +296,7 @@ def decode_lowpassed(ae, latents, n, batch_size):
 
 def band_matrix(decoded):
     """
-    The share of each band of the image in what each band of the latent adds; a band is an
-    anti-diagonal of the 8x8 blocks.
+    The share of each band (anti-diagonal of 8x8 blocks) of the image in what a latent's band adds.
     decoded  {n: decode(lowpass(z, n))} for n = 0 .. 14, each (N, 3, H, W)
     returns  (14, 15): latent bands 1 .. 14 by image bands 0 .. 14; rows sum to 1
     """
@@ -321,9 +314,8 @@ def bands_figure(args, device):
     """
     DSM made visible, for each autoencoder.
 
-    Left: PSNR of decode(lowpass(z, n)) against lowpass(x, n) for every n. Right: the band matrix;
-    row k is what the k-th anti-diagonal of the latent's 8x8 blocks adds to the decoded image, by
-    anti-diagonal of the image's blocks.
+    Left: PSNR of decode(lowpass(z, n)) against lowpass(x, n) for every n. Right: what the k-th
+    anti-diagonal of the latent's 8x8 blocks adds to those of the decoded image's blocks.
     """
     columns = len(autoencoder_files(args))
     figure, ((left, *others),) = subplots(1, 1 + columns, (4.6 + 3.6 * columns, 4))

@@ -1,9 +1,5 @@
 """
-The paper's argument, measured on trained models. evaluate.py's commands:
-
-    denoise         how much of what Prop. 3.1 calls learnable has the network learned, by frequency
-    trajectory      in which order does sampling bring the frequencies in: coarse to fine?
-    diffusability   what can be known of an autoencoder before any diffusion is trained
+The paper's argument, measured on trained models: evaluate.py's denoise, trajectory, diffusability.
 
 Prop. 3.1: of a frequency of power S, the best denoiser of Gaussian data with independent
 frequencies saves S * SNR / (1 + SNR) of the squared error over predicting 0. The rest, the bound,
