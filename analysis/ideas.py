@@ -175,7 +175,7 @@ def pipeline(image, n=12):
     esm.set(xticks=[], yticks=[], xlabel="frequency", ylabel="power", facecolor="#e8f5e9")
     esm.set_title("ESM (Alg. 1): match the spectra", color=GREEN, weight="bold")
     esm.legend(fontsize=10)
-    arrow(2.08, 5.7, 2.9, 5.3, GREEN)
+    arrow(2.08, 5.75, 2.75, 5.42, GREEN)
     arrow(4.3, 2.9, 4.3, 3.15, GREEN)
 
     dsm = panel(8, 4, 1.3, 1.3)
