@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from analysis.figures import picture_grid
+from analysis.figures import image_grid
 from common import run
 from common.data import open_data, take, train_batches
 from common.latents import LatentCache, build_cache, images_hash
@@ -287,7 +287,7 @@ def main():
             save(step)
             if rank == 0:
                 averaged.load_state_dict(ema.shadow)
-                picture_grid(sample_grid(args, averaged, process, ae, autocast, device),
+                image_grid(sample_grid(args, averaged, process, ae, autocast, device),
                              f"{args.out}/samples.png")
         if last_step:
             run.print0(f"wrote {args.out}/ckpt.pt, log.jsonl, samples.png")

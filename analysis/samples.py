@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from analysis.figures import picture_grid
+from analysis.figures import image_grid
 from common import run
 from common.metrics import jpeg_round_trip, to_uint8
 from dit import Interpolant, NoiseStream
@@ -85,7 +85,7 @@ def publish(samples, out, folder):
     Files of other names stay.
     """
     first = torch.from_numpy(samples[:64].copy()).movedim(-1, 1) / 255
-    picture_grid(first, out / "grid.png")
+    image_grid(first, out / "grid.png")
     run.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
     images = out / "images"
     for path in list(images.glob("*.png")):

@@ -148,7 +148,7 @@ def scatter():
     if not lengths:
         raise FileNotFoundError(f"{protocol.RESULTS}: a correlation needs three runs or more; "
                                 "`python -m experiments.miniature run` makes them")
-    figure, axes = subplots(2, 4, figsize=(15, 7), sharey=True, layout="constrained")
+    figure, axes = subplots(2, 4, (15, 7), sharey=True)
     for ax, (key, words) in zip(axes.flat, PREDICTORS.items()):
         correlations = []
         for steps, found in lengths.items():

@@ -1,4 +1,4 @@
-"""Statements of the paper and of the neighbours' code that have no other home, as tests."""
+"""Statements of the paper and of related methods' code that have no other home, as tests."""
 import math
 import sys
 
@@ -47,11 +47,11 @@ def test_remark_a1_the_gaussian_has_the_most_entropy():
 
 def test_the_vp_schedule_is_the_vp_sde():
     """Levels of --schedule vp against exp(-int beta) of the SDE with beta(t) from 0.1 to 20."""
-    ours = DDPM("vp").alpha_bar
+    alpha_bar = DDPM("vp").alpha_bar
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     closed = torch.exp(-(0.1 * t + 0.5 * (20 - 0.1) * t ** 2))
-    assert (ours.sqrt() - closed.sqrt()).abs().max() < 2e-3 and len(ours) == 1001
-    betas = 1 - ours[1:] / ours[:-1]
+    assert (alpha_bar.sqrt() - closed.sqrt()).abs().max() < 2e-3 and len(alpha_bar) == 1001
+    betas = 1 - alpha_bar[1:] / alpha_bar[:-1]
     torch.testing.assert_close(betas, torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
     assert DDPM("sd").alpha_bar[-1] == pytest.approx(0.0047, abs=1e-4)
     with pytest.raises(ValueError, match="cosine"):
@@ -59,28 +59,25 @@ def test_the_vp_schedule_is_the_vp_sde():
 
 
 @pytest.mark.parametrize("reg", ["eq", "vf"])
-def test_their_kl_beside_a_sum_is_ours_beside_a_mean(reg, monkeypatch):
+def test_kl_beside_a_mean_is_the_authors_kl_beside_a_sum(reg, monkeypatch):
     """
-    EQ-VAE and VA-VAE: 1e-6 KL beside |x - x^| summed over the image. Our default, beside the mean:
-    every gradient is theirs over the 3 * H * W numbers of the image.
+    EQ-VAE and VA-VAE: 1e-6 KL beside |x - x^| summed over the image. The default weight, beside the
+    mean: every gradient is the authors' over the 3 * H * W numbers of the image.
     """
     size = 16
     monkeypatch.setattr(sys, "argv", ["train_ae.py", "--reg", reg, "--image_size", str(size)])
     weight = train_ae.get_args().kl_weight
-    ae, images = AutoencoderKL(AEConfig((1, 2), 4, ch=8, num_res_blocks=1, norm_groups=4)), \
-        torch.rand(3, 3, size, size) * 2 - 1
-    noise = torch.randn(ae.latent_shape(images))
-    gradients = []
-    for summed in (True, False):
-        recon, target, _, posterior = ae(images, noise, lambda x, z: (x, z))
-        kl = losses.kl_loss(posterior.mean, posterior.logvar)
-        if summed:
-            loss = (recon - target).abs().flatten(1).sum(1).mean() + 1e-6 * kl
-        else:
-            loss = F.l1_loss(recon, target) + weight * kl
-        gradients.append(torch.autograd.grad(loss, list(ae.parameters())))
-    for theirs, ours in zip(*gradients):
-        torch.testing.assert_close(theirs / (3 * size ** 2), ours, rtol=1e-3, atol=1e-7)
+    ae = AutoencoderKL(AEConfig((1, 2), 4, ch=8, num_res_blocks=1, norm_groups=4))
+    images = torch.rand(3, 3, size, size) * 2 - 1
+    recon, target, _, posterior = ae(images, torch.randn(ae.latent_shape(images)),
+                                     lambda x, z: (x, z))
+    kl = losses.kl_loss(posterior.mean, posterior.logvar)
+    summed = (recon - target).abs().flatten(1).sum(1).mean() + 1e-6 * kl
+    mean = F.l1_loss(recon, target) + weight * kl
+    gradients = [torch.autograd.grad(loss, list(ae.parameters()), retain_graph=True)
+                 for loss in (summed, mean)]
+    for of_sum, of_mean in zip(*gradients):
+        torch.testing.assert_close(of_sum / (3 * size ** 2), of_mean, rtol=1e-3, atol=1e-7)
 
 
 def test_kl_weights_of_the_methods(monkeypatch):
@@ -93,7 +90,7 @@ def test_kl_weights_of_the_methods(monkeypatch):
     assert weight("--reg", "vf", "--kl_weight", "0.5") == 0.5
 
 
-def test_encoders_of_the_neighbours(monkeypatch):
+def test_encoders_of_related_methods(monkeypatch):
     """VA-VAE aligns with DINOv2 ViT-L, UAE with ViT-B with registers, as their authors."""
     for reg, name in (("vf", "dinov2_vitl14"), ("uae", "dinov2_vitb14_reg")):
         monkeypatch.setattr(sys, "argv", ["train_ae.py", "--reg", reg])

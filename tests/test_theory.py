@@ -1,7 +1,4 @@
-"""
-theory.py against closed forms: Gaussian latents of a known spectrum, whose best denoiser is the
-Wiener filter. H != W, so that a swapped axis fails.
-"""
+"""theory.py against closed forms: Gaussian latents, whose best denoiser is the Wiener filter."""
 import csv
 import json
 import math
@@ -9,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import evaluate
 import train_diffusion
 from analysis import theory
 from common.data import open_data
 from common.metrics import frechet_distance, frechet_parts
+from common.weights import load_diffusion
 from conftest import run_main
 from dit import DDPM, Interpolant, NoiseStream
 from spectral import dct2, idct2, radial_profile, wiener_gain
@@ -22,8 +21,7 @@ from test_train_diffusion import flags_of
 from vae import AEConfig, AutoencoderKL, Posterior
 
 C, H, W = 2, 8, 12
-PROCESSES = [Interpolant(), DDPM("vp"), DDPM("sd")]
-NAMES = ["interpolant", "vp", "sd"]
+PROCESSES = dict(interpolant=Interpolant(), vp=DDPM("vp"), sd=DDPM("sd"))
 
 
 def spectrum():
@@ -65,7 +63,11 @@ def wiener(process):
     return Denoiser(process, lambda alpha_bar: wiener_gain(spectrum(), alpha_bar))
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=NAMES)
+@pytest.fixture(params=PROCESSES)
+def process(request):
+    return PROCESSES[request.param]
+
+
 def test_noisy_and_clean_are_inverse(process):
     """The true answer at x_t gives the clean latent again; alpha_bar is its share of variance."""
     x, eps = torch.randn(2, 4, C, H, W, dtype=torch.float64)
@@ -78,31 +80,28 @@ def test_noisy_and_clean_are_inverse(process):
         assert float(process.alpha_bar_at(t)) == pytest.approx(float(share))
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=NAMES)
 def test_the_exact_denoiser_meets_the_bound(process):
-    """Prop. 3.1: the Wiener filter leaves S / (1 + SNR) in every ring, at every time."""
-    latents = gaussian_latents(600)
+    """
+    Prop. 3.1: the Wiener filter leaves S / (1 + SNR) in every ring, at every time; a network that
+    predicts 0 leaves all the power.
+    """
+    latents, sizes = gaussian_latents(600), theory.ring_sizes(H, W)
     found = theory.denoised_power(wiener(process), process, latents, times=(0.15, 0.4, 0.7))
-    torch.testing.assert_close(found.left, found.power - found.learnable, rtol=0.12, atol=0)
-    shares, total = theory.share_learnt(found, theory.ring_sizes(H, W, theory.rings_of(latents)))
+    torch.testing.assert_close(found.error, found.power - found.learnable, rtol=0.12, atol=0)
+    fractions, total = theory.fraction_learned(found, sizes)
     assert total == pytest.approx(1, abs=0.03)
-    torch.testing.assert_close(shares, torch.ones_like(shares), rtol=0.08, atol=0)
-
-
-@pytest.mark.parametrize("process", PROCESSES, ids=NAMES)
-def test_a_network_that_answers_zero_leaves_all_the_power(process):
-    latents = gaussian_latents(40)
-    nothing = Denoiser(process, lambda alpha_bar: 0.0)
-    found = theory.denoised_power(nothing, process, latents, times=(0.2, 0.8), batch_size=7)
-    torch.testing.assert_close(found.left, found.power.expand(2, -1))
-    assert theory.share_learnt(found, theory.ring_sizes(H, W, 8))[1] == pytest.approx(0, abs=1e-9)
+    torch.testing.assert_close(fractions, torch.ones_like(fractions), rtol=0.08, atol=0)
+    zero = Denoiser(process, lambda alpha_bar: 0.0)
+    found = theory.denoised_power(zero, process, latents[:40], times=(0.2, 0.8), batch_size=7)
+    torch.testing.assert_close(found.error, found.power.expand(2, -1))
+    assert theory.fraction_learned(found, sizes)[1] == pytest.approx(0, abs=1e-9)
 
 
 def test_power_and_bound_are_those_of_the_spectrum():
     """power: the mean of a ring; learnable: Eq. 1 per channel and coefficient, then the mean."""
     latents, process = gaussian_latents(50), Interpolant()
     found = theory.denoised_power(wiener(process), process, latents, times=(0.4,))
-    torch.testing.assert_close(found.power, theory.ring_power(latents, 8))
+    torch.testing.assert_close(found.power, theory.ring_power(latents))
     S, alpha_bar = dct2(latents).square().mean(0), 0.36 / 0.52
     eq1 = S * (alpha_bar * S / (1 - alpha_bar)) / (1 + alpha_bar * S / (1 - alpha_bar))
     torch.testing.assert_close(found.learnable[0], radial_profile(eq1.mean(0)[None], 8)[0])
@@ -110,12 +109,12 @@ def test_power_and_bound_are_those_of_the_spectrum():
 
 def test_ring_sizes_count_every_coefficient():
     """No ring is empty, whatever the sides; DC is in the first."""
-    for h, w in ((8, 12), (8, 8), (2, 3), (4, 40), (16, 16), (5, 3)):
-        sizes = theory.ring_sizes(h, w, theory.rings_of(torch.zeros(1, 1, h, w)))
+    for h, w in ((8, 12), (2, 3), (4, 40), (16, 16), (5, 3)):
+        sizes = theory.ring_sizes(h, w)
         assert sizes.sum() == h * w and (sizes > 0).all()
 
 
-@pytest.mark.parametrize("process", PROCESSES[:2], ids=NAMES[:2])
+@pytest.mark.parametrize("process", ["interpolant", "vp"], indirect=True)
 def test_sampling_with_the_exact_denoiser_is_coarse_to_fine(process):
     """
     Each ring comes in where the theory says, low frequencies first; the predictions end at the
@@ -123,60 +122,49 @@ def test_sampling_with_the_exact_denoiser_is_coarse_to_fine(process):
     """
     times, power, kept = theory.follow_sampling(wiener(process), process, (400, C, H, W), 100)
     assert times[-1] == 0 and (times.diff() < 0).all() and kept[-1].shape == (1, C, H, W)
-    rings = theory.rings_of(kept[0])
-    exact = radial_profile(spectrum().mean(0)[None], rings)[0]
+    exact = theory.ring_profile(spectrum().mean(0)[None])[0]
     torch.testing.assert_close(power[-1], exact, rtol=0.2, atol=0)
     half = theory.half_times(times, power)
-    assert (half.diff() < 0.02).all() and theory.diagonal(half) > 0.03
-    flat = torch.stack([radial_profile((spectrum() * wiener_gain(spectrum(), float(
-        process.alpha_bar_at(t)))).mean(0)[None], rings)[0] for t in times[1:-1].tolist()])
-    ideal = theory.half_times(times[1:], torch.cat([flat, exact[None]]))
+    assert (half.diff() < 0.02).all() and theory.slope_per_octave(half) > 0.03
+    gains = [wiener_gain(spectrum(), float(process.alpha_bar_at(t))) for t in times[1:-1].tolist()]
+    predicted = theory.ring_profile(torch.stack([(spectrum() * gain).mean(0) for gain in gains]))
+    ideal = theory.half_times(times[1:], torch.cat([predicted, exact[None]]))
     torch.testing.assert_close(half.double(), ideal.double(), rtol=0, atol=0.04)
 
 
 def test_half_times_by_hand():
-    """Between two steps by the straight line; the last crossing counts."""
+    """Linear between two steps; the last crossing counts."""
     times = torch.tensor([1.0, 0.6, 0.2, 0.0])
     power = torch.tensor([[0.0, 4.0, 3.0], [1.0, 1.0, 3.0], [3.0, 3.0, 4.0], [4.0, 4.0, 4.0]])
     assert theory.half_times(times, power).tolist() == pytest.approx([0.4, 0.4, 1.0])
-    for process in PROCESSES:                              # SNR = 1 is alpha_bar S = 1 - alpha_bar
-        t = float(theory.half_times_of(torch.tensor([2.5]).double(), process))
+    for process in PROCESSES.values():                     # SNR = 1 is alpha_bar S = 1 - alpha_bar
+        t = float(theory.wiener_half_times(torch.tensor([2.5]).double(), process))
         alpha_bar = float(process.alpha_bar_at(t))
         assert alpha_bar * 2.5 / (1 - alpha_bar) == pytest.approx(1, rel=0.01)
     half = 0.8 - 0.1 * torch.tensor([9.0, 1.5, 2.5, 3.5, 4.5, 5.5]).log2()  # ring 0 does not count
-    assert theory.diagonal(half) == pytest.approx(0.1)
+    assert theory.slope_per_octave(half) == pytest.approx(0.1)
 
 
-def test_watching_changes_no_sample():
-    for process in PROCESSES:
-        network = wiener(process)
-        shape = (2, C, H, W)
-        plain = process.sample(network, shape, 6, noise=NoiseStream(0, range(2)))
-        _, _, kept = theory.follow_sampling(network, process, shape, 6, keep=2)
-        assert torch.equal(kept[-1], plain)
+def test_watching_changes_no_sample(process):
+    network, shape = wiener(process), (2, C, H, W)
+    plain = process.sample(network, shape, 6, noise=NoiseStream(0, range(2)))
+    _, _, kept = theory.follow_sampling(network, process, shape, 6, keep=2)
+    assert torch.equal(kept[-1], plain)
 
 
 def test_neighbour_correlation():
-    """White cells 0, constant pictures 1, a checkerboard -1."""
+    """White latents 0, constant ones 1, a checkerboard -1."""
     assert abs(theory.neighbour_correlation(torch.randn(50, C, H, W))) < 0.02
-    pictures = torch.randn(500, C, 1, 1).expand(-1, -1, H, W)
-    assert theory.neighbour_correlation(pictures) == pytest.approx(1, abs=1e-4)
+    constant = torch.randn(500, C, 1, 1).expand(-1, -1, H, W)
+    assert theory.neighbour_correlation(constant) == pytest.approx(1, abs=1e-4)
     board = (-1.0) ** (torch.arange(H)[:, None] + torch.arange(W))
     assert theory.neighbour_correlation(board.expand(3, C, H, W)) == pytest.approx(-1)
 
 
-def autoencoder():
-    torch.manual_seed(0)
-    return AutoencoderKL(AEConfig((1, 2), C, ch=8, num_res_blocks=1, norm_groups=2)).eval()
-
-
 def test_diffusability_without_the_scale():
-    """
-    Latents three times as large have another ESM divergence, and the same everything else:
-    diffusion sees no scale.
-    """
-    ae, images = autoencoder(), torch.nn.functional.interpolate(
-        torch.randn(4, 3, 8, 12), scale_factor=4, mode="bilinear")[..., :32]
+    """Latents three times as large have another ESM divergence, and the same everything else."""
+    ae = AutoencoderKL(AEConfig((1, 2), C, ch=8, num_res_blocks=1, norm_groups=2)).eval()
+    images = F.interpolate(torch.randn(4, 3, 8, 8), size=(32, 48), mode="bilinear")
     before = theory.diffusability(ae, images)
     with torch.no_grad():
         ae.quant_conv.weight[:C] *= 3
@@ -193,35 +181,23 @@ def test_diffusability_of_a_perfect_pair():
     A lossless autoencoder whose latent is the image: all of the high band is lost with it, and
     low-passed latents decode to low-passed images exactly.
     """
-    class Same(torch.nn.Module):
-        def encode(self, images):
-            return Posterior(images, torch.full_like(images, -30.0))
-
-        def decode(self, z):
-            return z
-
-    images = torch.rand(3, 3, 16, 24) * 2 - 1
-    found = theory.diffusability(Same(), images)
+    ae = SimpleNamespace(encode=lambda x: Posterior(x, torch.full_like(x, -30.0)),
+                         decode=lambda z: z)
+    found = theory.diffusability(ae, torch.rand(3, 3, 16, 24) * 2 - 1)
     assert found["psnr"] == 100 and found["dsm"] > 50 and found["high_band"] > 60
 
 
 def test_frechet_parts():
     """Total, decoder, diffusion: each between its own pair."""
-    def moments(seed, shift):
-        torch.manual_seed(seed)
-        features = torch.randn(100, 5) + shift
-        return features.mean(0), features.T.cov()
-    s, r, i = moments(0, 3.0), moments(1, 1.0), moments(2, 0.0)
+    features = [torch.randn(100, 5) + shift for shift in (3.0, 1.0, 0.0)]
+    s, r, i = ((x.mean(0), x.T.cov()) for x in features)
     assert frechet_parts(s, r, i) == (frechet_distance(*s, *i), frechet_distance(*r, *i),
                                       frechet_distance(*s, *r))
     assert frechet_parts(r, r, i)[2] == 0 and frechet_parts(s, i, i)[1] == 0
 
 
-# --------------------------------------------------------------------------------------------------
-# The commands
-
 @pytest.fixture(scope="module")
-def runs_of(material, tmp_path_factory):
+def runs(material, tmp_path_factory):
     """Folders of two short runs: SiT with classes, U-ViT."""
     out = tmp_path_factory.mktemp("diffusion")
     with pytest.MonkeyPatch.context() as patch:
@@ -231,63 +207,61 @@ def runs_of(material, tmp_path_factory):
     return [out / "sit", out / "uvit"]
 
 
-def command(name, folder, *more, monkeypatch):
-    """The command's lines of results.jsonl and the lines of its CSV."""
-    run_main(evaluate, name, *more, "--device", "cpu",
-        "--results", folder / "results.jsonl", monkeypatch=monkeypatch)
-    results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    table = folder / "figure.csv"
-    return results, list(csv.DictReader(table.open())) if table.exists() else []
+@pytest.fixture
+def evaluated(tmp_path, monkeypatch):
+    """A function that runs a command: its lines of results.jsonl, and those of its CSV."""
+    def lines(command, *more):
+        out, results = tmp_path / f"{command}.png", tmp_path / "results.jsonl"
+        flags = [] if command == "diffusability" else ["--out", out]
+        run_main(evaluate, command, *more, *flags, "--device", "cpu", "--results", results,
+                 monkeypatch=monkeypatch)
+        table = out.with_suffix(".csv")
+        rows = list(csv.DictReader(table.open())) if out.exists() else []
+        return [json.loads(line) for line in results.read_text().splitlines()], rows
+    return lines
 
 
-def test_denoise_writes_figure_and_table(runs_of, tmp_path, monkeypatch):
-    """One result a run, one row a run, time and ring; figure beside it."""
-    results, rows = command("denoise", tmp_path, "--ckpt", *runs_of, "--val_images", 3, "--out",
-                            tmp_path / "figure.png", monkeypatch=monkeypatch)
+def test_denoise_writes_figure_and_table(runs, evaluated):
+    """One result per run, one row per run, time and ring."""
+    results, rows = evaluated("denoise", "--ckpt", *runs, "--val_images", 3)
     assert [line["model"] for line in results] == ["SiT-tiny/4", "UViT-tiny/2"]
-    rings = len(results[0]["by_ring"].split())
-    assert len(rows) == 2 * len(theory.TIMES) * rings and (tmp_path / "figure.png").exists()
+    assert len(rows) == 2 * len(theory.TIMES) * len(results[0]["by_ring"].split())
 
 
-def test_held_out_latents_are_normalised_and_have_their_labels(runs_of, tmp_path):
+def test_held_out_latents_are_normalised_and_have_their_labels(runs):
     """Sampled with --seed, by the run's own statistics; other data's classes are refused."""
+    file = str(runs[0] / "ckpt.pt")
+
     def held_out(**values):
-        args = SimpleNamespace(**dict(ae=None, data=None, val_images=3, batch_size=2, seed=0)
-                               | values)
-        return theory.held_out(str(runs_of[0] / "ckpt.pt"), args, "cpu")
-    run = held_out()
-    _, val_set = open_data(torch.load(runs_of[0] / "ckpt.pt")["data"], 16, val_images=3)
+        flags = dict(ae=None, data=None, val_images=3, batch_size=2, seed=0)
+        return theory.held_out_latents(file, SimpleNamespace(**flags | values), "cpu")
+    _, _, latents, labels, _ = held_out()
+    _, _, ae, checkpoint = load_diffusion(file, None, "cpu")
+    _, val_set = open_data(checkpoint["data"], 16, val_images=3)
     images = torch.stack([val_set[i][0] for i in range(len(val_set))]) / 127.5 - 1
-    assert run.labels.tolist() == [val_set[i][1] for i in range(len(val_set))]
-    posterior = run.ae.encode(images)
-    mean, std = run.ae.latent_mean.view(-1, 1, 1), run.ae.latent_std.view(-1, 1, 1)
-    difference = run.latents * std + mean - posterior.mode()   # the posterior's noise is left
+    assert labels.tolist() == [val_set[i][1] for i in range(len(val_set))]
+    posterior = ae.encode(images)
+    difference = ae.denormalize(latents) - posterior.mode()    # the posterior's noise is left
     noise = difference / (0.5 * posterior.logvar).exp()
     assert abs(noise.mean()) < 0.2 and 0.8 < noise.std() < 1.2
-    assert not torch.equal(held_out(seed=1).latents, run.latents)
+    assert not torch.equal(held_out(seed=1)[2], latents)
     with pytest.raises(ValueError, match="--data discs: has 0 classes, and .* trained with 2"):
         held_out(data="discs")
 
 
-def test_trajectory_writes_figure_and_table(runs_of, tmp_path, monkeypatch):
-    results, rows = command("trajectory", tmp_path, "--ckpt", *runs_of, "--num_samples", 3,
-                            "--steps", 5, "--out", tmp_path / "figure.png",
-                            monkeypatch=monkeypatch)
-    assert all(math.isfinite(line["slope"]) for line in results) and len(results) == 2
+def test_trajectory_writes_figure_and_table(runs, evaluated):
+    results, rows = evaluated("trajectory", "--ckpt", *runs, "--num_samples", 3, "--steps", 5)
+    assert all(math.isfinite(line["slope"]) for line in results)
     assert {row["run"] for row in rows} == {"sit", "uvit"}
     assert {float(row["t"]) for row in rows} >= {0.0, 1.0}
     assert len(rows) == 8 * (6 + 6)                        # rings; steps and the sample itself
     assert [line["sampler"] for line in results] == ["em", "ddim"]
 
 
-def test_diffusability_has_a_row_for_each_autoencoder(material, tmp_path, monkeypatch):
-    results, _ = command("diffusability", tmp_path, "--ae", material / "ae" / "ckpt.pt",
-                         "--val_images", 2, "--image_size", 32, monkeypatch=monkeypatch)
+def test_diffusability_has_a_row_for_each_autoencoder(material, evaluated):
+    ae = material / "ae" / "ckpt.pt"
+    results, _ = evaluated("diffusability", "--ae", ae, "--image_size", 32)
     assert [line["n"] for line in results] == [1]          # one of twelve is held out
     assert set(results[0]) >= {"esm", "esm_shape", "alpha", "neighbours", "high_band", "dsm"}
-
-
-def test_latents_that_do_not_tile_are_refused(material, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="ae.s latents of 12x12 do not tile"):
-        command("diffusability", tmp_path, "--ae", material / "ae" / "ckpt.pt",
-                "--image_size", 24, monkeypatch=monkeypatch)
+        evaluated("diffusability", "--ae", ae, "--image_size", 24)
