@@ -12,8 +12,8 @@ Compare the rows of one run with one another: nothing is asserted about any mach
     costs          GUIDE.md's table, from FLOPs and an assumed FLOP/s
 
 Medians. FLOPs: of matmuls and convolutions, 2 per multiply-add (se and eq: of one drawn size). MFU:
-their rate over a large matmul's, timed right after. Peak memory: the CUDA allocator's in these
-steps; on a CPU the resident set of all the process did so far. The last line is JSON.
+their rate over a large matmul's, timed right after. Peak memory: the CUDA allocator's, or the
+resident set of the process. The last line is JSON.
 """
 import argparse
 import contextlib
@@ -46,9 +46,8 @@ from repa import REPA_KINDS
 from spectral import block_dct2, block_idct2, triangle_mask
 from vae import CONFIGS, AEConfig, AutoencoderKL, Posterior
 
-# GFLOP per image of 256 px, forward: DINOv2 ViT-B/14 sees 224 px, the projector is a convolution
-FORWARD = {"f16d16": 387, "f8d4": 895, "UViT-S": 24.4, "SiT-B": 46.0, "LPIPS": 80, "PatchGAN": 6.3,
-           "DINOv2": 46.3, "projector": 2.7}
+# GFLOP per image of 256 px, forward
+GFLOP = {"f16d16": 387, "f8d4": 895, "UViT-S": 24.4, "SiT-B": 46.0, "LPIPS": 80, "PatchGAN": 6.3}
 
 
 def now(device):
@@ -84,17 +83,10 @@ def report(args, name, **values):
     print(f"{name:46}{cells}", flush=True)
 
 
-class Finished(Exception):
-    """Enough steps are timed."""
-
-
 def time_script(args, names, script, batch, **flags):
-    """
-    Run script.main() with these flags until args.repeats steps are timed of each of its networks.
-    names   of the rows, one per network: with a GAN two alternate
-    """
+    """script.main() until args.repeats steps of each network are timed; names of their rows."""
     hook = "optimizer_step" if hasattr(run, "optimizer_step") else "update"
-    update, marks, untimed = getattr(run, hook), [], 5
+    update, marks, untimed, cuda = getattr(run, hook), [], 5, args.device.type == "cuda"
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = contextlib.nullcontext()         # its hooks refuse train_ae.py's graphs
     counter.mod_tracker.parents = {"Global"}
@@ -107,17 +99,19 @@ def time_script(args, names, script, batch, **flags):
         if len(marks) == 3:                                # two burn in
             counter.__exit__(None, None, None)
             torch.compiler.set_stance("default")
-        if len(marks) == untimed and args.device.type == "cuda":
+        if len(marks) == untimed and cuda:
             torch.cuda.reset_peak_memory_stats()
+        elif len(marks) == untimed and sys.platform == "linux":
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         if len(marks) == untimed + args.repeats * len(names):
-            raise Finished
+            raise StopIteration                            # through script.main(), to below
         return result
 
     flags = dict(device=args.device.type, dtype=args.dtype, batch_size=batch, steps=10 ** 9,
                  eval_every=10 ** 9, keep_every=-1, encoder_source="random",
                  workers=0 if args.quick else 8) | flags
     random_lpips = functools.partial(lpips.LPIPS, pretrained=False, pnet_rand=True)
-    with (tempfile.TemporaryDirectory() as out, contextlib.suppress(Finished),
+    with (tempfile.TemporaryDirectory() as out, contextlib.suppress(StopIteration),
           contextlib.redirect_stdout(io.StringIO()), mock.patch("lpips.LPIPS", random_lpips),
           mock.patch.object(run, hook, timed_update), mock.patch.object(run, "save_checkpoint")):
         torch.compiler.reset()                             # else the ninth network stays eager
@@ -126,15 +120,14 @@ def time_script(args, names, script, batch, **flags):
                     f"--out={out}", *args.script_flags]
         script.main()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    if args.device.type == "cuda":
+    if cuda:
         peak = torch.cuda.max_memory_allocated() / 1e6
-    rate = matmul_rate(args)
     steps = [(b[0], b[1] - a[1], b[2] - a[2]) for a, b in zip(marks, marks[1:])]
     for name, network in zip(names, dict.fromkeys(key for key, _, _ in steps[1:])):
         seconds = statistics.median(s for key, s, _ in steps[untimed - 1:] if key == network)
         flops = max(flops for key, _, flops in steps if key == network)
         report(args, name, ms=1e3 * seconds, images_per_s=batch / seconds, peak_mb=peak,
-               gflop_per_image=flops / batch / 1e9, mfu=flops / seconds / rate)
+               gflop_per_image=flops / batch / 1e9, mfu=flops / seconds / matmul_rate(args))
 
 
 def image_folder(args, size):
@@ -185,9 +178,11 @@ def samplers(args):
         side = 16 * int(name[-1])
         model = MODELS[name](input_size=side, in_channels=4, num_classes=1000)
         model.to(args.device).eval()
-        ways = dict(em=functools.partial(Interpolant().sample, sampler="em"),
-                    ode=functools.partial(Interpolant().sample, sampler="ode"))
-        for way, sample in dict(DDIM=DDPM("vp").sample).items() if "U" in name else ways.items():
+        ways = dict(DDIM=DDPM("vp").sample)
+        if name.startswith("SiT"):
+            ways = {way: functools.partial(Interpolant().sample, sampler=way)
+                    for way in ("em", "ode")}
+        for way, sample in ways.items():
             for cfg in (1.0, 1.8):
                 call = functools.partial(sample, model, (batch, 4, side, side), calls,
                                          torch.arange(batch), cfg)
@@ -202,13 +197,13 @@ def loader(args):
     batch = args.batch_size or (8 if args.quick else 64)
     folder, packed = image_folder(args, 512), args.folder / "packed.zip"
     pack(str(folder), 256, packed)
-    sets = {name: open_data(str(path), 256)[0]
-            for name, path in (("folder of JPEGs, 512 px", folder), ("packed zip", packed))}
-    streams = {name: train_batches(images, batch, device=args.device)
-               for name, images in sets.items()}
+    streams = {}
+    for name, path in (("folder of JPEGs, 512 px", folder), ("packed zip", packed)):
+        images, _ = open_data(str(path), 256)
+        streams[name] = train_batches(images, batch, device=args.device)
     encode = lambda x: Posterior(*x[:, :1, ::16, ::16].repeat(1, 32, 1, 1).chunk(2, dim=1))
     encoder = mock.Mock(config=CONFIGS["f16d16"], encode=encode)
-    build_cache(args.folder / "cache", {}, encoder, sets["packed zip"], 8)
+    build_cache(args.folder / "cache", {}, encoder, images, batch)
     cache = LatentCache(args.folder / "cache", {})
     streams["latent cache, f16d16"] = cache.batches(batch, device=args.device)
     for name, stream in streams.items():
@@ -228,8 +223,8 @@ def esm_by_fft(images, latents, n_bins=16):
     """esm_loss for f8: resize, FFT, a mask per ring."""
     def distribution(x, gamma):
         P = dct_by_fft(dct_by_fft(x).mT).mT.square().mean(1)              # (B, h, w)
-        u, v = (torch.arange(side, device=x.device) for side in P.shape[1:])
-        r = (u[:, None] ** 2 + v ** 2).sqrt()
+        u = torch.arange(P.shape[-1], device=x.device)                    # h = w here
+        r = (u[:, None] ** 2 + u ** 2).sqrt()
         ring, P = (r / r.max() * n_bins).long().clamp_max(n_bins - 1), P * (r > 0)
         S = [P[:, ring == b].mean(1) * (b + 1) ** gamma for b in range(n_bins)]
         S = torch.stack(S, 1).log1p() + 1e-6
@@ -256,11 +251,10 @@ def peers(args):
 
 def training_gflop(flags):
     """Per image. A backward pass costs two forward passes, through frozen weights one."""
-    forward, disc = FORWARD[flags.model.split("/")[0]], FORWARD["PatchGAN"]
-    if hasattr(flags, "repa"):
-        align = FORWARD["DINOv2"] + 3 * FORWARD["projector"]
-        return 3 * forward + align * (flags.repa != "none")
-    ae_step = 3 * forward + 1.5 * FORWARD["LPIPS"]         # of a pair, one of which is constant
+    forward, disc = GFLOP[flags.model.split("/")[0]], GFLOP["PatchGAN"]
+    if hasattr(flags, "repa"):                             # DINOv2 ViT-B/14 and the projector
+        return 3 * forward + (46.3 + 3 * 2.7) * (flags.repa != "none")
+    ae_step = 3 * forward + 1.5 * GFLOP["LPIPS"]           # of a pair, one of which is constant
     disc_step = forward + 6 * disc                         # on a real and a reconstructed image
     gan = 1 - flags.gan_start / flags.steps                # share of the steps, which alternate
     return (1 - gan) * ae_step + gan * (ae_step + 2 * disc + disc_step) / 2
@@ -270,20 +264,19 @@ def costs(args):
     """The paper's presets. That 40% of --tflops are reached is assumed."""
     hours = " | ".join(f"hours, 8 x {rate:g} TFLOP/s" for rate in args.tflops)
     print(f"| preset | TFLOP per image | total EFLOP | {hours} |")
-    for script in (train_ae, train_diffusion):
-        for preset in (name for name in script.PRESETS if "-f" in name or "repa" in name):
-            sys.argv = ["", f"--preset={preset}"] + ["--ae=none"] * (script == train_diffusion)
+    for script, options in ((train_ae, []), (train_diffusion, ["--ae=none"])):
+        for preset in [name for name in script.PRESETS if name.startswith(("celeba", "imagenet"))]:
+            sys.argv = [script.__name__, f"--preset={preset}", *options]
             flags = script.get_args()
             gflop, images = training_gflop(flags), flags.steps * flags.batch_size
-            model = f" ({flags.model})" * (script == train_diffusion)
-            hours = (gflop * images / (8 * 0.4 * 1e3 * rate) / 3600 for rate in args.tflops)
-            print(f"| {script.__name__}, {preset}{model} | {gflop / 1e3:.2f} | "
-                  f"{gflop * images / 1e9:.1f} | {' | '.join(f'{h:.1f}' for h in hours)} |")
-            args.rows.append(dict(name=preset, gflop_per_image=gflop, images=images))
+            name = f"{script.__name__}, {preset}" + f" ({flags.model})" * bool(options)
+            hours = [gflop * images / (8 * 0.4 * 1e3 * rate) / 3600 for rate in args.tflops]
+            cells = [f"{gflop / 1e3:.2f}", *(f"{x:.1f}" for x in (gflop * images / 1e9, *hours))]
+            print(f"| {name} | {' | '.join(cells)} |")
+            args.rows.append(dict(name=name, gflop_per_image=gflop, images=images, hours=hours))
 
 
-SECTIONS = {section.__name__: section
-            for section in (ae, diffusion, samplers, loader, peers, costs)}
+SECTIONS = {f.__name__: f for f in (ae, diffusion, samplers, loader, peers, costs)}
 
 
 def main():
@@ -300,15 +293,14 @@ def main():
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on cuda, fp32 on cpu")
     add("--repeats", type=int, help="timed calls (default: 20 on cuda, 3 on cpu)")
-    add("--tflops", type=float, nargs="+", default=[312, 790],
-        help="costs: bf16 TFLOP/s of a GPU, a column each (default: A100, H200)")
+    add("--tflops", type=float, nargs="+", default=[312, 790], help="(default: A100, H200 in bf16)")
     args, args.script_flags = parser.parse_known_args()
     args.device, args.rows = run.init_distributed(args.device)[2], []
     cuda = args.device.type == "cuda"
     args.dtype = args.dtype or ("bf16" if cuda else "fp32")
     args.repeats = args.repeats or (20 if cuda else 3)
-    quick, full = "f2d4-tiny SiT-mini/2 UViT-tiny/2", "f8d4 f16d16 SiT-B/2 UViT-S/2"
-    args.model = args.model or (quick if args.quick else full).split()
+    tiny = ["f2d4-tiny", "SiT-mini/2", "UViT-tiny/2"]
+    args.model = args.model or (tiny if args.quick else ["f8d4", "f16d16", "SiT-B/2", "UViT-S/2"])
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
         for name in args.section:
@@ -319,4 +311,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with run.one_line_errors():
+        main()
