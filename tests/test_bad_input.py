@@ -195,7 +195,6 @@ ROWS += [f"{command}-{fault} -> {fault}/ckpt.pt" for fault in CHECKPOINTS for co
 
 
 def edit(name, change):
-    """A change of an array of the cache; objects are pickled."""
     return lambda cache: np.save(cache / name, change(np.load(cache / name)), allow_pickle=True)
 
 
