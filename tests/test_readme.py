@@ -53,7 +53,7 @@ def test_every_module_is_named():
 def test_the_map_leads_somewhere():
     """Every name of a module, function and test in the table "From paper to code" exists."""
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    checked = 0
+    module, checked = "", 0
     for _, _, code, see in MAP:
         for name in re.findall(r"`([\w./]+)`", code):
             if name.endswith(".py"):
