@@ -1,8 +1,6 @@
-"""
-What the pages promise and code can keep: the snippet runs as it stands, links and the map from
-paper to code lead somewhere, the costs are those of the benchmark, the paper's numbers its own.
-"""
-import importlib
+"""What the pages promise and code can keep: snippet, links, the map, costs, the paper's numbers."""
+import inspect
+import pkgutil
 import re
 import sys
 
@@ -16,6 +14,8 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 GUIDE = (ROOT / "GUIDE.md").read_text()
+TABLE = README[README.index("## From paper to code"):README.index("## The files")]
+MAP = [line.split("|")[:4] for line in TABLE.splitlines() if line.startswith("| ")]
 
 
 @pytest.mark.parametrize("use_esm, use_dsm", [(True, False), (False, True), (True, True)])
@@ -34,9 +34,8 @@ def test_the_idea_in_ten_lines(use_esm, use_dsm):
 
 @pytest.mark.parametrize("page", ["README.md", "GUIDE.md", "experiments/README.md"])
 def test_links_lead_somewhere(page):
-    """Every relative link and picture of a page exists."""
-    text = (ROOT / page).read_text()
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+    """Every relative link and image of a page exists."""
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text()):
         if not target.startswith("http"):
             assert (ROOT / page).parent.joinpath(target).exists(), target
 
@@ -46,29 +45,28 @@ def test_the_readme_is_one_sitting():
 
 
 def test_every_module_is_named():
-    """In the table of the files, or at its place in the text."""
-    assert [path.name for path in ROOT.glob("*.py") if f"`{path.name}`" not in README] == []
+    """In the table of the files or in the text, `common/data.py` or `data.py`."""
+    paths = [path for room in ("", "common", "analysis") for path in (ROOT / room).glob("[!_]*.py")]
+    assert [path for path in paths if not re.search(rf"`(\w+/)?{path.name}`", README)] == []
 
 
 def test_the_map_leads_somewhere():
     """Every name of a module, function and test in the table "From paper to code" exists."""
-    table = README[README.index("## From paper to code"):README.index("## The files")]
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    found = 0
-    for row in (line.split("|") for line in table.splitlines() if line.startswith("| ")):
-        module = None
-        for name in re.findall(r"`([\w.]+)`", row[2]):
+    module, checked = "", 0
+    for _, _, code, see in MAP:
+        for name in re.findall(r"`([\w./]+)`", code):
             if name.endswith(".py"):
                 assert (ROOT / name).exists(), name
                 continue
-            if "." in name:
-                module, name = name.split(".")
-            assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
-            found += 1
-        for name in re.findall(r"`(test_\w+\*?)`", row[3]):
+            name = name if "." in name else f"{module}.{name}"     # in the module before it
+            target = pkgutil.resolve_name(name)            # raises if it is not there
+            module = name if inspect.ismodule(target) else name.rpartition(".")[0]
+            checked += 1
+        for name in re.findall(r"`(test_\w+\*?)`", see):
             assert re.search(name.replace("*", r"\w+") + r"\(", tests), name
-            found += 1
-    assert found > 40
+            checked += 1
+    assert checked > 40
 
 
 @pytest.mark.parametrize("cited", [
@@ -78,9 +76,7 @@ def test_the_map_leads_somewhere():
     "Prop. 3.1", "Prop. 3.2", "Lemma A.2", "Remark A.1", *(f"A.{n}" for n in range(1, 9))])
 def test_the_map_is_complete(cited):
     """Every equation, figure, table, algorithm, statement and appendix is in its first column."""
-    table = README[README.index("## From paper to code"):README.index("## The files")]
-    column = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ")]
-    assert any(re.search(re.escape(cited) + r"(?!\d)", cell) for cell in column)
+    assert any(re.search(re.escape(cited) + r"(?!\d)", paper) for _, paper, *_ in MAP)
 
 
 def test_the_guides_costs_are_the_benchmarks(capsys, monkeypatch):
