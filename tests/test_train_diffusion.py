@@ -1,10 +1,8 @@
 """
-Stage 2 end to end on tiny material: train_ae -> train_diffusion -> evaluate, resuming, processes,
-bad flags.
+Stage 2 end to end on tiny material: train_ae -> train_diffusion -> evaluate, resuming, alignment,
+labels.
 """
 import json
-import subprocess
-import sys
 import urllib.error
 
 import numpy as np
@@ -17,7 +15,7 @@ import evaluate
 import train_diffusion
 from common import run
 from common.weights import load_autoencoder
-from conftest import ROOT, run_main, same
+from conftest import run_main, same
 
 TINY = ("--preset quick --model SiT-tiny/4 --batch_size 4 --device cpu --log_every 1 "
         "--eval_every 100 --warmup_steps 2 --sample_steps 2 --encode_batch 8").split()
@@ -79,7 +77,8 @@ def test_resuming_equals_never_stopping(material, tmp_path, monkeypatch):
     """
     def train(name, *flags):
         flags = ["--steps", 6, "--eval_every", 3, *flags]
-        run_main(train_diffusion, *flags_of(material, tmp_path / name, *flags), monkeypatch=monkeypatch)
+        flags = flags_of(material, tmp_path / name, *flags)
+        run_main(train_diffusion, *flags, monkeypatch=monkeypatch)
     train("a")
     train("b", "--keep_every", 3)
     # as if killed after step 3's checkpoint
@@ -90,42 +89,6 @@ def test_resuming_equals_never_stopping(material, tmp_path, monkeypatch):
     assert a.keys() == b.keys() and all(same(a[part], b[part]) for part in set(a) - {"args"})
 
 
-def torchrun(script, *flags):
-    """A script on two gloo processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc_per_node=2", script, *map(str, flags)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-
-
-def test_two_processes_equal_one(material, tmp_path, monkeypatch, request):
-    """
-    Encoding, training and sampling on 2 gloo processes: the cache, the losses and the samples of
-    one process, to float tolerance.
-    """
-    if not request.config.getoption("--long"):
-        pytest.skip("--long; test_processes.py has each of them")
-    one, two = tmp_path / "one", tmp_path / "two"
-
-    def on_one_and_two(module, flags_in):
-        run_main(module, *flags_in(one), monkeypatch=monkeypatch)
-        torchrun(f"{module.__name__}.py", *flags_in(two))
-
-    on_one_and_two(train_diffusion, lambda out: flags_of(
-        material, out, "--steps", 3, "--cache", out / "cache"))
-    caches = [np.load(out / "cache" / "moments.npy").astype(np.float32) for out in (one, two)]
-    np.testing.assert_allclose(*caches, rtol=2e-3, atol=2e-3)
-    for a, b in zip(read_log(one), read_log(two), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))        # no Inception weights there
-    on_one_and_two(evaluate, lambda out: [                 # 5 samples do not divide by 2
-        "gen", "--ckpt", one / "ckpt.pt", "--num_samples", 5, "--steps", 3, "--workers", 0,
-        "--device", "cpu", "--out", out / "gen", "--results", out / "results.jsonl"])
-    a, b = (np.load(out / "gen" / "samples.npz")["arr_0"].astype(int) for out in (one, two))
-    assert abs(a - b).max() <= 1 and len((two / "results.jsonl").read_text().splitlines()) == 1
-
-
 @pytest.mark.filterwarnings("ignore:.*untrained")
 @pytest.mark.parametrize("kind", ["repa", "irepa", "dog"])
 def test_alignment_trains_the_blocks_below_it_and_no_others(kind, material, tmp_path, monkeypatch):
@@ -133,12 +96,12 @@ def test_alignment_trains_the_blocks_below_it_and_no_others(kind, material, tmp_
     With the diffusion loss switched off, the alignment term alone moves block 0 and the projector,
     and leaves block 1 alone.
     """
-    regress = dit.regress
+    diffusion_loss = dit.Interpolant.loss
 
     def alignment_only(*args):
-        loss, tokens = regress(*args)
+        loss, tokens = diffusion_loss(*args)
         return loss * 0, tokens
-    monkeypatch.setattr(dit, "regress", alignment_only)
+    monkeypatch.setattr(dit.Interpolant, "loss", alignment_only)
     flags = ["--steps", 3, "--repa", kind, "--encoder_source", "random", "--lr", 0.01]
     run_main(train_diffusion, *flags_of(material, tmp_path, *flags), monkeypatch=monkeypatch)
     checkpoint = run.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
@@ -187,27 +150,6 @@ def test_images_and_latents_share_crop_and_mirror(material, tmp_path, monkeypatc
         assert (ae.encode(images.flip(-1)).mean - mean).abs().amax((1, 2, 3)).min() > 0.1
 
 
-@pytest.mark.filterwarnings("ignore:.*untrained")
-def test_two_processes_equal_one_with_alignment(material, tmp_path, monkeypatch, request):
-    """--repa dog on 2 gloo processes: the losses of one; and resuming equals never stopping."""
-    if not request.config.getoption("--long"):
-        pytest.skip("--long; test_processes.py has the losses")
-    one, two = tmp_path / "one", tmp_path / "two"
-    flags = ["--steps", 4, "--repa", "dog", "--encoder_source", "random", "--eval_every", 2]
-    kept = flags_of(material, one, *flags, "--keep_every", 2)
-    run_main(train_diffusion, *kept, monkeypatch=monkeypatch)
-    torchrun("train_diffusion.py", *flags_of(material, two, *flags))
-    for a, b in zip(read_log(one), read_log(two), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
-        assert a["align"] == pytest.approx(b["align"], rel=1e-2, abs=1e-3)
-    straight, log = run.load_checkpoint(one / "ckpt.pt", "diffusion"), read_log(one)
-    (one / "ckpt_2.pt").rename(one / "ckpt.pt")
-    run_main(train_diffusion, *kept, "--resume", monkeypatch=monkeypatch)
-    resumed = run.load_checkpoint(one / "ckpt.pt", "diffusion")
-    assert log == read_log(one)
-    assert all(same(straight[part], resumed[part]) for part in set(straight) - {"args"})
-
-
 def test_labels_are_dropped_and_average_is_sampled(material, tmp_path, monkeypatch):
     """
     --label_dropout 1 trains on the null label alone: only its embedding row gets a gradient. The
@@ -220,27 +162,6 @@ def test_labels_are_dropped_and_average_is_sampled(material, tmp_path, monkeypat
     moved = (checkpoint["model"][table] - fresh_weights(checkpoint)[table]).abs().amax(1)
     assert moved[2] > 0 and moved[:2].max() == 0
     assert not same(checkpoint["model"], checkpoint["ema"])
-
-
-@pytest.mark.parametrize("flags, culprit", [
-    (["--image_size", "17"], "--image_size 17"), (["--batch_size", "0"], "--batch_size 0"),
-    (["--label_dropout", "1.5"], "--label_dropout 1.5"), (["--lr", "nan"], "--lr nan"),
-    (["--model", "SiT-tiny/2", "--image_size", "18"], "patch"),
-    (["--num_classes", "1"], "--num_classes 1"), (["--num_classes", "-2"], "--num_classes -2"),
-    (["--ae", "nowhere.pt"], "nowhere.pt"), (["--data", "nowhere"], "--data nowhere"),
-    (["--ae", "README.md"], "README.md"),
-    (["--repa", "dog", "--encoder_source", "random", "--repa_depth", "3"], "--repa_depth 3"),
-    (["--dog_sigma1", "3"], "--dog_sigma1 3"), (["--norm_std", "1.5"], "--norm_std 1.5"),
-    (["--repa", "dog", "--encoder", "resnet"], "resnet")])
-def test_bad_flags_end_with_one_line(flags, culprit, material, tmp_path, monkeypatch, capsys):
-    """Exit code 2, one line with the culprit, no run folder."""
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as exit, run.one_line_errors():
-        run_main(train_diffusion, *flags_of(material, tmp_path / "run", *flags), monkeypatch=monkeypatch)
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if "Warning" not in line and "warn(" not in line]
-    assert exit.value.code == 2 and culprit in error and len(lines) == 1
-    assert not (tmp_path / "run").exists()
 
 
 def test_guidance_without_a_null_class_is_refused(material, tmp_path, monkeypatch):

@@ -1,0 +1,316 @@
+"""
+common/run.py: random numbers that do not depend on the number of processes, atomic files, the log,
+one-line errors, presets, device choices.
+"""
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common import run
+from conftest import ROOT
+
+
+def test_step_seeds_are_distinct_and_repeatable():
+    """A function of (seed, step): equal again, different for every neighbour."""
+    seeds = {run.step_seed(seed, step) for seed in range(20) for step in range(200)}
+    assert len(seeds) == 4000 and run.step_seed(3, 5) == run.step_seed(3, 5)
+
+
+def test_sharded_noise_is_the_same_on_any_number_of_processes():
+    """The shares of 4 processes, put together, are the noise of one."""
+    def draw(rank, world):
+        generator = torch.Generator().manual_seed(7)
+        return run.sharded(torch.randn, (8 // world, 4, 3, 5), generator, rank, world)
+    assert torch.equal(torch.cat([draw(rank, 4) for rank in range(4)]), draw(0, 1))
+
+
+def test_interrupted_write_keeps_the_old_file(tmp_path):
+    """
+    An error in the middle of a write leaves the previous checkpoint whole and no temporary file.
+    """
+    path = tmp_path / "ckpt.pt"
+    run.save_checkpoint(path, dict(stage="ae", step=1, x=torch.ones(3)))
+
+    def breaks(file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        run.write_atomic(path, breaks)
+    assert os.listdir(tmp_path) == ["ckpt.pt"]
+    assert run.load_checkpoint(path, "ae")["step"] == 1
+
+
+def test_load_checkpoint_names_the_culprit(tmp_path):
+    """No file, not a checkpoint, another stage: one line each, with the path."""
+    path = tmp_path / "ckpt.pt"
+    with pytest.raises(FileNotFoundError, match="ckpt.pt: no such checkpoint"):
+        run.load_checkpoint(path, "ae")
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="ckpt.pt: not a readable checkpoint"):
+        run.load_checkpoint(path, "ae")
+    torch.save(dict(stage="diffusion"), path)
+    with pytest.raises(ValueError, match="stage 'diffusion', expected stage 'ae'"):
+        run.load_checkpoint(path, "ae")
+
+
+def test_open_run_protects_what_is_there(tmp_path):
+    """
+    A run is continued or replaced only when asked; contradicting flags are named one by one, other
+    images as such; kept checkpoints without a ckpt.pt are not cleared by a --resume.
+    """
+    flags = dict(out=str(tmp_path), resume=False, overwrite=False, steps=10, lr=1.0, seed=0)
+
+    def open_run(images="a", **other):
+        return run.open_run(argparse.Namespace(**flags | other), "ae", dict(images=images))
+    assert open_run(resume=True) is None                   # nothing yet: a fresh start
+    run.save_checkpoint(tmp_path / "ckpt.pt", dict(stage="ae", step=5, args=flags, images="a"))
+    with pytest.raises(ValueError, match="--resume continues"):
+        open_run()
+    assert open_run(overwrite=True) is None
+    assert open_run(resume=True, steps=20)["step"] == 5
+    with pytest.raises(ValueError, match=r"--lr 2.0 \(was 1.0\), --seed 1 \(was 0\)"):
+        open_run(resume=True, lr=2.0, seed=1)
+    with pytest.raises(ValueError, match="--resume: the images are not those"):
+        open_run("b", resume=True)
+    with pytest.raises(ValueError, match="--steps 4: .* 5 steps behind"):
+        open_run(resume=True, steps=4)
+    (tmp_path / "ckpt.pt").rename(tmp_path / "ckpt_5.pt")
+    with pytest.raises(ValueError, match="copy one of them to ckpt.pt"):
+        open_run(resume=True)
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "a hole", "cut short"])
+def test_a_damaged_checkpoint_is_noticed(damage, tmp_path):
+    """torch.load reads over changed bytes; the archive's checksums do not."""
+    path = tmp_path / "ckpt.pt"
+    run.save_checkpoint(path, dict(stage="ae", step=1, args={}, x=torch.randn(20_000)))
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    if damage == "a flipped bit":
+        content[middle] ^= 1
+    elif damage == "a hole":
+        content[middle:middle + 4096] = bytes(4096)
+    path.write_bytes(content[:middle] if damage == "cut short" else content)
+    with pytest.raises(ValueError, match="ckpt.pt: not a readable checkpoint"):
+        run.load_checkpoint(path, "ae")
+
+
+@pytest.mark.parametrize("fields", [dict(stage=torch.ones(2)), dict(step=-1), dict(step="4"),
+                                    dict(args=[1])])
+def test_fields_of_another_type_are_one_line(fields, tmp_path):
+    torch.save(dict(stage="ae", step=1, args={}) | fields, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="ckpt.pt: (not a readable|holds no run)"):
+        run.load_checkpoint(tmp_path / "ckpt.pt", "ae")
+
+
+def test_log_continues_without_gaps_or_repeats(tmp_path):
+    """On resume at step 4, later lines and a half-written one go; earlier ones stay."""
+    path = tmp_path / "log.jsonl"
+    log = run.Log(path)
+    for step in range(6):
+        log.line(step, loss=step / 10)
+    log.file.write('{"step": 6, "lo')
+    log.file.close()
+    log = run.Log(path, start_step=4)
+    log.line(4, loss=0.4)
+    log.file.close()
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == [0, 1, 2, 3, 4]
+
+
+def test_ema_arithmetic():
+    """
+    decay_t = min(decay, (1 + t) / (10 + t)); integer buffers follow the first value; a scalar model
+    by hand.
+    """
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    ema = run.EMA(model, decay=0.5)
+    torch.nn.init.ones_(model.weight)
+    expected = 0.0
+    for step in range(20):
+        ema.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * 1.0
+        assert abs(ema.shadow["weight"].item() - expected) < 1e-6
+
+
+def test_presets_set_defaults_and_flags_win(monkeypatch):
+    """--preset replaces defaults, an explicit flag replaces the preset's."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--preset", choices=("a", "b"), default="a")
+    parser.add_argument("--lr", type=float, default=1.0)
+    parser.add_argument("--steps", type=int, default=1)
+    monkeypatch.setattr(sys, "argv", ["x", "--preset", "b", "--steps", "7"])
+    args = run.parse_args(parser, dict(a={}, b=dict(lr=2.0, steps=3)))
+    assert (args.lr, args.steps) == (2.0, 7)
+
+
+def test_two_processes(tmp_path):
+    """
+    Two gloo processes: rank 0's first weights are everybody's, under bare names; gradients are
+    averaged, or kept local and added up until the last micro-batch; None stays None. The log's
+    means are over both, and what is not finite on one is skipped by both.
+    """
+    script = tmp_path / "two.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch
+from common import run
+network = torch.nn.Sequential(torch.nn.Linear(2, 1))
+assert run.ddp(network) is network                     # no process group yet
+
+def weights(seed):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(2, 1))
+
+with run.one_line_errors():
+    rank, world, device = run.init_distributed("cpu")
+    assert (run.get_rank(), run.get_world_size()) == (rank, 2) and run.ddp(None) is None
+    local, mean = torch.tensor([[1.0, 2.0]]) * (1 + rank), torch.tensor([[1.5, 3.0]])
+    network = weights(rank)
+    step = run.ddp(network)
+    assert list(network.state_dict()) == ["0.weight", "0.bias"]
+    for name, value in weights(0).state_dict().items():
+        assert torch.equal(network.state_dict()[name], value)
+    for i in range(3):
+        run.sync_gradients([step], i == 2)
+        step(local).sum().backward()                   # d sum(x w + b) / dw = x
+        expected = 3 * mean if i == 2 else (i + 1) * local
+        assert torch.equal(network[0].weight.grad, expected)
+    log = run.Log({str(tmp_path / "log.jsonl")!r})
+    log.add(0, dict(a=torch.tensor(rank), b=torch.tensor(float("nan") if rank == 1 else 1.0)))
+    assert not log.finite(0)
+    log.add(1, dict(a=torch.tensor(rank + 2)))
+    assert log.finite(1) and log.write(1) == dict(a=1.5, b=1.0)
+    del step, network
+""")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    result = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def test_own_errors_are_one_line_and_library_errors_keep_their_traceback(tmp_path):
+    """
+    ValueErrors of this project end with exit code 2 and one line; a bug inside a library stays
+    visible.
+    """
+    with pytest.raises(SystemExit) as exit, run.one_line_errors():
+        run.load_checkpoint(tmp_path / "none.pt", "ae")
+    assert exit.value.code == 2
+    with pytest.raises(ValueError), run.one_line_errors():
+        json.loads("{")
+
+
+def test_the_log_goes_on_with_its_counts(tmp_path):
+    """
+    Means since the last line; bad steps between two lines are reported before the checkpoint, and
+    counts continue after it: a stopped and resumed log is byte for byte a straight one.
+    """
+    def log_of(name, start_step=0, state=None):
+        return run.Log(tmp_path / name / "log.jsonl", start_step, state, bad_limit=3)
+
+    def steps(log, *range_):
+        for step in range(*range_):
+            for part in (0.1, 0.2):                        # micro-batches
+                bad = step in (2, 3)
+                log.add(step, dict(loss=torch.tensor(float("nan") if bad else part + step)))
+            if step % 3 == 0:
+                log.write(step)
+    log = log_of("straight")
+    steps(log, 0, 9)
+    first = log_of("stopped")
+    steps(first, 0, 5)
+    state = first.state()
+    assert state["skipped"] == 2 and state["bad"] == {"loss": 0}
+    torch.save(state, tmp_path / "state.pt")
+    again = log_of("stopped", 5, torch.load(tmp_path / "state.pt", weights_only=True))
+    steps(again, 5, 9)
+    assert again.state() == log.state()
+    texts = [(tmp_path / name / "log.jsonl").read_text() for name in ("straight", "stopped")]
+    assert texts[0] == texts[1] and texts[0].count("not_finite") == 2
+    lines = [json.loads(line) for line in texts[0].splitlines()]
+    assert lines[-1] == dict(step=6, loss=pytest.approx((4 + 5 + 6) / 3 + 0.15))
+
+
+def test_a_fresh_run_removes_the_old_runs_checkpoints_alone(tmp_path):
+    """--overwrite: ckpt.pt and ckpt_<step>.pt go; a copy under another name is the user's."""
+    for name in ("ckpt.pt", "ckpt_5.pt", "ckpt-old.pt", "ckpt.best.pt"):
+        (tmp_path / name).write_bytes(b"x")
+    run.Log(tmp_path / "log.jsonl")
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["ckpt-old.pt", "ckpt.best.pt"]
+
+
+def test_one_process_in_a_job_of_several_nodes_is_one_node(monkeypatch):
+    """SLURM_NNODES=2 and no RANK: a plain python may write its files."""
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    run.need_one_node("samples")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="samples: .*--nnodes=1"):
+        run.need_one_node("samples")
+
+
+def test_what_differs_between_cpu_and_gpu_is_decided_in_one_place(monkeypatch, capsys):
+    """run.device_choices: both devices' defaults; flags win; a line where something compiles."""
+    backend = torch.backends.cudnn
+    for name in ("allow_tf32", "benchmark"):
+        monkeypatch.setattr(backend, name, getattr(backend, name))
+
+    def choose(device, fixed_size=True, **flags):
+        args = argparse.Namespace(**dict(dtype=None, compile=None) | flags)
+        autocast = run.device_choices(args, torch.device(device), fixed_size)
+        return args.dtype, args.compile, backend.benchmark, backend.allow_tf32, autocast._enabled
+    assert choose("cpu") == ("fp32", "off", False, False, False)
+    assert choose("cuda", dtype="fp32", compile="off") == ("fp32", "off", True, False, False)
+    assert choose("cpu", dtype="bf16")[-1]
+    assert "--compile off" not in capsys.readouterr().out
+    assert choose("cuda", fixed_size=False, dtype="fp32")[1:3] == ("on", False)
+    assert capsys.readouterr().out.count("--compile off") == 1
+
+
+@pytest.mark.parametrize("value", ["", "x"])
+def test_half_an_environment_is_one_line(value, monkeypatch):
+    """RANK empty or no number: named, with the way out."""
+    monkeypatch.setenv("RANK", value)
+    with pytest.raises(ValueError, match="RANK.* is missing or no number; start .* torchrun"):
+        run.init_distributed("cpu")
+
+
+def test_processes_ask_one_another_at_every_tenth_step(monkeypatch):
+    """One process learns of a signal at once; several exchange it where 10 divides the step."""
+    interrupt = run.Interrupt()
+    interrupt.name, exchanged = "SIGTERM", []
+    assert interrupt.asked(3)
+    monkeypatch.setattr(run.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(run.dist, "all_reduce", exchanged.append)
+    assert [interrupt.asked(step) for step in range(21)] == [i % 10 == 0 for i in range(21)]
+    assert len(exchanged) == 3
+
+
+def test_sighup_counts_unless_it_is_ignored():
+    """A closed terminal saves like SIGTERM; under nohup SIGHUP stays ignored."""
+    before = {number: signal.getsignal(number) for number in
+              (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        run.Interrupt()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        interrupt = run.Interrupt()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert interrupt.asked(0) and interrupt.name == "SIGHUP"
+        os.kill(os.getpid(), signal.SIGINT)                # the second signal, and a Ctrl-C
+    except KeyboardInterrupt:
+        return
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    raise AssertionError("a second Ctrl-C must end the process")
