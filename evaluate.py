@@ -13,10 +13,9 @@ Every number and figure of the project, by one command each:
     trajectory     in which order sampling brings the frequencies in               Sec. 3.2
     diffusability  what can be known of autoencoders before any diffusion          Table 1
 
-`evaluate.py COMMAND --help` says more of each. The formulas are in common/metrics.py, sets of
-images in analysis/fid.py, the last three commands in analysis/theory.py, the five before them in
-analysis/figures.py. A command is a function of the flags and the device that yields (values,
-settings): they are printed, and appended to results.jsonl with command, commit and hardware.
+`evaluate.py COMMAND --help` says more. A command is a function of the flags and the device: in
+analysis/theory.py the last three, in analysis/figures.py the five before them. It yields (values,
+settings), which are printed, and appended to results.jsonl with command, commit and hardware.
 Without the Inception weights there is no FID, only the metrics that need none.
 """
 import argparse
@@ -163,9 +162,8 @@ def evaluate_gen(args, device):
     Sample images, write them (grid.png, samples.npz for the ADM evaluation suite), and compare them
     with the training images.
 
-    Several --ckpt, or --every, are sampled one after the other, each into a folder of its own, with
-    a line of results each; the best is printed at the end. That is how the steps of Table 2 were
-    found.
+    Several --ckpt, or --every, are sampled one after the other, each into a folder of its own; the
+    best is printed at the end. That is how the steps of Table 2 were found.
     """
     run.need_one_node("gen: the file of samples")
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
@@ -196,7 +194,7 @@ def evaluate_checkpoint(file, out, inception, args, device):
     """
     Sample one checkpoint into the folder out, and compare.
     inception  returns the Inception network, or None where its weights cannot be had
-    returns    values, complete on rank 0 only, and settings
+    returns    values (all of them on rank 0 only), settings
     """
     model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
     run.need(args.cfg == 1 or model.num_classes, f"--cfg {args.cfg}: {file} is unconditional, it "
@@ -209,8 +207,7 @@ def evaluate_checkpoint(file, out, inception, args, device):
         fid.reference_statistics(training_set, None, args, device)     # if damaged, say it now
     samples = fid.shared_array(out / "samples.npy", (n, size, size, 3))
     network, count, values, described = None, 0, {}, "none"
-    if training_set is not None:
-        # before hours of sampling, for some of the images may prove unreadable
+    if training_set is not None:   # before hours of sampling: its images may prove unreadable
         network = inception()
         if network:
             reference = fid.reference_statistics(training_set, network, args, device)
@@ -272,23 +269,21 @@ def evaluate_fid(args, device):
 # --------------------------------------------------------------------------------------------------
 # The command line
 
-FIGURE = "ae data out image_size batch_size val_images"
+IMAGES = "data image_size batch_size val_images"
 COMMANDS = {                                           # name: (function, flags that it takes)
-    "recon": (evaluate_recon, "ae data image_size batch_size val_images workers seed protocol "
-              "split"),
+    "recon": (evaluate_recon, f"{IMAGES} ae workers seed protocol split"),
     "gen": (evaluate_gen, "ckpt every ae data out batch_size workers seed num_samples steps "
             "sampler cfg cfg_interval labels jpeg dtype reference_images folder"),
     "fid": (evaluate_fid, "image_size batch_size"),
     "spectrum": (figures.spectrum_figure,
-                 f"{FIGURE} seed gamma published encoder encoder_source"),
-    "bands": (figures.bands_figure, FIGURE),
-    "latents": (figures.latents_figure, FIGURE),
-    "similarity": (figures.similarity_figure, "data out image_size batch_size val_images image "
-                   "token encoder encoder_source"),
+                 f"{IMAGES} ae out seed gamma published encoder encoder_source"),
+    "bands": (figures.bands_figure, f"{IMAGES} ae out"),
+    "latents": (figures.latents_figure, f"{IMAGES} ae out"),
+    "similarity": (figures.similarity_figure, f"{IMAGES} out image token encoder encoder_source"),
     "curves": (figures.curves_figure, "out"),
     "denoise": (theory.denoise_figure, "ckpt every ae data out batch_size val_images seed"),
     "trajectory": (theory.trajectory_figure, "ckpt every ae out seed num_samples steps"),
-    "diffusability": (theory.diffusability_rows, "ae data image_size batch_size val_images"),
+    "diffusability": (theory.diffusability_rows, f"{IMAGES} ae"),
 }
 
 
@@ -323,7 +318,6 @@ def get_args():
 
     similarity, few = command == "similarity", command in ("latents", "similarity")
     several = command in ("spectrum", "bands", "latents", "diffusability")
-    held_out = None if command == "recon" else 8 if few else 1000
     # what is measured
     add("preset", "celeba-f16d16", "named group of defaults; explicit flags win", choices=PRESETS)
     add("ae", None, "ckpt.pt or released weights (default: what --ckpt was trained on, or the "
@@ -336,8 +330,8 @@ def get_args():
         "without it what was trained on", type=str)
     add("image_size", 224 if similarity else None, "pixels a side; without it as in training, for "
         "fid as above", type=int)
-    add("val_images", held_out, "images to use; without it 1000 held-out or all training images",
-        type=int)
+    add("val_images", 8 if few else None if command == "recon" else 1000, "held-out images to use; "
+        "of recon without it 1000 or all training images", type=int)
     add("batch_size", 50, "images per network call and process")
     add("workers", 4, "loader processes")
     add("seed", 0, "of every draw")
@@ -371,11 +365,9 @@ def get_args():
     add("out", None, "what to write (default: under out/; of gen: a folder beside the checkpoint)")
     add("device", None, "default: cuda when there is a GPU", choices=("cpu", "cuda"))
     add("results", "results.jsonl", "every result is appended here")
-    presets = dict.fromkeys(PRESETS, {})
-    if not few:                                        # those images are for the eye
-        for name, values in PRESETS.items():
-            presets[name] = {flag: v for flag, v in values.items() if flag in takes}
-    return run.parse_args(parser, presets)
+    applies = [] if few else takes                     # few images are for the eye
+    return run.parse_args(parser, {name: {k: v for k, v in values.items() if k in applies}
+                                   for name, values in PRESETS.items()})
 
 
 def check_path(flag, path, kind):

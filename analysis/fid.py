@@ -30,9 +30,9 @@ from common.sources import open_source
 from dit import Interpolant, NoiseStream
 
 
-def quiet():
-    """Whether this rank shows no progress."""
-    return run.get_rank() > 0 or not sys.stderr.isatty()
+def progress(batches, what):
+    """A progress bar around batches, on rank 0 of a terminal."""
+    return tqdm(batches, what, disable=run.get_rank() > 0 or not sys.stderr.isatty())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -54,8 +54,8 @@ def sample_images(model, process, ae, indices, args, device):
     if isinstance(process, Interpolant):
         options["sampler"] = args.sampler
     if model.num_classes:
-        labels = sample_labels(indices, model.num_classes, args).to(device)
-        options |= dict(y=labels, cfg=args.cfg)
+        options["y"] = sample_labels(indices, model.num_classes, args).to(device)
+        options["cfg"] = args.cfg
     shape = (len(indices), model.in_channels, *model.input_size)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
         z = process.sample(model, shape, **options)
@@ -90,28 +90,26 @@ def write_samples(draw, samples, out, args):
     sampling's, out/grid.png, samples.npz for the ADM suite, and with --folder images/NNNNNN.png.
     returns  the seconds that drawing took
     """
-    rank, pending = run.get_rank(), out / ".images"
-    if rank == 0:
+    first, pending = run.get_rank() == 0, out / ".images"
+    if first:
         shutil.rmtree(pending, ignore_errors=True)     # of a sampling that was killed
         pending.mkdir()
     run.barrier()
     start = time.perf_counter()
-    for indices in tqdm(rank_batches(len(samples), args.batch_size), "batches", disable=quiet()):
+    for indices in progress(rank_batches(len(samples), args.batch_size), "sampling"):
         samples[indices] = draw(indices).movedim(1, -1).cpu().numpy()
         for i in indices if args.folder else ():
             Image.fromarray(samples[i]).save(pending / f"{i:06d}.png")
     run.barrier()
     seconds = time.perf_counter() - start
-    if rank == 0:
-        first = torch.from_numpy(samples[:64].copy()).movedim(-1, 1) / 255
-        picture_grid(first, out / "grid.png")
+    if first:
+        picture_grid(torch.from_numpy(samples[:64]).movedim(-1, 1) / 255, out / "grid.png")
         run.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
         for path in (out / "images").glob("??????*.png"):
             if path.stem.isdecimal():
                 path.unlink()
-        if args.folder:
-            (out / "images").mkdir(exist_ok=True)
         for path in pending.iterdir():
+            (out / "images").mkdir(exist_ok=True)
             path.rename(out / "images" / path.name)
         pending.rmdir()
         print(f"wrote {out}/grid.png, {out}/samples.npz" + f", {out}/images/" * args.folder)
@@ -143,7 +141,7 @@ def inception_statistics(inception, batches, keep, device):
              (k, 1008) in the order of their rows on rank 0, else None
     """
     rank, moments, kept = run.get_rank(), Moments(2048, device), []
-    for images, rows in tqdm(batches, "Inception, batches", disable=quiet()):
+    for images, rows in progress(batches, "Inception"):
         features, logits = inception(images)
         moments.add(features)
         wanted = np.isin(rows, keep)

@@ -44,8 +44,7 @@ def jpeg_round_trip(images):
 def psnr(a, b):
     """
     Peak signal-to-noise ratio, dB, on 8-bit rounded images: 10 log10(255^2 / MSE).
-    a, b     (B, 3, H, W) in [-1, 1]
-    returns  (B,) float32; identical images count 100 dB
+    (B, 3, H, W) in [-1, 1] -> (B,) float32; identical images count 100 dB
     """
     mse = (to_uint8(a).float() - to_uint8(b).float()).square().flatten(1).mean(1)
     return 10 * torch.log10(255 ** 2 / mse.clamp_min(255 ** 2 * 1e-10))
@@ -120,12 +119,11 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 def frechet_parts(samples, reconstructions, images):
     """
     What the autoencoder loses and what diffusion adds. The parts do not add up to the total.
-    samples, reconstructions, images  (mean, covariance) each; reconstructions of these very images,
-             from posterior samples, which are what diffusion learns to draw
+    samples, reconstructions, images  (mean, covariance) each; reconstructions of these images from
+             posterior samples, which are what diffusion learns to draw
     returns  FD,  samples to images: what tables show as (g)FID
              rFD, reconstructions to images: 0 for a lossless autoencoder
-             dFD, samples to reconstructions: 0 for a diffusion model that draws its latents
-                  perfectly, whatever the decoder makes of them
+             dFD, samples to reconstructions: 0 for a perfect diffusion model, whatever the decoder
     """
     return (frechet_distance(*samples, *images), frechet_distance(*reconstructions, *images),
             frechet_distance(*samples, *reconstructions))
@@ -133,10 +131,8 @@ def frechet_parts(samples, reconstructions, images):
 
 def load_inception(device):
     """
-    The FID Inception network, float32:
-    (B, 3, H, W) uint8 -> (B, 2048) features and (B, 1008) logits without bias.
-    raises   FileNotFoundError if its weights can be neither found nor downloaded, ValueError if
-             they are damaged; the line says what to do
+    FID's Inception, float32: (B, 3, H, W) uint8 -> (B, 2048) features, (B, 1008) unbiased logits.
+    FileNotFoundError if its weights can be neither found nor downloaded, ValueError if damaged.
     """
     from torch_fidelity import feature_extractor_inceptionv3 as fidelity
     url = fidelity.URL_INCEPTION_V3
@@ -183,9 +179,8 @@ def sliced_wasserstein(samples, reference, seed=0, patches=64, directions=256):
     returns  {side: distance} from fine to coarse
     """
     N = min(len(samples), len(reference))
-    image = torch.arange(N).repeat_interleave(patches)[:, None, None]
-    offset = torch.arange(7)
-    result = {}
+    image, offset = torch.arange(N).repeat_interleave(patches)[:, None, None], torch.arange(7)
+    distances = {}
     pyramids = (laplacian_pyramid(x[:N].float()) for x in (samples, reference))
     for a, b in zip(*pyramids):
         generator = torch.Generator().manual_seed(seed)
@@ -201,8 +196,8 @@ def sliced_wasserstein(samples, reference, seed=0, patches=64, directions=256):
         a, b = ((x - mean).div(std).flatten(1) for x in (a, b))
         axes = F.normalize(torch.randn(a.shape[1], directions, generator=generator), dim=0)
         gap = (a @ axes).sort(0).values - (b @ axes).sort(0).values
-        result[H] = 1000 * gap.abs().mean().item()
-    return result
+        distances[H] = 1000 * gap.abs().mean().item()
+    return distances
 
 
 def spectral_kl(samples, reference, n_bins=16):
