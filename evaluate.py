@@ -75,7 +75,7 @@ def report(values, settings, results):
 
 
 def load_or_none(load, device):
-    """load() on every rank; None, and a line that says why, if any rank lacks the weights."""
+    """load() on every rank; None, with a line that says why, if one lacks the weights."""
     network = None
     try:
         with run.local_rank_zero_first():
@@ -83,10 +83,6 @@ def load_or_none(load, device):
     except FileNotFoundError as error:                 # without its advice for train_ae.py
         run.print0(str(error).partition(", or train without it")[0])
     return network if run.all_agree(network is not None, device) else None
-
-
-def load_inception_or_none(device):
-    return load_or_none(lambda: metrics.load_inception(device), device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -119,7 +115,7 @@ def evaluate_recon(args, device):
     if split == "train":
         images = spread(train_set, args.val_images or len(train_set))
     lpips = load_or_none(lambda: PerceptualLoss().to(device), device)
-    inception = load_inception_or_none(device)
+    inception = load_or_none(lambda: metrics.load_inception(device), device)
     names = ["psnr", "ssim", "l1"] + ["lpips"] * bool(lpips)
     sums = torch.zeros(1 + len(names), dtype=torch.float64)
     moments = [metrics.Moments(2048, device) for _ in range(2)] if inception else []
@@ -147,8 +143,7 @@ def evaluate_recon(args, device):
     values = dict(zip(names, (sums[1:] / sums[0]).tolist()))
     if moments and sums[0] > 1:
         (n, *a), (_, *b) = (moment.mean_cov() for moment in moments)
-        fid.warn_small(n)
-        values[f"rFID@{n}"] = metrics.frechet_distance(*a, *b)
+        values[f"r{fid.fid_at(n)}"] = metrics.frechet_distance(*a, *b)
     yield values, dict(
         ae=args.ae, protocol=args.protocol, split=split, data=data or "built-in", size=size,
         n=int(sums[0]), posterior="sample" if authors else "mode",
@@ -167,8 +162,8 @@ def evaluate_gen(args, device):
     """
     run.need_one_node("gen: the file of samples")
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    # once, and not before the flags are known to fit the checkpoint
-    inception = functools.cache(lambda: load_inception_or_none(device))
+    load = lambda: load_or_none(lambda: metrics.load_inception(device), device)
+    inception = functools.cache(load)                  # when flags and checkpoint are known to fit
     files, results = checkpoint_files(args), []
     for file, name in zip(files, figures.unique_names(files)):
         out = Path(args.out or Path(file).parent / "samples")
@@ -257,10 +252,8 @@ def evaluate_fid(args, device):
                 entry.n, *entry.moments = fid.set_statistics(entry, size, inception, args, device)
     except (ValueError, FileNotFoundError) as error:   # common.data names a flag that nobody gave
         raise type(error)(str(error).removeprefix("--data ")) from None
-    name, known = "FID", [entry.n for entry in sets if entry.n]
-    if known:
-        name = f"FID@{min(known)}"
-        fid.warn_small(min(known))
+    known = [entry.n for entry in sets if entry.n]
+    name = fid.fid_at(min(known)) if known else "FID"
     yield {name: metrics.frechet_distance(*a.moments, *b.moments)}, dict(
         a=a.spec, b=b.spec, n_a=a.n, n_b=b.n, size=size,
         weights="torch-fidelity" if inception else "of the statistics")
@@ -327,7 +320,7 @@ def get_args():
         "out/diffusion/<preset>-*/ckpt.pt)", nargs="+")
     add("every", False, "all ckpt_<step>.pt that the run kept, in order")
     add("data", "leaves" if similarity else None, "folder, .zip, cifar10, leaves or discs; "
-        "without it what was trained on", type=str)
+        "without it what was trained on")
     add("image_size", 224 if similarity else None, "pixels a side; without it as in training, for "
         "fid as above", type=int)
     add("val_images", 8 if few else None if command == "recon" else 1000, "held-out images to use; "
@@ -357,7 +350,7 @@ def get_args():
     # spectrum and similarity
     add("gamma", 1.0, "flattening exponent of the target")
     add("published", None, "the authors' curves beside yours, in their form", choices=CURVES)
-    add("encoder", "dinov2_vitb14" if similarity else None, "DINOv2 model", type=str)
+    add("encoder", "dinov2_vitb14" if similarity else None, "DINOv2 model")
     add("encoder_source", None, "a local clone of facebookresearch/dinov2, or random (for tests)")
     add("image", None, "an image file (default: the first --val_images held-out ones of --data)")
     add("token", None, "number of the token, row by row from 0 (default: the middle)", type=int)

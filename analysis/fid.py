@@ -1,9 +1,8 @@
 """
 Sets of images as evaluate.py compares them: samples of a diffusion run with its training images
-(gen), and any two sets that a user supplies (fid A B). The formulas are in common/metrics.py, or
-torch-fidelity's; `args` are the flags of evaluate.py.
-
-Images are (N, H, W, 3) uint8 in files, (B, 3, H, W) uint8 on their way into Inception.
+(gen), and any two that a user supplies (fid A B). The formulas are those of common/metrics.py and
+torch-fidelity. Images are (N, H, W, 3) uint8 in files, (B, 3, H, W) uint8 for Inception; `args` are
+the flags of evaluate.py.
 """
 import contextlib
 import itertools
@@ -105,7 +104,7 @@ def write_samples(draw, samples, out, args):
     if first:
         picture_grid(torch.from_numpy(samples[:64]).movedim(-1, 1) / 255, out / "grid.png")
         run.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
-        for path in (out / "images").glob("??????*.png"):
+        for path in list((out / "images").glob("??????*.png")):
             if path.stem.isdecimal():
                 path.unlink()
         for path in pending.iterdir():
@@ -119,11 +118,12 @@ def write_samples(draw, samples, out, args):
 # --------------------------------------------------------------------------------------------------
 # Inception statistics of samples and of training images
 
-def warn_small(n):
-    """Say that FID requires many images."""
+def fid_at(n):
+    """The name FID@n; and a line, where n images are few."""
     if n < 10_000:
         run.print0(f"FID@{n}: with fewer than 10,000 images FID is biased upwards; compare it "
                    "only with FID at the same N")
+    return f"FID@{n}"
 
 
 def uint8_batches(dataset, batch_size, workers, device):
@@ -137,21 +137,20 @@ def inception_statistics(inception, batches, keep, device):
     """
     Stream this rank's batches of (uint8 images, row numbers) through Inception.
     keep     row numbers whose features and logits are wanted, for metrics that cannot be streamed
-    returns  n, mean, covariance over all ranks; and the kept features (k, 2048) and logits
-             (k, 1008) in the order of their rows on rank 0, else None
+    returns  n, mean, covariance over all ranks; on rank 0 the kept features (k, 2048) and logits
+             (k, 1008) in the order of their rows, else None
     """
-    rank, moments, kept = run.get_rank(), Moments(2048, device), []
+    moments, kept = Moments(2048, device), []
     for images, rows in progress(batches, "Inception"):
         features, logits = inception(images)
         moments.add(features)
         wanted = np.isin(rows, keep)
         kept.append((rows[wanted], features.cpu().numpy()[wanted], logits.cpu().numpy()[wanted]))
     n, mean, cov = moments.mean_cov()
-    parts = [kept]
+    parts = [kept] * run.get_world_size() if run.get_rank() == 0 else None
     if dist.is_initialized():                          # 0.6 GB for 50,000 samples
-        parts = [None] * run.get_world_size() if rank == 0 else None
         dist.gather_object(kept, parts)
-    if rank > 0:
+    if not parts:
         return n, mean, cov, None, None
     rows, features, logits = map(np.concatenate, zip(*itertools.chain(*parts)))
     order = np.argsort(rows)
@@ -159,7 +158,7 @@ def inception_statistics(inception, batches, keep, device):
 
 
 def training_images(checkpoint, args):
-    """The set that a run's samples are compared with; None, and a line, if it is not here."""
+    """What the samples of a run are compared with; None, and a line, if it is not here."""
     try:
         train_set, _ = open_data(args.data or checkpoint["data"], checkpoint["image_size"],
                                  seed=checkpoint["data_seed"])
@@ -204,14 +203,13 @@ def reference_statistics(images, inception, args, device):
 def inception_metrics(inception, samples, reference, args, device):
     """FID, IS, KID, precision and recall of samples (N, H, W, 3) on rank 0, else {}."""
     from torch_fidelity import metric_isc, metric_kid, metric_prc
-    n = len(samples)
-    warn_small(n)
+    n, name = len(samples), fid_at(len(samples))
     batches = ((torch.from_numpy(samples[rows]).movedim(-1, 1), rows)
                for rows in rank_batches(n, args.batch_size))
     _, mean, cov, fake, logits = inception_statistics(inception, batches, np.arange(n), device)
     if run.get_rank() > 0:
         return {}
-    values = {f"FID@{n}": frechet_distance(mean, cov, reference["mu"], reference["sigma"])}
+    values = {name: frechet_distance(mean, cov, reference["mu"], reference["sigma"])}
     score = metric_isc.isc_features_to_metric(logits, splits=min(10, n))
     values["IS"] = score["inception_score_mean"]
     fake, real = fake[:10_000], torch.from_numpy(reference["features"])
