@@ -243,10 +243,8 @@ def evaluate_fid(args, device):
         dims = [len(entry.moments[0]) if entry.moments else 2048 for entry in sets]
         run.need(dims[0] == dims[1], f"{a.spec} and {b.spec}: features of {dims[0]} and {dims[1]} "
                  "dimensions cannot be compared; make both with one network")
-        inception, size = None, args.image_size
-        if a.source or b.source:
-            size = size or fid.common_resolution(sets)
-            inception = metrics.load_inception(device)
+        size = fid.common_resolution(sets, args.image_size)
+        inception = metrics.load_inception(device) if a.source or b.source else None
         for entry in sets:
             if entry.source:
                 entry.n, *entry.moments = fid.set_statistics(entry, size, inception, args, device)

@@ -255,14 +255,16 @@ def open_set(spec):
     """
     A folder, a zip, 'cifar10', or an npz of images (arr_0) or of statistics (mu, sigma).
     returns  spec; n; source of common.data and moments (mu, sigma), one of them None; side, the
-             pixels of an npz's images, else None
+             pixels of an npz's images if known, else None
     """
     path, side = Path(spec), None
     if path.suffix.lower() == ".npz" and path.is_file():
-        found = read_npz(spec, "mu", "sigma", "arr_0")
+        found = read_npz(spec, "mu", "sigma", "arr_0", "how")
         if {"mu", "sigma"} <= found.keys():
             moments = found["mu"], found["sigma"]
-            return SimpleNamespace(spec=spec, n=None, source=None, moments=moments, side=None)
+            with contextlib.suppress(Exception):       # of those in out/reference
+                side = json.loads(str(found["how"]))["size"]
+            return SimpleNamespace(spec=spec, n=None, source=None, moments=moments, side=side)
         images = found.get("arr_0", np.empty(0))
         run.need(images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3,
                  f"{spec}: holds neither mu and sigma nor arr_0 (N, H, W, 3) uint8")
@@ -288,17 +290,22 @@ def common_side(source):
     return sides.pop() if sides else None
 
 
-def common_resolution(sets):
+def common_resolution(sets, asked=None):
     """
-    The pixels a side at which sets of open_set are compared: those of an npz's images, else the
-    shorter side of all images; 256, and a line that says so, where there are several.
+    The pixels a side at which sets of open_set are compared: those asked for, else an npz's, else
+    the shorter side of all images; 256, with a line, where there are several. None if unknown.
     """
-    sources = [entry.source for entry in sets if entry.source]
-    sides = {entry.side for entry in sets} - {None} or set(map(common_side, sources))
-    if len(sides) == 1 and None not in sides:
-        return sides.pop()
-    print("the images have no common size and are compared at 256 px; --image_size says another")
-    return 256
+    sides = {asked} if asked else {entry.side for entry in sets} - {None}
+    sides = sides or {common_side(entry.source) for entry in sets if entry.source}
+    side = next(iter(sides), None)
+    if len(sides) > 1 or None in sides:
+        side = 256
+        print("the images have no common size and are compared at 256 px; --image_size says "
+              "another")
+    for entry in sets:
+        run.need(not entry.moments or entry.side in (None, side), f"{entry.spec}: statistics of "
+                 f"images of {entry.side} px, not of {side}; compare at --image_size {entry.side}")
+    return side
 
 
 def set_statistics(entry, size, inception, args, device):

@@ -224,10 +224,15 @@ def test_the_common_resolution_of_two_sets(tmp_path, capsys):
         write_images(tmp_path / name, 3, side)
     Image.new("RGB", (33, 24)).save(tmp_path / "b" / "wide.png")
     np.savez(tmp_path / "plain.npz", mu=np.zeros(3), sigma=np.eye(3))
-    side = lambda *names: fid.common_resolution(
-        [fid.open_set(str(tmp_path / name)) for name in names])
-    assert side("a", "b") == side("a", "plain.npz") == 24
-    assert side("a", "c.npz") == 40 and not capsys.readouterr().out
+    kept = dict(mu=np.zeros(3), sigma=np.eye(3), how=json.dumps(dict(size=64)))
+    np.savez(tmp_path / "kept.npz", **kept)            # as gen keeps them
+    side = lambda *names, asked=None: fid.common_resolution(
+        [fid.open_set(str(tmp_path / name)) for name in names], asked)
+    assert side("a", "b") == side("a", "plain.npz") == 24 and side("kept.npz", "c") == 64
+    assert side("a", "c.npz") == 40 and side("a", "c.npz", asked=32) == 32
+    assert side("plain.npz", "plain.npz") is None and not capsys.readouterr().out
+    with pytest.raises(ValueError, match="kept.npz: statistics of images of 64 px, not of 40"):
+        side("kept.npz", "c", asked=40)
     assert side("a", "c") == side("a.npz", "c.npz") == 256
     assert capsys.readouterr().out.count("no common size and are compared at 256 px") == 2
 
