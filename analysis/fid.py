@@ -1,235 +1,248 @@
 """
-Sets of images, most of them through the Inception network, as evaluate.py compares them.
-
-    gen         sampled images with the training images: FID, IS, KID, precision, recall, and what
-                needs no weights. Statistics of the training images are kept in out/reference
-    fid A B     two sets that somebody brings, at one size
-
-The formulas are in metrics.py or torch-fidelity's. Images are (N, H, W, 3) uint8 where they lie in
-files, (B, 3, H, W) uint8 on their way into the network. `compute` is run.Compute.
+Sets of images as evaluate.py compares them: samples of a diffusion run with its training images
+(gen), and any two that a user supplies (fid A B). The formulas are those of common/metrics.py and
+torch-fidelity. Images are (N, H, W, 3) uint8 in files, (B, 3, H, W) uint8 for Inception; `args` are
+the flags of evaluate.py.
 """
 import contextlib
+import itertools
 import json
 import math
-import pathlib
+import shutil
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
+from analysis.figures import image_grid
 from common import run
 from common.data import ImageSet, open_data, spread, val_batches
 from common.latents import create_array, images_hash
-from common.metrics import Moments, frechet_distance, sliced_wasserstein, spectral_kl, to_uint8
-from common.run import reason
+from common.metrics import Moments, frechet_distance, jpeg_round_trip, to_uint8
 from common.sources import open_source
+from dit import Interpolant, NoiseStream
 
 
-def warn_small(n, compute):
-    """Say once that FID needs many images."""
-    if n < 10_000:
-        compute.say(f"FID@{n}: with fewer than 10,000 images FID is biased upwards; compare it "
-                    "only with FID at the same N")
-
-
-@contextlib.contextmanager
-def shared_array(path, dtype, shape, compute):
-    """A memory-mapped .npy that all ranks write into, each its rows; it is gone after the block."""
-    if compute.rank == 0:
-        create_array(f"{path} of {shape[0]:,} rows", path, dtype, shape)
-    run.barrier()
-    try:
-        yield np.load(path, mmap_mode="r+")
-    finally:
-        if compute.rank == 0:
-            path.unlink(missing_ok=True)
-
-
-def inception_statistics(inception, batches, keep, folder, compute):
-    """
-    Stream a set, spread over the ranks as batches of (uint8 images, row numbers), through the
-    Inception network.
-    keep     ascending row numbers whose features and logits are wanted, for the metrics that cannot
-             be streamed
-    folder   for files of the meantime
-    returns  n, mean, covariance over all ranks; and on rank 0 the kept features (k, 2048) and
-             logits (k, 1008), else None
-    """
-    moments, k = Moments(2048, compute.device), len(keep)
-    with (shared_array(folder / ".features.npy", np.float32, (k, 2048), compute) as features,
-          shared_array(folder / ".logits.npy", np.float32, (k, 1008), compute) as logits):
-        for images, rows in batches:
-            values = inception(images)
-            moments.add(values[0])
-            places = np.searchsorted(keep, rows)
-            wanted = keep[np.minimum(places, k - 1)] == rows
-            for array, value in zip((features, logits), values):
-                array[places[wanted]] = value.cpu().numpy()[wanted]
-        n, mean, cov = moments.mean_cov()
-        run.barrier()
-        if compute.rank > 0:
-            return n, mean, cov, None, None
-        features, logits = (torch.from_numpy(np.array(array)) for array in (features, logits))
-    readable = logits.any(1)                           # rows of unreadable images stay 0
-    return n, mean, cov, features[readable], logits[readable]
+def progress(batches, what):
+    """A progress bar around batches, on rank 0 of a terminal."""
+    return tqdm(batches, what, disable=run.get_rank() > 0 or not sys.stderr.isatty())
 
 
 # --------------------------------------------------------------------------------------------------
-# Samples and training images
+# Samples: number i depends on (--seed, i) alone
 
-def training_images(checkpoint, path, args, compute):
+def sample_labels(indices, num_classes, args):
+    """Class of each sample (b,) int64: in turn, or at random from (--seed, index)."""
+    if args.labels == "turn":
+        return torch.as_tensor(indices) % num_classes
+    return torch.tensor([int(np.random.default_rng((args.seed, i)).integers(num_classes))
+                         for i in map(int, indices)])
+
+
+@torch.no_grad()
+def sample_images(model, process, ae, indices, args, device):
+    """Samples number `indices`, whatever the batch or rank: (b, 3, H, W) uint8."""
+    options = dict(steps=args.steps, noise=NoiseStream(args.seed, indices),
+                   cfg_interval=tuple(args.cfg_interval))
+    if isinstance(process, Interpolant):
+        options["sampler"] = args.sampler
+    if model.num_classes:
+        options["y"] = sample_labels(indices, model.num_classes, args).to(device)
+        options["cfg"] = args.cfg
+    shape = (len(indices), model.in_channels, *model.input_size)
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+        z = process.sample(model, shape, **options)
+    images = to_uint8(ae.decode(ae.denormalize(z)))    # float32: bf16 is coarser than a grey level
+    return jpeg_round_trip(images) if args.jpeg else images
+
+
+def shared_array(path, shape):
     """
-    What the samples of a run are compared with: a set of data.py; None, and a line that says so,
-    if the run's own data is not on this machine and no other was given.
+    A memory-mapped uint8 array for the ranks to write their rows into: 50,000 images of 256 px are
+    10 GB. Its file at path loses its name at once, so a killed run leaves nothing behind.
     """
-    data, size = args.data or checkpoint["data"], checkpoint["image_size"]
+    if run.get_rank() == 0:
+        create_array(f"{path} of {shape[0]:,} rows", path, np.uint8, shape)
+    run.barrier()
+    array = np.load(path, mmap_mode="r+")
+    run.barrier()
+    if run.get_rank() == 0:
+        path.unlink()
+    return array
+
+
+def rank_batches(n, batch_size):
+    """Row numbers of this rank, every world-th of n, in arrays of at most batch_size."""
+    rows = np.arange(run.get_rank(), n, run.get_world_size())
+    return np.array_split(rows, math.ceil(len(rows) / batch_size)) if len(rows) else []
+
+
+def write_samples(draw, samples, out, args):
+    """
+    All samples of draw(indices) into samples (N, H, W, 3); then, in the place of an earlier
+    sampling's, out/grid.png, samples.npz for the ADM suite, and with --folder images/NNNNNN.png.
+    returns  the seconds that drawing took
+    """
+    first, pending = run.get_rank() == 0, out / ".images"
+    if first:
+        shutil.rmtree(pending, ignore_errors=True)     # of a sampling that was killed
+        pending.mkdir()
+    run.barrier()
+    start = time.perf_counter()
+    for indices in progress(rank_batches(len(samples), args.batch_size), "sampling"):
+        samples[indices] = draw(indices).movedim(1, -1).cpu().numpy()
+        for i in indices if args.folder else ():
+            Image.fromarray(samples[i]).save(pending / f"{i:06d}.png")
+    run.barrier()
+    seconds = time.perf_counter() - start
+    if first:
+        image_grid(torch.from_numpy(samples[:64]).movedim(-1, 1) / 255, out / "grid.png")
+        run.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
+        for path in list((out / "images").glob("??????*.png")):
+            if path.stem.isdecimal():
+                path.unlink()
+        for path in pending.iterdir():
+            (out / "images").mkdir(exist_ok=True)
+            path.rename(out / "images" / path.name)
+        pending.rmdir()
+        print(f"wrote {out}/grid.png, {out}/samples.npz" + f", {out}/images/" * args.folder)
+    return seconds
+
+
+# --------------------------------------------------------------------------------------------------
+# Inception statistics of samples and of training images
+
+def fid_at(n):
+    """The name FID@n; and a line, where n images are few."""
+    if n < 10_000:
+        run.print0(f"FID@{n}: with fewer than 10,000 images FID is biased upwards; compare it "
+                   "only with FID at the same N")
+    return f"FID@{n}"
+
+
+def uint8_batches(dataset, batch_size, workers, device):
+    """This rank's share of a set, once and in order: (b, 3, H, W) uint8 and row numbers (b,)."""
+    rank, world = run.get_rank(), run.get_world_size()
+    for images, _, rows in val_batches(dataset, batch_size * world, rank, world, workers, device):
+        yield to_uint8(images), rows.numpy()
+
+
+def inception_statistics(inception, batches, keep, device):
+    """
+    Stream this rank's batches of (uint8 images, row numbers) through Inception.
+    keep     row numbers whose features and logits are wanted, for metrics that cannot be streamed
+    returns  n, mean, covariance over all ranks; on rank 0 the kept features (k, 2048) and logits
+             (k, 1008) in the order of their rows, else None
+    """
+    moments, kept = Moments(2048, device), []
+    for images, rows in progress(batches, "Inception"):
+        features, logits = inception(images)
+        moments.add(features)
+        wanted = np.isin(rows, keep)
+        kept.append((rows[wanted], features.cpu().numpy()[wanted], logits.cpu().numpy()[wanted]))
+    n, mean, cov = moments.mean_cov()
+    parts = [kept] * run.get_world_size() if run.get_rank() == 0 else None
+    if dist.is_initialized():                          # 0.6 GB for 50,000 samples
+        dist.gather_object(kept, parts)
+    if not parts:
+        return n, mean, cov, None, None
+    rows, features, logits = map(np.concatenate, zip(*itertools.chain(*parts)))
+    order = np.argsort(rows)
+    return n, mean, cov, torch.from_numpy(features[order]), torch.from_numpy(logits[order])
+
+
+def training_images(checkpoint, args):
+    """What the samples of a run are compared with; None, and a line, if it is not here."""
     try:
-        train_set, _ = open_data(data, size, seed=checkpoint["data_seed"])
+        train_set, _ = open_data(args.data or checkpoint["data"], checkpoint["image_size"],
+                                 seed=checkpoint["data_seed"])
     except (FileNotFoundError, ValueError) as error:
-        absent = isinstance(error, FileNotFoundError) or data == "cifar10"
-        if args.data or not absent:
+        if args.data:
             raise
-        compute.say(f"{path}: its training images, {data}, are not here, so the samples are "
-                    "compared with nothing; --data names them")
+        run.print0(f"{error}; the samples are compared with nothing unless --data names the "
+                   "training images")
         return None
-    if len(train_set) < 2:
-        raise ValueError(f"--data {data or 'built-in'}: has a single training image, and no "
-                         "Frechet distance to it; give two or more")
+    run.need(len(train_set) > 1, f"--data {args.data or checkpoint['data'] or 'built-in'}: has a "
+             "single training image, and no Frechet distance to it; give two or more")
     return spread(train_set, args.reference_images or len(train_set))
 
 
-def stored_statistics(reference_set):
+def reference_statistics(images, inception, args, device):
     """
-    Where the Inception statistics of a set are kept, what they are of, and the arrays if they are
-    there, else None; ValueError if they are of something else, or damaged.
+    mu, sigma and features of a set from out/reference, where the set's content names the file; else
+    made now and kept there. None on ranks above 0 if made, on all without inception.
+    raises   ValueError if the file is damaged
     """
-    identity = run.broadcast_from_rank0(lambda: images_hash(reference_set))
-    file = pathlib.Path("out/reference") / f"{identity}-{reference_set.size}.npz"
-    how = dict(images=identity, size=reference_set.size, n=len(reference_set),
-               crop="ADM centre crop, 8 bit", network="torch-fidelity")
-    stored = None
+    identity = run.broadcast_from_rank0(lambda: images_hash(images))
+    file = Path("out/reference") / f"{identity}-{images.size}.npz"
+    how = json.dumps(dict(images=identity, size=images.size, n=len(images),
+                          crop="ADM centre crop, 8 bit", network="torch-fidelity"))
     if run.broadcast_from_rank0(file.exists):            # another run may be writing it just now
         stored = read_npz(file, "mu", "sigma", "features", "how")
-    if stored is not None and (len(stored) < 4 or str(stored["how"]) != json.dumps(how)):
-        raise ValueError(f"{file}: statistics of {stored.get('how')}, wanted {json.dumps(how)}; "
-                         "remove the file")
-    return file, how, stored
-
-
-def reference_statistics(inception, reference_set, folder, args, compute):
-    """
-    mu, sigma and features of a set of data.py, from out/reference, or made now and kept there.
-    folder   for files of the meantime; args: batch_size, workers
-    """
-    reference, how, stored = stored_statistics(reference_set)
-    if stored:                                         # on all ranks: rank 0 writes it later
+        run.need(len(stored) == 4 and str(stored["how"]) == how,
+                 f"{file}: statistics of {stored.get('how')}, wanted {how}; remove the file")
         return stored
-    loader = val_batches(reference_set, args.batch_size * compute.world, rank=compute.rank,
-                         world=compute.world, workers=args.workers, device=compute.device)
-    batches = ((to_uint8(images), indices.numpy()) for images, _, indices in loader)
-    # spread over the classes
-    keep = np.unique(np.linspace(0, len(reference_set) - 1, 10_000).astype(np.int64))
-    n, mu, sigma, features, _ = inception_statistics(inception, batches, keep, folder, compute)
-    if compute.rank == 0:
-        run.write_atomic(reference, lambda file: np.savez(
-            file, mu=mu.numpy(), sigma=sigma.numpy(), features=features.numpy(), readable=n,
-            how=json.dumps(how)))
-    run.barrier()
-    return stored_statistics(reference_set)[2]
+    if not inception:
+        return None
+    batches = uint8_batches(images, args.batch_size, args.workers, device)
+    keep = np.linspace(0, len(images) - 1, 10_000).astype(np.int64)     # spread over the classes
+    n, mu, sigma, features, _ = inception_statistics(inception, batches, keep, device)
+    if run.get_rank() > 0:
+        return None
+    made = dict(mu=mu.numpy(), sigma=sigma.numpy(), features=features.numpy())
+    run.write_atomic(file, lambda out: np.savez(out, **made, readable=n, how=how))
+    return made
 
 
-def inception_metrics(inception, samples, reference, folder, args, compute):
-    """
-    FID, IS, KID, precision and recall of samples (N, H, W, 3) against reference_statistics; on
-    ranks above 0 only FID.
-    """
-    from torch_fidelity.metric_isc import isc_features_to_metric
-    from torch_fidelity.metric_kid import kid_features_to_metric
-    from torch_fidelity.metric_prc import prc_features_to_metric
-    n, rank, world = len(samples), compute.rank, compute.world
-    warn_small(n, compute)
-    chunks = np.array_split(np.arange(rank, n, world),
-                            max(1, math.ceil(n / world / args.batch_size)))
-    batches = ((torch.from_numpy(samples[i]).movedim(-1, 1), i) for i in chunks if len(i))
-    _, mean, cov, fake, logits = inception_statistics(inception, batches, np.arange(n), folder,
-                                                      compute)
-    values = {f"FID@{n}": frechet_distance(mean, cov, reference["mu"], reference["sigma"])}
-    if rank == 0:
-        values["IS"] = isc_features_to_metric(logits, splits=min(10, n))["inception_score_mean"]
-        # the rest on at most 10,000 of each
-        fake, real = fake[:10_000], torch.from_numpy(reference["features"])
-        size = min(1000, len(fake), len(real))
-        kid = kid_features_to_metric(fake, real, kid_subset_size=size, verbose=False)
-        values[f"KID_x1e3_subset{size}"] = 1000 * kid["kernel_inception_distance_mean"]
-        if min(len(fake), len(real)) > 3:
-            found = prc_features_to_metric(fake, real, verbose=False)
-            values |= {k: float(v) for k, v in found.items() if k in ("precision", "recall")}
-    return values
-
-
-def read_reference(reference_set, inception, out, args, compute):
-    """
-    What samples are compared with: the Inception network and the statistics of a set of data.py, or
-    None; count, for the metrics that need no weights, and on rank 0 so many of the images (count,
-    3, H, W) uint8. Without a set all are None, or 0.
-    """
-    found = SimpleNamespace(network=None, statistics=None, count=0, images=None)
-    if reference_set is None:
-        return found
-    found.network = inception()
-    if found.network:
-        found.statistics = reference_statistics(found.network, reference_set, out, args, compute)
-    found.count = min(args.num_samples, len(reference_set), 2048)  # in memory, unlike all else here
-    if compute.rank == 0:
-        batches = val_batches(spread(reference_set, found.count), args.batch_size)
-        found.images = torch.cat([to_uint8(images) for images, _, _ in batches])
-    return found
-
-
-def compare(samples, reference, out, args, compute):
-    """{name: number} of samples (N, H, W, 3) uint8 and read_reference; whole on rank 0 only."""
-    values = {}
-    if reference.network:
-        values = inception_metrics(reference.network, samples, reference.statistics, out, args,
-                                   compute)
-    if reference.images is not None:
-        fake = torch.from_numpy(samples[:reference.count].copy()).movedim(-1, 1)
-        fake, real = (x / 127.5 - 1 for x in (fake, reference.images))
-        for side, distance in sliced_wasserstein(fake, real).items():
-            values[f"SWD_{side}px"] = distance
-        values["spectral_KL"] = spectral_kl(fake, real)
+def inception_metrics(inception, samples, reference, args, device):
+    """FID, IS, KID, precision and recall of samples (N, H, W, 3) on rank 0, else {}."""
+    from torch_fidelity import metric_isc, metric_kid, metric_prc
+    n, name = len(samples), fid_at(len(samples))
+    batches = ((torch.from_numpy(samples[rows]).movedim(-1, 1), rows)
+               for rows in rank_batches(n, args.batch_size))
+    _, mean, cov, fake, logits = inception_statistics(inception, batches, np.arange(n), device)
+    if run.get_rank() > 0:
+        return {}
+    values = {name: frechet_distance(mean, cov, reference["mu"], reference["sigma"])}
+    score = metric_isc.isc_features_to_metric(logits, splits=min(10, n))
+    values["IS"] = score["inception_score_mean"]
+    fake, real = fake[:10_000], torch.from_numpy(reference["features"])
+    size = min(1000, len(fake), len(real))
+    kid = metric_kid.kid_features_to_metric(fake, real, kid_subset_size=size, verbose=False)
+    values[f"KID_x1e3_subset{size}"] = 1000 * kid["kernel_inception_distance_mean"]
+    if min(len(fake), len(real)) > 3:                  # of three nearest neighbours
+        found = metric_prc.prc_features_to_metric(fake, real, verbose=False)
+        values |= {name: float(found[name]) for name in ("precision", "recall")}
     return values
 
 
 # --------------------------------------------------------------------------------------------------
-# Two sets that somebody brings
+# Sets that a user supplies
 
 def read_npz(file, *names):
-    """
-    {name: array} of those names that a .npz holds, nothing unpickled; ValueError if it is damaged,
-    or mu and sigma are no moments.
-    """
+    """{name: array} of those names that a .npz holds, nothing unpickled; ValueError if damaged."""
     try:
         with np.load(file) as archive:
             found = {name: archive[name] for name in names if name in archive.files}
         if {"mu", "sigma"} <= found.keys():
             mu, sigma = found["mu"], found["sigma"]
             finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
-            if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not finite:
-                raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} are no finite mean and "
-                                 "covariance")
+            run.need(mu.ndim == 1 and sigma.shape == 2 * mu.shape and finite,
+                     f"mu {mu.shape} and sigma {sigma.shape} are no finite mean and covariance")
     except Exception as error:                         # a damaged file breaks its reader in any way
-        raise ValueError(f"{file}: no usable .npz ({reason(error)}); remove it, or make it "
+        raise ValueError(f"{file}: no usable .npz ({run.reason(error)}); remove it, or make it "
                          "anew") from None
     return found
 
 
-class Pixels:
-    """Images (N, H, W, 3) uint8 as a source of data.py."""
+class ImageArray:
+    """Images (N, H, W, 3) uint8 as a source of common.data."""
 
     def __init__(self, images):
         self.images, self.names = images, np.arange(len(images)).astype(str)
@@ -238,104 +251,66 @@ class Pixels:
         return Image.fromarray(self.images[row])
 
 
-class Brought(NamedTuple):
-    """
-    A set as it was brought: images as a source of data.py, or moments (mu, sigma); side: the pixels
-    of an npz's images, None where that is not known yet.
-    """
-    spec: str
-    source: object
-    moments: tuple | None
-    side: int | None
-
-
 def open_set(spec):
     """
-    A folder, a zip, 'cifar10', an npz of images (arr_0) or of statistics (mu, sigma) as Brought.
-    raises   FileNotFoundError or ValueError in one line that begins with spec
+    A folder, a zip, 'cifar10', or an npz of images (arr_0) or of statistics (mu, sigma).
+    returns  spec; n; source of common.data and moments (mu, sigma), one of them None; side, the
+             pixels of an npz's images if known, else None
     """
-    known = ("a folder or .zip of images, an .npz of images (arr_0) or of statistics (mu, sigma), "
-             "or 'cifar10'")
-    path = pathlib.Path(spec)
-    if not path.exists() and spec != "cifar10":
-        raise FileNotFoundError(f"{spec}: no such folder, .zip or .npz; give {known}")
-    if path.suffix.lower() != ".npz" or path.is_dir():
-        if path.is_file() and path.suffix.lower() != ".zip":
-            raise ValueError(f"{spec}: neither a folder nor a .zip nor an .npz; give {known}")
-        with named_without_flag():
-            source = open_source(spec)
-    else:
+    path, side = Path(spec), None
+    if path.suffix.lower() == ".npz" and path.is_file():
         found = read_npz(spec, "mu", "sigma", "arr_0", "how")
         if {"mu", "sigma"} <= found.keys():
-            side = None
-            with contextlib.suppress(Exception):       # as reference_statistics writes it
-                side = int(json.loads(str(found["how"]))["size"])
-            return Brought(spec, None, (found["mu"], found["sigma"]), side)
-        images = found.get("arr_0")
-        if (images is None or images.dtype != np.uint8 or images.ndim != 4
-                or images.shape[-1] != 3):
-            raise ValueError(f"{spec}: holds neither mu and sigma nor arr_0 (N, H, W, 3) uint8")
-        source = Pixels(images)
+            moments = found["mu"], found["sigma"]
+            with contextlib.suppress(Exception):       # of those in out/reference
+                side = json.loads(str(found["how"]))["size"]
+            return SimpleNamespace(spec=spec, n=None, source=None, moments=moments, side=side)
+        images = found.get("arr_0", np.empty(0))
+        run.need(images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3,
+                 f"{spec}: holds neither mu and sigma nor arr_0 (N, H, W, 3) uint8")
+        source, side = ImageArray(images), min(images.shape[1:3])
+    else:
+        run.need(path.suffix.lower() == ".zip" or not path.is_file(),
+                 f"{spec}: neither a folder nor a .zip nor an .npz; give a folder or .zip of "
+                 "images, an .npz of images (arr_0) or of statistics (mu, sigma), or 'cifar10'")
+        source = open_source(spec)
     n = len(source.names)
-    if n < 2:
-        raise ValueError(f"{spec}: needs two images or more, holds {n}")
-    side = min(source.images.shape[1:3]) if isinstance(source, Pixels) else None
-    return Brought(spec, source, None, side)
-
-
-@contextlib.contextmanager
-def named_without_flag():
-    """What data.py says of --data is true of an argument without that flag."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        if not str(error).startswith("--data "):
-            raise
-        raise type(error)(str(error).removeprefix("--data ")) from None
+    run.need(n > 1, f"{spec}: needs two images or more, holds {n}")
+    return SimpleNamespace(spec=spec, n=n, source=source, moments=None, side=side)
 
 
 def common_side(source):
     """The shorter side that all readable images of a source share, else None."""
     sides = set()
     for row in range(len(source.names)):
-        with contextlib.suppress(Exception):           # decoders raise anything; it is said later
+        with contextlib.suppress(Exception):           # of unreadable images, which are named later
             sides.add(min(source.image(row).size))
         if len(sides) > 1:
             return None
     return sides.pop() if sides else None
 
 
-def meeting_side(sets, asked=None):
+def common_resolution(sets, asked=None):
     """
-    The pixels a side at which Brought sets are compared: those asked for, else those of the npz,
-    else those of all pictures of the folders and zips; 256, with a line that says so, where these
-    are several. None if there are only statistics that do not know theirs.
-    raises   ValueError if statistics are of images of another size
+    The pixels a side at which sets of open_set are compared: those asked for, else an npz's, else
+    the shorter side of all images; 256, with a line, where there are several. None if unknown.
     """
-    side, sides = asked, {entry.side for entry in sets} - {None}
-    if not side:
-        sides = sides or {common_side(entry.source) for entry in sets if entry.source}
-        if not sides:
-            return None
-        side = sides.pop() if len(sides) == 1 else None
-    if not side:
+    sides = {asked} if asked else {entry.side for entry in sets} - {None}
+    sides = sides or {common_side(entry.source) for entry in sets if entry.source}
+    side = next(iter(sides), None)
+    if len(sides) > 1 or None in sides:
         side = 256
         print("the images have no common size and are compared at 256 px; --image_size says "
               "another")
     for entry in sets:
-        if entry.moments and entry.side not in (None, side):
-            raise ValueError(f"{entry.spec}: statistics of images of {entry.side} px, not of "
-                             f"{side}; --image_size {entry.side} compares at theirs")
+        run.need(not entry.moments or entry.side in (None, side), f"{entry.spec}: statistics of "
+                 f"images of {entry.side} px, not of {side}; compare at --image_size {entry.side}")
     return side
 
 
-def brought_moments(entry, side, inception, batch_size, device):
-    """n, mean, covariance of the Inception features of a Brought set of images, cropped to side."""
-    n, moments = len(entry.source.names), Moments(2048, device)
-    dataset = ImageSet(entry.spec, entry.source, np.arange(n), np.zeros(n, np.int64), [], side)
-    with named_without_flag():
-        for images, _, _ in tqdm(val_batches(dataset, batch_size), unit="batch",
-                                 total=math.ceil(n / batch_size),
-                                 disable=not sys.stderr.isatty()):
-            moments.add(inception(to_uint8(images))[0])
-        return moments.mean_cov()
+def set_statistics(entry, size, inception, args, device):
+    """n, mean, covariance of the Inception features of a set of open_set, cropped to size."""
+    rows, labels = np.arange(entry.n), np.zeros(entry.n, np.int64)
+    images = ImageSet(entry.spec, entry.source, rows, labels, [], size)
+    batches = uint8_batches(images, args.batch_size, 0, device)
+    return inception_statistics(inception, batches, [], device)[:3]

@@ -1,9 +1,10 @@
 """
-The formulas behind evaluate.py: how close two images are (PSNR, SSIM), and how close two sets of
-images (Frechet distance, sliced Wasserstein distance, KL of radial spectra). PSNR and SSIM are per
-image, (B,), so that any split over batches and processes averages to the same number. Inception
-score, KID, precision and recall are torch-fidelity's own functions, and so are the Inception
-network and its weights. Images (B, 3, H, W) in [-1, 1].
+How close two images are (PSNR, SSIM), and how close two sets of images (Frechet distance, sliced
+Wasserstein distance, KL of radial spectra). The Inception network is torch-fidelity's, and so are
+the Inception score, KID, precision and recall in analysis/fid.py.
+
+Images (B, 3, H, W) in [-1, 1]. PSNR and SSIM are per image, (B,), so that any division into batches
+and processes averages to the same number.
 """
 import contextlib
 import io
@@ -29,9 +30,8 @@ def to_uint8(images):
 
 def jpeg_round_trip(images):
     """
-    What is left of images once they are files of PIL's default JPEG, quality 75 with halved colour,
-    as Image.save("x.jpg") and torchvision's save_image write them.
-    images   (B, 3, H, W) uint8;  returns  the same, read again
+    (B, 3, H, W) uint8 written and read as PIL's default JPEG, quality 75 with halved colour, as
+    Image.save("x.jpg") and torchvision's save_image write it.
     """
     read = []
     for image in images.movedim(1, -1).cpu().numpy():  # (H, W, 3)
@@ -44,8 +44,7 @@ def jpeg_round_trip(images):
 def psnr(a, b):
     """
     Peak signal-to-noise ratio, dB, on 8-bit rounded images: 10 log10(255^2 / MSE).
-    a, b     (B, 3, H, W) in [-1, 1]
-    returns  (B,) float32; identical images count 100 dB
+    (B, 3, H, W) in [-1, 1] -> (B,) float32; identical images count 100 dB
     """
     mse = (to_uint8(a).float() - to_uint8(b).float()).square().flatten(1).mean(1)
     return 10 * torch.log10(255 ** 2 / mse.clamp_min(255 ** 2 * 1e-10))
@@ -55,12 +54,9 @@ def ssim(a, b, data_range=2.0):
     """
     Structural similarity (Wang et al. 2004): 11x11 Gaussian window of sigma 1.5, K = (0.01, 0.03),
     only windows that fit inside, per channel, then the mean over channels and windows.
-    a, b     (B, C, H, W), sides of at least 11 (else ValueError); data_range 2 for [-1, 1]
+    a, b     (B, C, H, W), sides of at least 11; data_range 2 for [-1, 1]
     returns  (B,) float32, 1 for identical images
     """
-    H, W = a.shape[-2:]
-    if min(H, W) < 11:
-        raise ValueError(f"ssim: images of {H}x{W} are smaller than its 11x11 window")
     a, b = a.float(), b.float()
     C = a.shape[1]
     taps = torch.exp(-0.5 * ((torch.arange(11, device=a.device) - 5) / 1.5) ** 2)
@@ -94,12 +90,9 @@ class Moments:
         self.sums += rows.T @ rows
 
     def mean_cov(self):
-        """n (int), mean (D,), covariance (D, D), unbiased, over all ranks; ValueError if n < 2."""
+        """n (int) >= 2, mean (D,), covariance (D, D), unbiased, over all ranks."""
         sums = run.all_sum(self.sums.clone()).cpu()
         n, total = sums[0, 0], sums[0, 1:]
-        if n < 2:
-            raise ValueError(f"a set of {int(n)} images has no covariance, and so no Frechet "
-                             "distance; give two or more")
         covariance = (sums[1:, 1:] - torch.outer(total, total) / n) / (n - 1)
         return int(n), total / n, covariance
 
@@ -107,18 +100,16 @@ class Moments:
 def frechet_distance(mean1, cov1, mean2, cov2):
     """
     |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), float64 (Heusel et al. 2017).
-    The trace of the root needs two symmetric eigendecompositions and no sqrtm: (cov1 cov2)^(1/2)
-    has the eigenvalues of (A' cov2 A)^(1/2), A A' = cov1. Covariances of few images are singular:
-    A has only as many columns as there are eigenvalues above rounding, for the root of a rounded 0
-    is no small number.
     mean (D,), cov (D, D) tensors or arrays -> float >= 0; what rounding leaves between equal sets,
     below a billionth of the traces, is 0
     """
     moments = (mean1, cov1, mean2, cov2)
     mean1, cov1, mean2, cov2 = (torch.as_tensor(a, dtype=torch.float64) for a in moments)
+    # without sqrtm: (cov1 cov2)^(1/2) has the eigenvalues of (A' cov2 A)^(1/2), A A' = cov1
     values, vectors = torch.linalg.eigh(cov1)                              # ascending
-    real = values > 10 * torch.finfo(values.dtype).eps * values[-1]
-    A = vectors[:, real] * values[real].sqrt()                             # (D, rank)
+    # of few images cov1 is singular: leave out the rounded zeros, whose roots are not small
+    positive = values > 10 * torch.finfo(values.dtype).eps * values[-1]
+    A = vectors[:, positive] * values[positive].sqrt()                     # (D, rank)
     overlap = torch.linalg.eigvalsh(A.T @ cov2 @ A).clamp_min(0).sqrt().sum()
     traces = cov1.trace() + cov2.trace()
     distance = (mean1 - mean2).square().sum() + traces - 2 * overlap
@@ -127,14 +118,12 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 def frechet_parts(samples, reconstructions, images):
     """
-    A Frechet distance of samples taken apart: what the autoencoder loses and what diffusion adds.
-    Distances do not add up, so the two parts are not shares of the total.
-    samples, reconstructions, images  (mean, covariance) each; reconstructions of these very images,
-             from posterior samples, which are what diffusion learns to draw
-    returns  total      FD,  samples to images: what tables show as (g)FID
-             decoder    rFD, reconstructions to images: 0 for a lossless autoencoder
-             diffusion  dFD, samples to reconstructions: 0 for a diffusion model that draws its
-                        latents perfectly, whatever the decoder makes of them
+    What the autoencoder loses and what diffusion adds. The parts do not add up to the total.
+    samples, reconstructions, images  (mean, covariance) each; reconstructions of these images from
+             posterior samples, which are what diffusion learns to draw
+    returns  FD,  samples to images: what tables show as (g)FID
+             rFD, reconstructions to images: 0 for a lossless autoencoder
+             dFD, samples to reconstructions: 0 for a perfect diffusion model, whatever the decoder
     """
     return (frechet_distance(*samples, *images), frechet_distance(*reconstructions, *images),
             frechet_distance(*samples, *reconstructions))
@@ -142,25 +131,23 @@ def frechet_parts(samples, reconstructions, images):
 
 def load_inception(device):
     """
-    The FID Inception network, float32:
-    (B, 3, H, W) uint8 -> (B, 2048) features and (B, 1008) logits without bias.
-    raises   FileNotFoundError saying what to fetch and where to put it when its weights can be
-             neither found nor downloaded, ValueError when they are damaged
+    FID's Inception, float32: (B, 3, H, W) uint8 -> (B, 2048) features, (B, 1008) unbiased logits.
+    FileNotFoundError if its weights can be neither found nor downloaded, ValueError if damaged.
     """
     from torch_fidelity import feature_extractor_inceptionv3 as fidelity
     url = fidelity.URL_INCEPTION_V3
-    place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     try:
         with contextlib.redirect_stdout(sys.stderr):
             network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat",
                                                            ["2048", "logits_unbiased"])
-    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError):  # cut short, or another
-        raise ValueError(f"{place}: not the Inception weights; remove the file, it is fetched anew "
+    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError):
+        raise ValueError(f"{path}: not the Inception weights; remove the file, it is fetched anew "
                          f"from {url}") from None
     except OSError as error:  # no network, or it broke off
         reason = getattr(error, "reason", error)
         raise FileNotFoundError("no FID: the Inception weights could not be downloaded "
-                                f"({reason}); fetch {url} and put it at {place}") from None
+                                f"({reason}); fetch {url} and put it at {path}") from None
     network = network.to(device, memory_format=torch.channels_last)
 
     def features(images):
@@ -188,16 +175,12 @@ def laplacian_pyramid(images, smallest=16):
 def sliced_wasserstein(samples, reference, seed=0, patches=64, directions=256):
     """
     Sliced Wasserstein distance of 7x7 patches on a Laplacian pyramid (Karras et al. 2018), x 1000.
-    samples, reference  (N, 3, H, W) of one size; the first min(N) of each are used, with the same
-             patch positions on both
-    returns  {side: distance} from fine to coarse. Unlike there, both sets are scaled by the
-             reference's mean and standard deviation per channel (not each by its own), so that
-             missing contrast counts
+    samples, reference  (N, 3, H, W) of one size; the first min(N) of each are used
+    returns  {side: distance} from fine to coarse
     """
     N = min(len(samples), len(reference))
-    image = torch.arange(N).repeat_interleave(patches)[:, None, None]
-    offset = torch.arange(7)
-    result = {}
+    image, offset = torch.arange(N).repeat_interleave(patches)[:, None, None], torch.arange(7)
+    distances = {}
     pyramids = (laplacian_pyramid(x[:N].float()) for x in (samples, reference))
     for a, b in zip(*pyramids):
         generator = torch.Generator().manual_seed(seed)
@@ -205,15 +188,16 @@ def sliced_wasserstein(samples, reference, seed=0, patches=64, directions=256):
         corner = torch.randint((H - 6) * (W - 6), (N * patches,), generator=generator)
         rows = (corner // (W - 6))[:, None] + offset  # (N*patches, 7) of each patch
         columns = (corner % (W - 6))[:, None] + offset
-        place = (image, slice(None), rows[:, :, None], columns[:, None, :])
-        a, b = a[place].movedim(-1, 1), b[place].movedim(-1, 1)  # (N*patches, 3, 7, 7)
+        at = (image, slice(None), rows[:, :, None], columns[:, None, :])
+        a, b = a[at].movedim(-1, 1), b[at].movedim(-1, 1)  # (N*patches, 3, 7, 7)
+        # both by the reference's mean and std, not each by its own: missing contrast counts
         mean = b.mean((0, 2, 3), keepdim=True)
         std = b.std((0, 2, 3), keepdim=True).clamp_min(1e-8)
         a, b = ((x - mean).div(std).flatten(1) for x in (a, b))
         axes = F.normalize(torch.randn(a.shape[1], directions, generator=generator), dim=0)
         gap = (a @ axes).sort(0).values - (b @ axes).sort(0).values
-        result[H] = 1000 * gap.abs().mean().item()
-    return result
+        distances[H] = 1000 * gap.abs().mean().item()
+    return distances
 
 
 def spectral_kl(samples, reference, n_bins=16):
