@@ -22,11 +22,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import run
-from common.data import ImageSet, open_data, spread, val_batches
-from common.latents import create_array, images_hash
+from common.data import ImageSet, images_hash, open_data, open_source, spread, val_batches
+from common.latents import create_array
 from common.metrics import Moments, frechet_distance, sliced_wasserstein, spectral_kl, to_uint8
 from common.run import reason
-from common.sources import open_source
 
 
 def warn_small(n, compute):

@@ -26,10 +26,9 @@ import torch.nn.functional as F
 
 from analysis.published import CURVES, TARGET, divergence
 from common import run
-from common.data import open_data, val_batches
+from common.data import center_crop, open_data, open_image, to_rgb, val_batches
 from common.metrics import psnr
 from common.run import reason
-from common.sources import center_crop, open_picture, to_rgb
 from common.weights import load_autoencoder
 from losses import esm_loss
 from repa import filter_target, load_encoder
@@ -431,7 +430,7 @@ def latents_figure(args, device):
 def image_file(path, size, device):
     """One picture, cropped, as (1, 3, size, size) on device; ValueError if it cannot be read."""
     try:
-        pixels = np.array(center_crop(to_rgb(open_picture(path)), size))
+        pixels = np.array(center_crop(to_rgb(open_image(path)), size))
     except Exception as error:                         # no such file, or what decoders raise
         why = getattr(error, "strerror", None) or reason(error)
         raise ValueError(f"--image {path}: {why}; give another file") from None

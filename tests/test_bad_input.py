@@ -34,8 +34,7 @@ import torch
 from PIL import Image
 
 from common import data, run
-from common.data import open_data
-from common.latents import images_hash
+from common.data import images_hash, open_data
 from conftest import ROOT, run_main
 
 TINY = "--preset quick --batch_size 4 --device cpu --steps 0"

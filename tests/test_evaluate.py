@@ -21,9 +21,8 @@ import train_diffusion
 from analysis import fid, figures, published, samples
 from analysis.figures import pca_rgb, unique_names
 from common import run
-from common.data import ImageSet, open_data
+from common.data import ImageSet, open_data, open_source
 from common.metrics import jpeg_round_trip, ssim, to_uint8
-from common.sources import open_source
 from common.weights import load_autoencoder, load_diffusion
 from conftest import run_main
 from test_train_diffusion import flags_of

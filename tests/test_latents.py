@@ -14,8 +14,8 @@ from PIL import Image
 
 from common import latents
 from common.builtin import BuiltInImages
-from common.data import open_data, stream_entries, take
-from common.latents import LatentCache, build_cache, images_hash
+from common.data import images_hash, open_data, stream_entries, take
+from common.latents import LatentCache, build_cache
 from common.weights import autoencoder_hash
 from vae import AEConfig, AutoencoderKL
 
