@@ -109,7 +109,7 @@ class Files:
         # arrays, which workers share: zipfile's objects take 0.6 GB per million images
         self.names = np.array([os.fsencode(name) for name in images])
         self.places = np.array([found[name] for name in images], np.int64)     # see _list_zip
-        self.tables = {name: found[name] for name in found if Path(name).name == "dataset.json"}
+        self.tables = {name: found[name] for name in found if name.endswith("dataset.json")}
 
     def _list_folder(self, spec):
         """{name: ()} of all files below."""
@@ -117,26 +117,27 @@ class Files:
                                     f"({error.strerror})")     # os.walk alone would say nothing
         found = {}
         for folder, folders, files in os.walk(self.path, onerror=refuse, followlinks=True):
-            inside = Path(folder).relative_to(self.path)
-            need(len(inside.parts) < 30, f"--data {spec}: {folder!r} lies 30 folders deep; one of "
+            inside = Path(folder).relative_to(self.path).as_posix()
+            need(inside.count("/") < 30, f"--data {spec}: {folder!r} lies 30 folders deep; one of "
                  "them is a link back to a folder that it lies in")
             folders[:] = [name for name in folders if name[0] != "."]
-            found |= {(inside / name).as_posix(): () for name in files}
+            found |= {normpath(f"{inside}/{name}"): () for name in files}
         return found
 
     def _list_zip(self, spec):
         """{name: (offset, compressed size, size, CRC-32, compression)} of all files in it."""
         try:
             with zipfile.ZipFile(self.path) as archive:
-                entries = [e for e in archive.infolist() if not e.filename.endswith(("/", "\\"))]
+                entries = archive.infolist()
         except Exception as error:         # a damaged directory breaks zipfile in many ways
             raise ValueError(f"--data {spec}: not a readable zip ({reason(error)}); "
                              "pack it anew") from None
-        images = [e.filename for e in entries if e.filename.lower().endswith(EXTENSIONS)]
-        separator = "\\" if all("\\" in name for name in images) else "/"      # Windows, or not
-        return {normpath(e.filename.replace(separator, "/")).lstrip("/"):
+        encrypted = [e.filename for e in entries if e.flag_bits & 1]
+        need(not encrypted, f"--data {spec}: is encrypted; pack it anew")
+        # Windows may write \ for /; what ends in it is a folder
+        return {normpath(e.filename.replace("\\", "/")).lstrip("/"):
                 (e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type)
-                for e in entries}
+                for e in entries if e.filename[-1:] not in ("/", "\\")}
 
     def read(self, name, place):
         """The bytes of one file; raises anything if it is damaged."""
@@ -150,7 +151,7 @@ class Files:
             file.seek(offset)
             # the local header: 30 bytes, then name and extra field
             file.seek(sum(struct.unpack("<26xHH", file.read(30))), os.SEEK_CUR)
-            return zipfile.ZipExtFile(file, "r", e).read()         # at most file_size; checks CRC
+            return zipfile.ZipExtFile(file, "r", e).read(e.file_size)  # no bomb; compares the CRC
 
     def image(self, row):
         data = self.read(os.fsdecode(self.names[row]), self.places[row])
@@ -254,9 +255,8 @@ def _read_labels(spec, source, names):
             need(labels.dtype == np.int64 and 0 <= labels.min() <= labels.max() < 1_000_000,
                  "a label is no class number")
         except Exception as error:         # a damaged file breaks this in any way
-            raise ValueError(f"--data {spec}: {place}: needs \"labels\": null, or [[name, class "
-                             f"number], ...] of all images ({reason(error)}); write it anew, or "
-                             "remove it") from None
+            raise ValueError(f"--data {spec}: {place}: needs \"labels\": null or [[name, number], "
+                             f"...] of all images ({reason(error)}); write it anew") from None
         return labels, [str(k) for k in range(labels.max() + 1)] if table else []
     folders = [name[len(folder):].rpartition("/")[0].partition("/")[0] for name in names]
     classes = sorted(set(folders))

@@ -37,7 +37,8 @@ def file_lock(path):
     Hold a lock, the file at path, once no other process does; it ends with its process. Yields
     whether it is held: where there are no locks, a line says so and the block runs all the same.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):             # a file: open() says it better
+        path.parent.mkdir(parents=True, exist_ok=True)
     held = False
     while not held:
         file = open(path, "a")
