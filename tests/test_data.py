@@ -10,7 +10,6 @@ import subprocess
 import sys
 import zipfile
 from itertools import islice
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -106,7 +105,7 @@ def test_dead_leaves_have_the_power_law_of_photographs(size):
 def test_discs_have_a_steeper_spectrum_than_leaves(size):
     """At every size."""
     def alpha(kind):
-        _, images = open_data(kind, size, val_images=40)
+        images = BuiltInImages(size, 40, kind=kind)
         images = torch.stack([images[i][0] for i in range(40)]) / 127.5 - 1
         return fit_power_law(radial_profile(power_spectrum(images)).mean(0)).item()
     assert 2.8 < alpha("discs") < 3.6 and alpha("leaves") < alpha("discs") - 0.5
@@ -151,19 +150,7 @@ def test_center_crop_is_adms():
     np.testing.assert_array_equal(np.asarray(center_crop(image, 10)), expected)
     image = image.transpose(Image.TRANSPOSE)
     np.testing.assert_array_equal(np.asarray(center_crop(image, 10)), expected.T)
-
-
-@pytest.mark.parametrize("width, height, size",
-                         [(19, 50, 20), (5, 3, 16), (31, 17, 9), (16, 16, 16)])
-def test_center_crop_keeps_a_constant_and_the_centre(width, height, size):
-    """Any shape becomes size x size; a half-turn symmetric image stays so, a constant one too."""
-    half = np.random.default_rng(0).integers(60, 200, (height, width)).astype(float)
-    pixels = ((half + half[::-1, ::-1]) / 2).astype(np.uint8)
-    out = np.asarray(center_crop(Image.fromarray(pixels), size)).astype(int)
-    assert out.shape == (size, size)
-    if (width - height) % 2 == 0 and width % 2 == 0:       # else the centre lies between pixels
-        assert abs(out - out[::-1, ::-1]).max() <= 1
-    assert (np.asarray(center_crop(Image.new("L", (width, height), 77), size)) == 77).all()
+    assert center_crop(Image.new("L", (31, 17)), 9).size == (9, 9)
     with pytest.raises(ValueError, match="elongated"):     # resized, it would fill the memory
         center_crop(Image.new("L", (5000, 1)), 256)
 
@@ -193,14 +180,6 @@ def test_every_mode_becomes_rgb():
     with pytest.raises(ValueError, match="range"):
         to_rgb(Image.new("F", (4, 4)))
 
-
-def test_exif_orientation_is_applied():
-    """Orientation 6 (camera turned): the stored 4x13 image is shown clockwise by 90 degrees."""
-    file, exif = io.BytesIO(), Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(noise(0, 4, 13)).save(file, "PNG", exif=exif)
-    out = np.asarray(to_rgb(Image.open(file)))
-    np.testing.assert_array_equal(out, np.rot90(noise(0, 4, 13), -1))
 
 # ---- which images are held out -------------------------------------------------------------------
 
@@ -233,7 +212,7 @@ def test_how_many_images_are_held_out(n):
 
 
 @pytest.mark.parametrize("tops, held_out_top", [
-    (["train", "test"], "test"), (["train", "val"], "val"), (["train", "val", "test"], "val"),
+    (["train", "test"], "test"), (["train", "val", "test"], "val"),
     (["Training", "Testing"], "Testing"), (["TRAIN", "validation"], "validation"),
     (["train2017", "val2017"], "val2017"), (["training_set", "Test_Set (1)"], "Test_Set (1)"),
     (["train", "valid"], "valid"), (["train", "dev", "others"], "dev"),
@@ -250,12 +229,6 @@ def test_train_and_val_folders_are_the_splits(tmp_path, tops, held_out_top, insi
     assert {n.split("/")[0] for n in names_of(held_out)} == {held_out_top} and len(held_out) == 4
     assert train.classes == held_out.classes == ([inside.split("/")[0], "z"] if inside else [])
 
-
-@pytest.mark.parametrize("classes", ["sandals strainer trainers", "a b test", "bus car train"])
-def test_a_class_may_be_called_train(tmp_path, classes):
-    """Without a val or test beside it."""
-    names = [f"{c}/{i}.png" for c in classes.split() for i in range(2)]
-    assert open_data(make_zip(tmp_path / "x.zip", names), 8)[0].classes == classes.split()
 
 # ---- labels --------------------------------------------------------------------------------------
 
@@ -385,42 +358,6 @@ def test_backslashes_in_a_zip_separate_folders(tmp_path):
         assert names_of(a) == names_of(b) and len(a) == 4 and a.classes == ["a", "b"]
         assert a.labels.tolist() == b.labels.tolist()
         assert all(torch.equal(a[i][0], b[i][0]) for i in range(4))
-
-
-@pytest.mark.parametrize("spec, size, words", [
-    ("missing", 8, "no such folder"), ("empty", 8, "no images"), ("only_text", 8, "no images"),
-    ("one", 8, "single image"), ("mixed", 8, "images beside class"), ("flat", 7, "size >= 8"),
-    ("x.tar", 8, "neither a folder nor a .zip"), ("fake.zip", 8, "not a readable zip"),
-    ("text.zip", 8, "no images"), ("loop", 8, "is a link back"),
-    ("cifar10", 8, "no route; unpack http://host/cifar.tar.gz into data/"),
-])
-def test_bad_input_gets_one_line(tmp_path, monkeypatch, spec, size, words):
-    """Every user error is one line with the flag and its value first, and says what is wrong."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "only_text").mkdir()
-    (tmp_path / "only_text" / "labels.csv").write_text("a,b")
-    make_folder(tmp_path / "mixed", ["a.png", "b.png", "c/d.png"])
-    make_folder(tmp_path / "one", ["a.png"])
-    make_folder(tmp_path / "flat", ["a.png", "b.png"])
-    make_folder(tmp_path / "loop", ["a/a.png", "b/b.png"])
-    (tmp_path / "loop" / "a" / "b").symlink_to("../b")
-    (tmp_path / "loop" / "b" / "a").symlink_to("../a")
-    (tmp_path / "x.tar").write_bytes(b"")
-    (tmp_path / "fake.zip").write_bytes(b"not a zip")
-    make_zip(tmp_path / "text.zip", ["labels.csv", ".a.png", "__MACOSX/._b.png", "../c.png"])
-
-    class Unreachable:
-        url = "http://host/cifar.tar.gz"
-
-        def __init__(self, *args, **kwargs):
-            raise URLError("no route")
-
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", Unreachable)
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
-        open_data(spec, size)
-    message = str(error.value).replace("<urlopen error no route>", "no route")
-    assert message.startswith(f"--data {spec}:") and words in message and "\n" not in message
 
 
 def test_cifar10_keeps_torchvisions_split_and_labels(monkeypatch):
@@ -596,18 +533,6 @@ def test_a_held_out_set_that_is_all_bad_stops(tmp_path):
         list(val_batches(open_data(path, 8)[1], 4))
 
 
-def test_bombs_and_flipped_bits_are_bad_files(tmp_path, monkeypatch):
-    """PIL's limit on pixels holds, and the checksum of a zip is compared."""
-    path = make_zip(tmp_path / "x.zip", ["a.png", "b.png"], zipfile.ZIP_STORED)
-    raw = bytearray(path.read_bytes())
-    raw[raw.index(b"IDAT") + 30] ^= 1
-    path.write_bytes(raw)
-    faults = {image_set.name(0): image_set[0][3] for image_set in open_data(path, 8)}
-    assert "CRC" in faults["a.png"] and not faults["b.png"]
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9 * 11 // 2 - 1)
-    faults = {image_set.name(0): image_set[0][3] for image_set in open_data(path, 8)}
-    assert "bomb" in faults["b.png"]
-
 # ---- packing -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -678,28 +603,19 @@ def test_pack_leaves_bad_files_out_and_stops_past_one_percent(corrupted, tmp_pat
     assert [p.name for p in out.iterdir()] == ["x.zip"] and (out / "x.zip").read_bytes() == packed
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--out", "x.tar"], "must end in .zip"), (["--out", "old.zip"], "--overwrite"),
-    (["--out", "y.zip", "--size", "4"], "--size 4"),
-    (["--out", "y.zip", "--data", "nowhere"], "no such"),
-    (["--out", "old.zip", "--data", "old.zip", "--overwrite"], "is the set itself"),
-    (["--out", "y.zip", "--data", "twins"], "2 images would become a.bmp"),
-    (["--out", "y.zip", "--data", "one"], "a single image"),
-])
-def test_pack_refuses_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments,
-                                                    words):
-    """`data.py: ...` on stderr, code 2, and no file changes."""
+def test_pack_never_writes_over_what_is_there(tmp_path, monkeypatch, capsys):
+    """One line on stderr, exit code 2, and no file changes."""
     monkeypatch.chdir(tmp_path)
     make_zip(tmp_path / "old.zip", ["a.png", "b.png"])
     make_folder(tmp_path / "twins", ["a.png", "a.jpg"])
-    make_folder(tmp_path / "one", ["a.png"])
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.*")}
-    monkeypatch.setattr("sys.argv", ["data.py", "pack", "--workers", "0", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        data.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("data.py: ")
-    assert words in error and error.count("\n") == 1
+    for flags, words in (("--out old.zip", "--overwrite"),
+                         ("--out old.zip --data old.zip --overwrite", "is the set itself"),
+                         ("--out y.zip --data twins", "2 images would become a.bmp")):
+        with pytest.raises(SystemExit) as stop:
+            run_main(data, "pack", "--workers", 0, *flags.split(), monkeypatch=monkeypatch)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and words in error and error.count("\n") == 1
     assert {p: p.read_bytes() for p in tmp_path.rglob("*.*")} == before
 
 
