@@ -23,8 +23,7 @@ from tqdm import tqdm
 import losses
 from analysis.figures import figure_rows, pca_rgb
 from common import run
-from common.data import open_data, train_batches, val_batches
-from common.latents import images_hash
+from common.data import images_hash, open_data, train_batches, val_batches
 from common.metrics import psnr, ssim
 from common.weights import autoencoder_hash, load_autoencoder
 from losses import DSM_MASKS, SCALES, PatchDiscriminator, PerceptualLoss

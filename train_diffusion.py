@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from analysis.figures import image_grid
 from common import run
-from common.data import open_data, take, train_batches
-from common.latents import LatentCache, build_cache, images_hash
+from common.data import images_hash, open_data, take, train_batches
+from common.latents import LatentCache, build_cache
 from common.weights import autoencoder_hash, load_autoencoder
 from dit import DDPM, MODELS, Interpolant, NoiseStream, SiTBlock, UViTBlock
 from repa import DOG_SIGMAS, REPA_KINDS, Projector, alignment_loss, filter_target, load_encoder

@@ -22,10 +22,9 @@ from tqdm import tqdm
 
 from analysis.figures import image_grid
 from common import run
-from common.data import ImageSet, open_data, spread, val_batches
-from common.latents import create_array, images_hash
+from common.data import ImageSet, images_hash, open_data, open_source, spread, val_batches
+from common.latents import create_array
 from common.metrics import Moments, frechet_distance, jpeg_round_trip, to_uint8
-from common.sources import open_source
 from dit import Interpolant, NoiseStream
 
 

@@ -18,9 +18,8 @@ import repa
 import spectral
 from analysis.published import CURVES, TARGET, divergence
 from common import run
-from common.data import open_data, val_batches
+from common.data import center_crop, open_data, open_image, to_rgb, val_batches
 from common.metrics import psnr
-from common.sources import center_crop, open_picture, to_rgb
 from common.weights import load_autoencoder
 from losses import esm_loss
 
@@ -354,7 +353,7 @@ def latents_figure(args, device):
 def image_file(path, size, device):
     """One image, cropped, as (1, 3, size, size) on device; ValueError if it cannot be read."""
     try:
-        pixels = np.array(center_crop(to_rgb(open_picture(path)), size))
+        pixels = np.array(center_crop(to_rgb(open_image(path)), size))
     except Exception as error:                         # no such file, or what decoders raise
         why = getattr(error, "strerror", None) or run.reason(error)
         raise ValueError(f"--image {path}: {why}; give another file") from None

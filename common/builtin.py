@@ -1,10 +1,10 @@
 """
 The built-in images, drawn in milliseconds from a seed: no experiment needs a download.
 
-    leaves   dead leaves: opaque discs fall on one another, radii with density r^-3. The picture
+    leaves   dead leaves: opaque discs fall on one another, radii with density r^-3. The image
              then looks alike at every scale, and its power spectrum falls like f^-2 as that of
              photographs does (Lee, Mumford & Huang, IJCV 2001)
-    discs    one or two of them on a plain ground, one lamp for all pictures: so simple that a
+    discs    one or two of them on a plain ground, one lamp for all images: so simple that a
              small diffusion model learns to draw them in minutes. The spectrum is steeper, for
              there are edges, and nothing small
 """
@@ -46,11 +46,11 @@ def _rgb(h, s, v):
 
 def dead_leaves(size, rng, r_min=1.3, r_max=0.4, cover=1.4):
     """
-    One picture of shaded discs that hide each other.
+    One image of shaded discs that hide each other.
     rng      numpy Generator: the only source of chance
     r_min    smallest radius in pixels; r_max: largest as a fraction of the side (density r^-3)
     cover    mean number of discs over a pixel, the background not counted: it shows in exp(-cover)
-             of the picture
+             of the image
     returns  (3, size, size) uint8
     """
     r_max = r_max * size
@@ -67,7 +67,7 @@ def dead_leaves(size, rng, r_min=1.3, r_max=0.4, cover=1.4):
 
 
 def few_discs(size, rng):
-    """One picture of one or two vivid shaded discs on a pale ground, (3, size, size) uint8."""
+    """One image of one or two vivid shaded discs on a pale ground, (3, size, size) uint8."""
     n = int(rng.integers(2, 4))                    # the ground is the first
     x, y, r, hue, light = rng.random((5, n), dtype=f32)
     x, y, r = size * (0.15 + 0.7 * x), size * (0.15 + 0.7 * y), size * (0.18 + 0.14 * r)
@@ -82,7 +82,7 @@ def _paint(size, rng, x, y, r, rgb, ripples=0.18, lamp=None):
     Discs of centres x, y and radii r (n,), in pixels, and colours rgb (3, n), the last on top, as
     (3, size, size) uint8.
     ripples  strength of the stripes that some have; lamp: where the light comes from, in turns;
-             None: anywhere, but one lamp for the picture
+             None: anywhere, but one lamp for the image
     """
     angle, waves, ripple = rng.random((3, len(r)), dtype=f32)
     wave_x = (2 + 6 * waves) * np.cos(2 * np.pi * angle)
@@ -125,10 +125,8 @@ SETS = {"leaves": dead_leaves, "discs": few_discs}
 
 class BuiltInImages:
     """
-    Built-in images: picture i is drawn from (seed, first + i), the same on every rank and in every
-    run.
-    size   pixels, 8 or more; count: number of pictures; kind: a name of SETS
-    items  (uint8 (3, size, size), 0, i, False)
+    A set of `count` built-in images; image i is drawn from (seed, first + i) and nothing else.
+    kind   a name of SETS;  items  (uint8 (3, size, size), label 0, i, "" as nothing is unreadable)
     """
     classes, unreadable = [], frozenset()
 
@@ -142,4 +140,4 @@ class BuiltInImages:
         if not 0 <= i < len(self):
             raise IndexError(i)
         rng = np.random.default_rng((self.seed, self.first + i))
-        return torch.from_numpy(SETS[self.kind](self.size, rng)), 0, i, False
+        return torch.from_numpy(SETS[self.kind](self.size, rng)), 0, i, ""

@@ -1,108 +1,358 @@
 """
-Images in, batches out: built-in dead leaves (leaves.py), folders, zips and CIFAR-10 (sources.py),
-in an order that is a formula and not a state.
+Images in, batches out, in an order that is a formula and not a state.
 
-The training stream is endless: its position p belongs to epoch e = p // n and is entry p % n of a
-permutation of the n images drawn from (seed, e); a coin drawn from (seed, e, index) says whether
-the picture is mirrored. Step s takes positions [s*B, (s+1)*B), B the GLOBAL batch, and rank r of W
-the r-th of W equal slices. So a run resumes exactly from its step alone, and neither the number of
-processes nor of workers changes what is seen. No batch is short, even if n < B.
+The training stream is endless: position p belongs to epoch e = p // n and is entry p % n of a
+permutation of the n images drawn from (seed, e); a coin drawn from (seed, e, index) mirrors it.
+Step s takes positions [s*B, (s+1)*B), B the GLOBAL batch, and rank r of W the r-th of W equal
+slices. So a run resumes from its step alone, and neither the number of processes nor of workers
+changes what is seen. No batch is short, even if n < B.
 
-Images are uint8 (3, size, size) up to the device, then float32 in [-1, 1]; label 0 without classes.
-Dataset items are (image, label, index, bad); `bad`: the asked image was unreadable, this is the
-next one in order. Only `pack` writes files.
+--data names a folder or a zip of images, flat or with one folder per class, with train/ beside val/
+or test/, or without; cifar10; or the built-in leaves or discs. Images are uint8 (3, size, size) up
+to the device, then float32 in [-1, 1]; labels are 0 without classes. Only `pack` writes files.
 """
 import argparse
+import hashlib
 import io
 import itertools
 import json
 import os
+import re
 import signal
+import struct
 import sys
 import threading
 import zipfile
-from collections import Counter
+import zlib
 from functools import lru_cache, partial
-from pathlib import Path, PurePosixPath
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from posixpath import normpath, splitext
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from common import run
 from common.builtin import SETS, BuiltInImages
-from common.run import one_line_errors, parse_args, reason, write_atomic
-from common.sources import LABELS_FILE, center_crop, divide, open_source, to_rgb
+from common.run import need, reason
 
-LARGEST_SIDE = 2 ** 14    # pixels
-HELD_OUT_FIRST = 2 ** 40  # built-in images from here on are the held-out ones
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif",
+              ".ppm", ".pgm", ".pbm", ".pnm")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # no EPS: PIL runs Ghostscript on it
+COMPRESSED = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8")     # how compressed formats begin
+LARGEST_FILE, LARGEST_SIDE = 2 ** 30, 2 ** 14                   # bytes, pixels
+SPLITS = dict(train="train", training="train", test="test", testing="test",
+              val="val", valid="val", validation="val", dev="val")
+
+# --------------------------------------------------------------------------------------------------
+# One image
+
+def _read_file(path):
+    if not path.is_file() or path.stat().st_size > LARGEST_FILE:       # a pipe would block
+        raise ValueError(f"no file, or larger than {LARGEST_FILE:,} bytes")
+    return path.read_bytes()
+
+
+def open_image(path):
+    """A file as PIL image, no handle left open. OSError or ValueError, here or when it is used."""
+    return Image.open(io.BytesIO(_read_file(Path(path))), formats=FORMATS)
+
+
+def to_rgb(image):
+    """
+    Any PIL image as 8-bit RGB, upright (EXIF orientation applied). 16-bit grey is scaled by
+    255/65535; transparency is laid over white. ValueError for floats and wider integers.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":              # I;16, I;16B, I for 16-bit grey; F for floats
+        grey = np.asarray(image).astype(np.int64)                              # (H, W)
+        if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("grey values of an unknown range; convert it to 8 bits")
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))        # 65535 = 255 * 257
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def center_crop(image, size):
+    """
+    The crop of ADM, DiT and SiT (guided-diffusion, image_datasets.py), to the pixel: halve with a
+    box filter while the shorter side is >= 2*size, bicubic to size, then the central square.
+    """
+    if max(image.size) > 100 * min(image.size):            # resized, it would fill the memory
+        raise ValueError(f"{image.width}x{image.height} is too elongated to crop a square")
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+# --------------------------------------------------------------------------------------------------
+# Sources: names (N,) bytes, sorted, relative, with "/"; image(row) -> PIL image; fingerprint(rows)
+# -> (k, 2) int64, other numbers for another image of the same name; tables: dataset.json files
+
+class Files:
+    """The images in a folder (links followed) or a zip, from which nothing is extracted."""
+
+    def __init__(self, spec):
+        self.path = Path(spec)
+        found = self._list_folder(spec) if self.path.is_dir() else self._list_zip(spec)
+        hidden = re.compile(r"(^|/)(\.|__MACOSX/)")        # and what lies outside: ../a.png
+        images = sorted(name for name in found
+                        if name.lower().endswith(EXTENSIONS) and not hidden.search(name))
+        need(images, f"--data {spec}: no images in it (looked for {' '.join(EXTENSIONS)})")
+        # arrays, which workers share: zipfile's objects take 0.6 GB per million images
+        self.names = np.array([os.fsencode(name) for name in images])
+        self.places = np.array([found[name] for name in images], np.int64)     # see _list_zip
+        self.tables = {name: found[name] for name in found if name.endswith("dataset.json")}
+
+    def _list_folder(self, spec):
+        """{name: ()} of all files below."""
+        refuse = lambda error: need(False, f"--data {spec}: cannot list {error.filename} "
+                                    f"({error.strerror})")     # os.walk alone would say nothing
+        found = {}
+        for folder, folders, files in os.walk(self.path, onerror=refuse, followlinks=True):
+            inside = Path(folder).relative_to(self.path).as_posix()
+            need(inside.count("/") < 30, f"--data {spec}: {folder!r} lies 30 folders deep; one of "
+                 "them is a link back to a folder that it lies in")
+            folders[:] = [name for name in folders if name[0] != "."]
+            found |= {normpath(f"{inside}/{name}"): () for name in files}
+        return found
+
+    def _list_zip(self, spec):
+        """{name: (offset, compressed size, size, CRC-32, compression)} of all files in it."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                entries = archive.infolist()
+        except Exception as error:         # a damaged directory breaks zipfile in many ways
+            raise ValueError(f"--data {spec}: not a readable zip ({reason(error)}); "
+                             "pack it anew") from None
+        encrypted = [e.filename for e in entries if e.flag_bits & 1]
+        need(not encrypted, f"--data {spec}: is encrypted; pack it anew")
+        # Windows may write \ for /; what ends in it is a folder
+        return {normpath(e.filename.replace("\\", "/")).lstrip("/"):
+                (e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type)
+                for e in entries if e.filename[-1:] not in ("/", "\\")}
+
+    def read(self, name, place):
+        """The bytes of one file; raises anything if it is damaged."""
+        if len(place) == 0:
+            return _read_file(self.path / name)
+        e = zipfile.ZipInfo(name)
+        offset, e.compress_size, e.file_size, e.CRC, e.compress_type = map(int, place)
+        if e.file_size > LARGEST_FILE:
+            raise ValueError(f"larger than {LARGEST_FILE:,} bytes")
+        with open(self.path, "rb") as file:                # anew: no handle is shared over a fork
+            file.seek(offset)
+            # the local header: 30 bytes, then name and extra field
+            file.seek(sum(struct.unpack("<26xHH", file.read(30))), os.SEEK_CUR)
+            return zipfile.ZipExtFile(file, "r", e).read(e.file_size)  # no bomb; compares the CRC
+
+    def image(self, row):
+        data = self.read(os.fsdecode(self.names[row]), self.places[row])
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+
+    def fingerprint(self, rows):
+        if self.places.size:
+            return self.places[rows, 2:4]
+        with ThreadPool(16) as pool:       # they wait for the disk
+            return np.array(pool.map(self._fingerprint_file, rows, 500)).reshape(-1, 2)
+
+    def _fingerprint_file(self, row):
+        """(size, CRC-32 of the first and last 4 KB), or of the whole file if not compressed."""
+        path = self.path / os.fsdecode(self.names[row])
+        if not path.is_file():
+            return -1, 0
+        with open(path, "rb", buffering=0) as file:
+            size, head = path.stat().st_size, file.read(4096)
+            # compressed, another image differs up to the end; otherwise maybe in the middle alone
+            if head.startswith(COMPRESSED) or size > LARGEST_FILE:
+                file.seek(max(size - 4096, 4096))
+            return size, zlib.crc32(file.read(), zlib.crc32(head))
+
+
+class Cifar10:
+    """torchvision's CIFAR-10 as train/CLASS/ and test/CLASS/, downloaded into ./data."""
+    tables = {}
+
+    def __init__(self, spec):
+        from torchvision.datasets import CIFAR10
+        try:
+            with run.local_rank_zero_first():
+                CIFAR10("data", download=True)             # fetches nothing that is there already
+            sets = {"train": CIFAR10("data", train=True), "test": CIFAR10("data", train=False)}
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"--data {spec}: {error}; unpack {CIFAR10.url} into data/, "
+                             "or give a folder or zip") from None
+        images = {f"{split}/{d.classes[label]}/{i:05d}.png": pixels for split, d in sets.items()
+                  for i, (pixels, label) in enumerate(zip(d.data, d.targets))}
+        self.names = np.array(sorted(images), bytes)
+        self.pixels = [images[name] for name in sorted(images)]            # (32, 32, 3) uint8
+
+    def image(self, row):
+        return Image.fromarray(self.pixels[row])
+
+    def fingerprint(self, rows):
+        return np.array([(self.pixels[row].nbytes, zlib.crc32(self.pixels[row])) for row in rows])
+
+
+def open_source(spec):
+    path = Path(spec)
+    if spec == "cifar10":
+        return Cifar10(spec)
+    if not path.exists():
+        raise FileNotFoundError(f"--data {spec}: no such folder or zip; give one, or 'cifar10', "
+                                "or leaves or discs, which are built in")
+    need(path.is_dir() or path.suffix.lower() == ".zip",
+         f"--data {spec}: neither a folder nor a .zip nor 'cifar10'")
+    return Files(spec)
+
+# --------------------------------------------------------------------------------------------------
+# Which images are held out, and the class of each
+
+def _common_folder(names):
+    """The folders around all of these names, "" or with a "/" at the end."""
+    prefix = os.path.commonprefix(names)
+    return prefix[:prefix.rfind("/") + 1]
+
+
+def _hold_out(names):
+    """
+    Rows of training images, ascending, and of held-out images: a tenth, or some 5,000 of more than
+    50,000. A hash of an image's own path decides: one image more or less moves no other.
+    """
+    n, start = len(names), len(_common_folder(names))
+    stems = (os.fsencode(splitext(name[start:])[0]) for name in names)         # packed or not
+    hashes = (int(hashlib.sha256(stem).hexdigest()[:12], 16) for stem in stems)
+    hashes = np.fromiter(hashes, np.int64, n) / 2 ** 48    # (n,) in [0, 1)
+    # n as a power of two: a few images more do not move the threshold
+    threshold = 0.1 if n <= 50_000 else 5000 / 2 ** round(np.log2(n))
+    order, k = hashes.argsort(kind="stable"), np.count_nonzero(hashes < threshold)
+    k = min(max(k, 1), n - 1)
+    return np.sort(order[k:]), order[:k]
+
+
+def _read_labels(spec, source, names):
+    """
+    (labels (n,) int64, class names): by the nearest dataset.json around these images, as StyleGAN,
+    EDM and REPA write it, else the sorted first folders below those around all; zeros and [].
+    """
+    folder = _common_folder(names)
+    around = [folder[:k] for k in range(len(folder), -1, -1) if f"/{folder}"[k] == "/"]
+    place = next((f + "dataset.json" for f in around if f + "dataset.json" in source.tables), None)
+    if place:
+        start = len(place) - len("dataset.json")
+        try:
+            pairs = json.loads(source.read(place, source.tables[place]))["labels"]
+            # without suffix: packing changes it
+            table = {splitext(name.replace("\\", "/"))[0]: label for name, label in pairs or ()}
+            labels = np.array([table[splitext(name[start:])[0]] if table else 0 for name in names])
+            need(labels.dtype == np.int64 and 0 <= labels.min() <= labels.max() < 1_000_000,
+                 "a label is no class number")
+        except Exception as error:         # a damaged file breaks this in any way
+            raise ValueError(f"--data {spec}: {place}: needs \"labels\": null or [[name, number], "
+                             f"...] of all images ({reason(error)}); write it anew") from None
+        return labels, [str(k) for k in range(labels.max() + 1)] if table else []
+    folders = [name[len(folder):].rpartition("/")[0].partition("/")[0] for name in names]
+    classes = sorted(set(folders))
+    need("" not in classes or len(classes) == 1, f"--data {spec}: images beside class folders "
+         f"({names[0]} and {names[-1]}); give every image a class folder, or none")
+    return np.searchsorted(classes, folders), classes if classes[0] else []
+
+
+def divide(spec, source):
+    """
+    By the names in a source, and a dataset.json: rows of training images, ascending; rows of
+    held-out images, shuffled; labels (N,) int64 of all; class names, of the training images alone.
+    """
+    names = [os.fsdecode(name) for name in source.names]
+    need(len(names) > 1, f"--data {spec}: a single image; two are the least, for one is held out")
+    start = len(_common_folder(names))     # one folder around everything is a wrapper, not a class
+    tops = [name[start:].partition("/")[0] for name in names]
+    words = {top: re.sub(r"[\W\d_]|set|images", "", top.lower()) for top in set(tops)}
+    split = np.array([SPLITS.get(words[top], "") for top in tops])     # train2017 and Test_Set, too
+    second = "val" if "val" in split else "test"           # of three splits, test is left alone
+    train, held_out = np.flatnonzero(split == "train"), np.flatnonzero(split == second)
+    if len(train) == 0 or len(held_out) == 0:
+        return *_hold_out(names), *_read_labels(spec, source, names)
+    labels = np.zeros(len(names), np.int64)
+    labels[train], classes = _read_labels(spec, source, [names[row] for row in train])
+    own, own_classes = _read_labels(spec, source, [names[row] for row in held_out])
+    number = {name: k for k, name in enumerate(classes)}
+    own = np.array([number.get(name, -1) for name in own_classes or [""]])[own]
+    labels[held_out] = own if own.min() >= 0 else 0        # ImageNet's val has no class folders
+    # the order of CIFAR-10's test images in published numbers
+    return train, np.random.default_rng(2603).permutation(held_out), labels, classes
 
 
 class ImageSet:
     """
-    Chosen rows of a source, cropped to size.
-    items    (uint8 (3, size, size), label, index, bad); after an unreadable image comes the next
-             readable one with ITS index and label. When more than 1% of the source fail in a row,
-             an empty picture comes instead: `_load` stops the run at it.
+    Rows of a source, cropped to size. Items: (uint8 (3, size, size), label, index, faults), in the
+    place of an unreadable image those of the next readable one; faults: a line per image left out.
     """
 
     def __init__(self, spec, source, rows, labels, classes, size):
         self.spec, self.source, self.size, self.classes = spec, source, size, classes
-        self.rows, self.labels = rows, labels  # (n,), (n,) int64
-        self.total = len(source.names)
-        self.unreadable = set()  # met so far by this process, see _note
+        self.rows, self.labels = rows, labels              # (n,), (n,) int64
+        self.unreadable = set()                            # faults met by this process
 
     def __len__(self):
         return len(self.rows)
 
     def name(self, i):
-        return str(self.source.names[self.rows[i]])
-
-    def read(self, i):
-        """Picture i, (3, size, size) uint8; raises whatever its decoder raises."""
-        image = center_crop(to_rgb(self.source.image(self.rows[i])), self.size)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return os.fsdecode(self.source.names[self.rows[i]])
 
     def __getitem__(self, i):
-        n = len(self)
+        n, faults = len(self), []
         if not 0 <= i < n:
             raise IndexError(i)
-        tries = min(self.total // 100 + 1, n)
-        for j in range(i, i + tries):
+        for j in range(i, i + min(len(self.source.names) // 100 + 1, n)):
+            j %= n
             try:
-                return self.read(j % n), int(self.labels[j % n]), j % n, j > i
-            except Exception:  # decoders raise anything; the main process says which
-                continue
-        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, (i + tries) % n, True
+                image = center_crop(to_rgb(self.source.image(self.rows[j])), self.size)
+                image = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+                return image, int(self.labels[j]), j, "\n".join(faults)
+            except Exception as error:     # decoders raise anything
+                faults.append(f"{self.name(j)!r}: {reason(error)}")
+        # more than 1% in a row: report ends the run
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, i, "\n".join(faults)
+
+    def report(self, faults):
+        """Print new lines of faults; ValueError if more than 1%, or all, cannot be read."""
+        new = set(faults.splitlines()) - self.unreadable
+        self.unreadable |= new
+        bad, total = len(self.unreadable), len(self.source.names)
+        need(bad <= total / 100 and bad < len(self), f"--data {self.spec}: {bad} of {total} images "
+             "so far cannot be read, more than 1%; repair or remove them, beginning with "
+             f"{'; '.join(sorted(self.unreadable)[:3])}")
+        for line in sorted(new):
+            print(f"--data {self.spec}: skipping {line}", file=sys.stderr, flush=True)
 
 
 def open_data(spec, size, val_images=500, seed=0, builtin_images=4_000):
     """
-    What --data names, as (train_set, val_set).
-    spec     a built-in set: a name of leaves.SETS, "" or None for leaves; or a folder or .zip,
-             flat, with one folder per class (its subfolders count with it), or with a dataset.json;
-             or 'cifar10'. sources.divide says what is held out and where labels come from
-    val_set  never overlaps train_set: the first val_images of what is held out, in shuffled order
-    seed, builtin_images    of the built-in images only
-    raises   FileNotFoundError or ValueError, one line that starts with `--data {spec}:`
+    What --data names, as (train_set, val_set); the latter are the first val_images held-out images.
+    seed and builtin_images are of the built-in sets. FileNotFoundError or ValueError in one line.
     """
-    if not 8 <= size <= LARGEST_SIDE or val_images < 0:
-        shown = spec or "built-in"
-        raise ValueError(f"--data {shown}: needs a size >= 8, at most {LARGEST_SIDE}, and "
-                         f"val_images >= 0, got {size} and {val_images}")
+    need(8 <= size <= LARGEST_SIDE and val_images >= 0, f"--data {spec or 'leaves'}: needs a size "
+         f">= 8, at most {LARGEST_SIDE}, and val_images >= 0, got {size} and {val_images}")
     if not spec or spec in SETS:
-        kind = spec or "leaves"
+        kind, far = spec or "leaves", 2 ** 40              # no training set reaches so far
         return (BuiltInImages(size, builtin_images, seed, 0, kind),
-                BuiltInImages(size, val_images, seed, HELD_OUT_FIRST, kind))
+                BuiltInImages(size, val_images, seed, far, kind))
     source = open_source(spec)
-    parts = divide(spec, source)
-    return tuple(ImageSet(spec, source, rows, parts.labels[rows], parts.classes, size)
-                 for rows in (parts.train, parts.held_out[:val_images]))
+    train, held_out, labels, classes = divide(spec, source)
+    return tuple(ImageSet(spec, source, rows, labels[rows], classes, size)
+                 for rows in (train, held_out[:val_images]))
 
 
 def take(dataset, chosen):
-    """Pictures number `chosen` (ascending, (k,) int64) of a file set as a set; of all, itself."""
+    """Images number `chosen` (ascending, (k,) int64) of a file set as a set; of all, itself."""
     if len(chosen) == len(dataset):
         return dataset
     return ImageSet(dataset.spec, dataset.source, dataset.rows[chosen], dataset.labels[chosen],
@@ -110,13 +360,32 @@ def take(dataset, chosen):
 
 
 def spread(dataset, n):
-    """n pictures evenly spread over a set (the first n would be one class); all if it has fewer."""
+    """n images evenly spread over a set (the first n would be one class); all if it has fewer."""
     n = min(n, len(dataset))
     if isinstance(dataset, BuiltInImages):
         return BuiltInImages(dataset.size, n, dataset.seed, dataset.first, dataset.kind)
     return take(dataset, np.linspace(0, len(dataset) - 1, n).astype(np.int64))
 
-# ---- batches -------------------------------------------------------------------------------------
+
+@lru_cache(maxsize=4)                      # a million files take a minute
+def images_hash(dataset):
+    """
+    16 hex digits that stand for the images of a set by content, labels, and names below the folders
+    around all: wherever it lies.
+    """
+    if isinstance(dataset, BuiltInImages):
+        kind = dataset.kind.replace("leaves", "dead leaves")     # as it was always called
+        text = f"{kind}, seed {dataset.seed}, {len(dataset)} from {dataset.first}"
+    else:
+        names = [dataset.name(i) for i in range(len(dataset))]
+        start = len(_common_folder(names))
+        content = dataset.source.fingerprint(dataset.rows).tolist()
+        lines = zip((name[start:] for name in names), dataset.labels.tolist(), content)
+        text = "\n".join(map(repr, lines))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+# --------------------------------------------------------------------------------------------------
+# Batches
 
 @lru_cache(maxsize=4)
 def _epoch(n, seed, epoch):
@@ -127,9 +396,8 @@ def _epoch(n, seed, epoch):
 
 def stream_entries(n, start, stop, seed=0, mirror=True):
     """
-    Positions start .. stop-1 of the endless training stream over n images, a pure function.
-    mirror   False: the same indices, and nothing is mirrored
-    returns  indices (stop-start,) int64, mirrored (stop-start,) bool
+    Positions start .. stop-1 of the endless training stream over n images, a pure function:
+    indices (stop-start,) int64 and mirrored (stop-start,) bool, all False without `mirror`.
     """
     position = np.arange(start, stop)
     indices, mirrored = np.empty(len(position), np.int64), np.empty(len(position), bool)
@@ -141,37 +409,13 @@ def stream_entries(n, start, stop, seed=0, mirror=True):
     return indices, mirrored
 
 
-def _note(dataset, i, j):
-    """
-    Picture j came where i was asked: i .. j-1 are unreadable. Note them, name each once on stderr.
-    raises   ValueError when they pass 1% of the source, or are all there is
-    """
-    n, unreadable = len(dataset), dataset.unreadable
-    new = {k % n for k in range(i, i + (j - i - 1) % n + 1)} - unreadable
-    unreadable |= new
-    if len(unreadable) > dataset.total / 100 or len(unreadable) == n:
-        first = ", ".join(repr(dataset.name(k)) for k in sorted(unreadable)[:5])
-        raise ValueError(f"--data {dataset.spec}: {len(unreadable)} of {dataset.total} images so "
-                         "far cannot be read, more than 1%; repair or remove them, "
-                         f"beginning with {first}")
-    for k in sorted(new):
-        try:
-            dataset.read(k)
-            why = "readable on second try"
-        except Exception as error:
-            why = reason(error)
-        name = repr(dataset.name(k))  # it may hold a newline
-        print(f"--data {dataset.spec}: skipping {name}: {why}", file=sys.stderr, flush=True)
-
-
 def _leave_signals_to(trainer, _):
     """
     In a loader's worker: Ctrl-C and a cluster's SIGTERM reach every process of a job, but only the
-    training process may answer them. A worker that died of one would take the step with it. SIGTERM
-    from the trainer, a process id, still ends it.
+    trainer (a process id) may answer them, by saving first. Its own SIGTERM still ends the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+    if hasattr(signal, "sigwaitinfo"):     # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
         def wait():
@@ -181,175 +425,133 @@ def _leave_signals_to(trainer, _):
         threading.Thread(target=wait, daemon=True).start()
 
 
-def _load(dataset, entries, workers, device):
-    """Images, labels, indices, bad of entries(): indices (b,), mirrored (b,), each call alike."""
-    device = torch.device(device)
+def _load(dataset, entries, workers, device, replace):
+    """Batches of entries(), pairs of indices (b,) and mirrored (b,), the same at each call."""
+    cuda = torch.device(device).type == "cuda"
     loader = DataLoader(
         dataset, batch_sampler=(indices.tolist() for indices, _ in entries()), num_workers=workers,
-        pin_memory=device.type == "cuda", worker_init_fn=partial(_leave_signals_to, os.getpid()),
-        generator=torch.Generator())  # or it would draw from, and move, the global generator
-    for (asked, mirrored), (images, labels, indices, bad) in zip(entries(), loader):
-        for k in torch.nonzero(bad).flatten().tolist():
-            _note(dataset, int(asked[k]), int(indices[k]))
-        mirrored = torch.from_numpy(mirrored)
-        if device.type == "cuda":          # from pageable memory the host would wait for the device
+        pin_memory=cuda, worker_init_fn=partial(_leave_signals_to, os.getpid()),
+        generator=torch.Generator())       # or it would draw from, and move, the global generator
+    for (_, mirrored), (images, labels, indices, faults) in zip(entries(), loader):
+        for lines in filter(None, faults):
+            dataset.report(lines)
+        batch = images, labels, indices, torch.from_numpy(mirrored)
+        if not replace:                    # leave unreadable images out
+            kept = torch.tensor([not lines for lines in faults])
+            batch = (tensor[kept] for tensor in batch)
+        images, labels, indices, mirrored = batch
+        if cuda:                           # from pageable memory the host would wait for the device
             mirrored = mirrored.pin_memory()
+        images = images.to(device, non_blocking=True)                          # (b, 3, H, W) uint8
         mirrored = mirrored.to(device, non_blocking=True)[:, None, None, None]
-        images = images.to(device, non_blocking=True)  # (b, 3, H, W) uint8
         images = torch.where(mirrored, images.flip(-1), images).float().div_(127.5).sub_(1)
-        yield images, labels.to(device, non_blocking=True), indices, bad
-
-
-def _share(batch_size, world):
-    if batch_size < world or batch_size % world:
-        raise ValueError(f"--batch_size {batch_size}: the global batch does not divide into "
-                         f"{world} processes")
-    return batch_size // world
+        if len(images):
+            yield images, labels.to(device, non_blocking=True), indices
 
 
 def train_batches(dataset, batch_size, start_step=0, seed=0, rank=0, world=1, workers=0,
                   device="cpu", mirror=True):
     """
     The training stream from start_step on, without an end (so its workers persist).
-    batch_size   the GLOBAL batch B; this rank receives b = B / world
-    mirror   whether half of the images come mirrored
+    batch_size   the GLOBAL batch B, a multiple of world; this rank receives b = B / world
     yields   images (b, 3, H, W) float32 in [-1, 1] and labels (b,) int64 on device, indices (b,)
-             int64 on the CPU: they look things up in memory maps. Mirrored or not:
-             stream_entries(n, s*B + rank*b, s*B + (rank+1)*b, seed, mirror)
-    raises   ValueError at once if B does not divide; while running if this rank has met more than
-             1% of unreadable images
+             int64 on the CPU: stream_entries(n, s*B + rank*b, s*B + (rank+1)*b, seed, mirror)
     """
-    b, n = _share(batch_size, world), len(dataset)
+    b, n = batch_size // world, len(dataset)
 
     def entries():
-        starts = itertools.count(start_step * batch_size + rank * b, batch_size)
-        return (stream_entries(n, start, start + b, seed, mirror) for start in starts)
-
-    def batches():
-        loaded = _load(dataset, entries, workers, device)
-        for step, (images, labels, indices, _) in enumerate(loaded, start_step):
-            epochs = (step + 1) * batch_size // n
-            if dataset.unreadable and epochs > step * batch_size // n:
-                print(f"--data {dataset.spec}: {len(dataset.unreadable)} of {dataset.total} images "
-                      f"unreadable after epoch {epochs}", file=sys.stderr, flush=True)
-            yield images, labels, indices
-
-    return batches()
+        for start in itertools.count(start_step * batch_size + rank * b, batch_size):
+            yield stream_entries(n, start, start + b, seed, mirror)
+    return _load(dataset, entries, workers, device, replace=True)
 
 
 def val_batches(dataset, batch_size, rank=0, world=1, workers=0, device="cpu"):
     """
-    One pass in order, nothing mirrored, every readable image exactly once over all ranks; yields
-    what train_batches yields. The last batch may be short and ranks may get different numbers of
-    batches: reduce over ranks after the loop, not in it. An unreadable image is left out here, not
-    replaced.
+    One pass in order, nothing mirrored, every readable image once over all ranks; yields what
+    train_batches yields. The last batch may be short, and ranks may get different numbers of
+    batches: reduce over ranks after the loop, not in it.
     """
-    b, n = _share(batch_size, world), len(dataset)
+    b, n = batch_size // world, len(dataset)
 
     def entries():
-        shares = (np.arange(start, min(start + b, n)) for start in range(rank * b, n, batch_size))
-        return ((indices, np.zeros(len(indices), bool)) for indices in shares)
+        for start in range(rank * b, n, batch_size):
+            indices = np.arange(start, min(start + b, n))
+            yield indices, np.zeros(len(indices), bool)
+    return _load(dataset, entries, workers, device, replace=False)
 
-    def batches():
-        for images, labels, indices, bad in _load(dataset, entries, workers, device):
-            if bad.any():
-                images, labels, indices = images[~bad], labels[~bad], indices[~bad]
-            if len(indices):
-                yield images, labels, indices
+# --------------------------------------------------------------------------------------------------
+# Packing
 
-    return batches()
-
-# ---- packing -------------------------------------------------------------------------------------
-
-def _bmp(item):
-    """Dataset item -> (BMP bytes, index, bad): runs in the workers."""
+def _as_bmp(item):
+    """Item of a set -> (BMP bytes, faults), in the workers."""
     file = io.BytesIO()
     Image.fromarray(item[0].permute(1, 2, 0).numpy()).save(file, "BMP")
-    return file.getvalue(), item[2], item[3]
+    return file.getvalue(), item[3]
 
 
 def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
     """
-    Crop a set once into a zip of BMPs under the old relative names, so that classes and splits
-    survive, with a dataset.json if it had one; same input, same bytes. BMP is lossless, a
-    fifth to a half larger than PNG, and read some thirty times faster (tests/benchmark.py, section
-    load). What open_data would refuse is refused before anything is written.
-    spec     as --data; of built-in ones `count` images
+    Crop a set (of built-in ones `count` images) once into a zip of BMPs under the old names, with
+    its dataset.json; same input, same bytes. BMP is lossless, read thirty times faster than PNG.
     returns  (number of images written, number left out)
-    raises   FileNotFoundError or ValueError, one line; no partial file is left, an older zip stays
     """
-    out = Path(out)
-    if out.suffix.lower() != ".zip":
-        raise ValueError(f"--out {out}: must end in .zip")
-    if out.exists() and spec and Path(spec).exists() and out.samefile(spec):
-        raise ValueError(f"--out {out}: is the set itself; the original is never written to")
-    if out.is_dir() or out.exists() and not overwrite:
-        other = " or pass --overwrite" if out.is_file() else ""
-        raise ValueError(f"--out {out}: exists already; choose another name{other}")
-    limits = (("size", size, 8, LARGEST_SIDE),
-              ("count", count, 1, 1_000_000),  # one more would need a longer name
-              ("workers", workers, 0, 1024))
-    for flag, value, low, high in limits:
-        if not low <= value <= high:
-            raise ValueError(f"--{flag} {value}: must lie in {low}..{high}")
-    built_in = not spec or spec in SETS
-    if not built_in:
-        source = open_source(spec)
-        names = [str(PurePosixPath(name).with_suffix(".bmp")) for name in source.names]
-        for name in source.names:
-            if name.encode(errors="ignore").decode() != name:
-                raise ValueError(f"--data {spec}: the name {str(name)!r} is not UTF-8, which a zip "
-                                 "needs; rename the file")
-        rows = np.arange(len(names))
-        dataset = ImageSet(spec, source, rows, np.zeros_like(rows), [], size)
-    else:
-        names = [f"{i:06d}.bmp" for i in range(count)]
+    out, tables = Path(out), {}
+    need(out.suffix.lower() == ".zip", f"--out {out}: must end in .zip")
+    need(not (spec and out.exists() and Path(spec).exists() and out.samefile(spec)),
+         f"--out {out}: is the set itself; the original is never written to")
+    need(not out.exists() or overwrite and out.is_file(),
+         f"--out {out}: exists already; choose another name or pass --overwrite")
+    if not spec or spec in SETS:
         dataset = BuiltInImages(size, count, kind=spec or "leaves")
-    name, times = Counter(names).most_common(1)[0]
-    if times > 1:
-        raise ValueError(f"--data {spec}: {times} images would become {name}; rename all but one")
-    parts = None if built_in else divide(spec, source)
-    loader = DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_bmp)
+        names = [f"{i:06d}.bmp" for i in range(count)]
+    else:
+        source = open_source(spec)
+        divide(spec, source)               # refuses what a training script would
+        rows = np.arange(len(source.names))
+        dataset = ImageSet(spec, source, rows, 0 * rows, [], size)
+        # a name on disk need not be UTF-8, in a zip it must
+        stems = [splitext(dataset.name(i))[0].encode(errors="replace").decode() for i in rows]
+        names = [stem + ".bmp" for stem in stems]
+        tables = {name: source.read(name, place) for name, place in source.tables.items()}
+    for name, following in itertools.pairwise(sorted(names)):
+        need(name != following, f"--data {spec}: 2 images would become {name}; rename one of them")
 
     def write(file):
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        with zipfile.ZipFile(file, "w") as archive:
             def add(name, content):
-                entry = zipfile.ZipInfo(name)  # dated 1980
-                entry.external_attr = 0o644 << 16  # else an extracted file is closed to everyone
+                entry = zipfile.ZipInfo(name)              # dated 1980
+                entry.external_attr = 0o644 << 16          # else an extracted file is closed to all
                 archive.writestr(entry, content)
-            if parts and parts.from_file:
-                pairs = [*zip(names, parts.labels.tolist())] if parts.classes else None
-                add(LABELS_FILE, json.dumps(dict(labels=pairs)))
-            progress = tqdm(loader, unit="image", disable=not sys.stderr.isatty())
-            for i, (bmp, j, bad) in enumerate(progress):
-                if bad:
-                    _note(dataset, i, j)
-                    continue
-                add(names[i], bmp)
-    write_atomic(out, write)
+            for name in tables:
+                add(name, tables[name])
+            loader = DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_as_bmp)
+            for name, (bmp, faults) in zip(names, tqdm(loader, unit="image", disable=None)):
+                if faults:
+                    dataset.report(faults)
+                else:
+                    add(name, bmp)
+    run.write_atomic(out, write)
     return len(dataset) - len(dataset.unreadable), len(dataset.unreadable)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("pack", help="crop a set once into a zip of BMPs")
-    add = command.add_argument
-    add("--data", default="leaves",
-        help="folder, .zip or 'cifar10'; leaves or discs: built-in images")
+    parser = argparse.ArgumentParser(description=pack.__doc__)
+    add = parser.add_argument
+    add("command", choices=["pack"])
+    add("--data", default="leaves", help="folder, .zip or 'cifar10'; leaves or discs: built in")
     add("--size", type=int, default=256, help="side in pixels")
     add("--out", required=True, help="the .zip to write")
-    add("--count", type=int, default=10_000,
-        help="number of built-in images")
+    add("--count", type=int, default=10_000, help="number of built-in images")
     add("--workers", type=int, default=os.cpu_count(), help="processes that decode; 0 = this one")
     add("--overwrite", action="store_true", help="replace --out if it exists")
-    args = parse_args(parser, {}, command)
-    with one_line_errors():
+    args = run.parse_args(parser, {})
+    with run.one_line_errors():
+        run.need_range(args, 8, LARGEST_SIDE, "size")
+        run.need_range(args, 1, 1_000_000, "count")        # one more would need a longer name
+        run.need_range(args, 0, 1024, "workers")
         written, skipped = pack(args.data, args.size, args.out, args.count, args.workers,
                                 args.overwrite)
-    megabytes = Path(args.out).stat().st_size / 1e6
-    print(f"{args.out}: {written} images of {args.size}x{args.size}, {megabytes:.1f} MB; "
+    print(f"{args.out}: {written} images of {args.size}x{args.size}; "
           f"{skipped} unreadable ones left out")
 
 

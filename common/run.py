@@ -75,22 +75,6 @@ def print0(text):
         print(text, flush=True)
 
 
-def get_rank():
-    """Of this process, 0 if it is the only one."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def get_world_size():
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def print0(text):
-    """Print on rank 0."""
-    if get_rank() == 0:
-        print(text, flush=True)
-
-
 def barrier():
     if dist.is_initialized():
         dist.barrier()

@@ -1,10 +1,11 @@
 """
 The latent cache: what goes in comes out, mirrored and normalised; what does not match is refused;
-what is interrupted leaves nothing.
+what is interrupted leaves nothing; two runs at once make one cache. Which images a set holds.
 """
 import json
 import os
 import shutil
+import threading
 import zipfile
 
 import numpy as np
@@ -14,17 +15,17 @@ from PIL import Image
 
 from common import latents
 from common.builtin import BuiltInImages
-from common.data import open_data, stream_entries, take
-from common.latents import LatentCache, build_cache, images_hash
+from common.data import images_hash, open_data, stream_entries, take
+from common.latents import LatentCache, build_cache
 from common.weights import autoencoder_hash
 from vae import AEConfig, AutoencoderKL
 
 AE = AEConfig(ch=8, ch_mult=(1, 1), latent_channels=3, num_res_blocks=1, norm_groups=2)
 
 
-def build(tmp_path, count=7, seed=0, **options):
+def build(tmp_path, count=7, **options):
     torch.manual_seed(0)
-    ae, images = AutoencoderKL(AE).eval(), BuiltInImages(16, count, seed=seed)
+    ae, images = AutoencoderKL(AE).eval(), BuiltInImages(16, count)
     identity = dict(autoencoder=autoencoder_hash(ae), images=images_hash(images), size=16)
     build_cache(tmp_path / "cache", identity, ae, images, batch_size=3, **options)
     return ae, images, identity
@@ -34,7 +35,6 @@ def test_cache_holds_the_moments_of_both_mirrors(tmp_path):
     """Row i is the posterior of image i and of its mirror, to float16."""
     ae, images, identity = build(tmp_path)
     cache = LatentCache(tmp_path / "cache", identity)
-    assert len(cache) == 7
     assert cache.moments.shape == (7, 2, 6, 8, 8) and cache.moments.dtype == np.float16
     x = torch.stack([images[i][0] for i in (5, 2)]).float() / 127.5 - 1
     for mirrored, batch in ((False, x), (True, x.flip(-1))):
@@ -75,8 +75,10 @@ def test_batches_follow_the_stream_of_data_py(tmp_path):
 
 
 def test_a_cache_of_something_else_is_refused(tmp_path):
-    """Another autoencoder, other images or another size: the difference is named."""
+    """Another autoencoder, other images or another size: the difference is named. Damage, too."""
     _, _, identity = build(tmp_path)
+    meta = json.loads((tmp_path / "cache" / "cache.json").read_text())
+    assert identity.items() <= meta.items() and meta["count"] == 7 and len(meta["mean"]) == 3
     for key, value in (("autoencoder", "0" * 16), ("images", "1" * 16), ("size", 32)):
         with pytest.raises(ValueError, match=f"--cache .*{key}"):
             LatentCache(tmp_path / "cache", dict(identity, **{key: value}))
@@ -85,23 +87,78 @@ def test_a_cache_of_something_else_is_refused(tmp_path):
         LatentCache(tmp_path / "cache", identity)
 
 
-def test_hashes_see_weights_and_images_but_not_statistics():
-    """One weight, one seed or one image more changes a hash; the latent statistics do not."""
-    torch.manual_seed(0)
-    ae = AutoencoderKL(AE)
-    before = autoencoder_hash(ae)
-    ae.set_latent_stats(1.0, 2.0)
-    assert autoencoder_hash(ae) == before
-    with torch.no_grad():
-        ae.quant_conv.bias[0] += 1e-3
-    assert autoencoder_hash(ae) != before
-    sets = ((4, 0, 0), (5, 0, 0), (4, 1, 0), (4, 0, 9))
-    assert len({images_hash(BuiltInImages(16, n, seed=s, first=f)) for n, s, f in sets}) == 4
-    assert images_hash(BuiltInImages(16, 4, kind="discs")) != images_hash(BuiltInImages(16, 4))
+def test_an_image_that_was_never_written_is_refused(tmp_path):
+    """All zeros, as it is or mirrored; zeros in a part of an image are latents like others."""
+    _, _, identity = build(tmp_path)
+    moments = np.load(tmp_path / "cache" / "moments.npy", mmap_mode="r+")
+    moments[3, :, :, :5] = 0
+    assert len(LatentCache(tmp_path / "cache", identity)) == 7
+    moments[3, 1] = 0
+    with pytest.raises(ValueError, match="an image was never written"):
+        LatentCache(tmp_path / "cache", identity)
 
 
-def write_pictures(folder, seed=0, suffix=".png", spot=0):
-    """Noise, three pictures a/0 .. a/2 and three b/3 .. b/5, with one grey pixel in the middle."""
+def test_two_runs_at_once_make_one_cache(tmp_path):
+    """The second waits for the first and encodes nothing; what a killed run left is removed."""
+    (tmp_path / ".cache.0123.tmp").mkdir()
+    second = threading.Thread(target=build, args=(tmp_path,), kwargs=dict(
+        progress=lambda n: (tmp_path / "encoded").touch()))
+
+    def progress(n):
+        if not second.ident:
+            second.start()
+            second.join(0.5)                               # it would be done, or have done harm
+
+    _, _, identity = build(tmp_path, progress=progress)
+    second.join()
+    assert len(LatentCache(tmp_path / "cache", identity)) == 7
+    assert os.listdir(tmp_path) == ["cache"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_interrupted_encoding_leaves_nothing_behind(tmp_path, error):
+    """An exception in the middle: neither the cache nor its temporary folder is there."""
+    calls = []
+
+    def stop(n):
+        calls.append(n)
+        if len(calls) == 2:
+            raise error
+    with pytest.raises(error):
+        build(tmp_path, progress=stop)
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_room_is_an_error_before_encoding(tmp_path, monkeypatch):
+    """On a full disk, and below a file: one line, nothing left, no image encoded."""
+    unused = dict(progress=lambda n: pytest.fail("encoded"))
+    with monkeypatch.context() as patch:
+        patch.setattr(latents.shutil, "disk_usage", lambda path: type("", (), dict(free=100)))
+        words = r"--cache .* needs 1.08e-05 GB, 1e-07 GB are free \(No space left"
+        with pytest.raises(OSError, match=words):
+            build(tmp_path, **unused)
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "cache").touch()
+    with pytest.raises(OSError, match="Not a directory: .*cache/in/it"):
+        build(tmp_path / "cache" / "in" / "it", **unused)
+
+
+def test_diverged_latents_do_not_become_infinite(tmp_path, monkeypatch):
+    """A mean beyond float16 stops the encoding and says why."""
+    encode = AutoencoderKL.encode
+
+    def huge(self, x):
+        posterior = encode(self, x)
+        posterior.mean = posterior.mean + 1e6
+        return posterior
+    monkeypatch.setattr(AutoencoderKL, "encode", huge)
+    with pytest.raises(ValueError, match="^--cache .* does not fit the cache's float16"):
+        build(tmp_path)
+
+# ---- which images a set holds --------------------------------------------------------------------
+
+def write_images(folder, seed=0, suffix=".png", spot=0):
+    """Noise, a/0 .. a/2 and b/3 .. b/5, with one grey pixel in the middle."""
     rng = np.random.default_rng(seed)
     for i in range(6):
         path = folder / "ab"[i // 3] / f"{i}{suffix}"
@@ -126,20 +183,20 @@ def hash_of(spec):
     return images_hash(open_data(spec, 16)[0])
 
 
-@pytest.mark.parametrize("form", [lambda folder: folder, zipped], ids=["folder", "zip"])
-def test_cats_are_not_dogs(tmp_path, form):
-    """Two sets of the same names and labels share neither cache nor statistics."""
-    cats, dogs = (form(write_pictures(tmp_path / name, seed))
-                  for seed, name in enumerate(("cats", "dogs")))
-    assert hash_of(cats) != hash_of(dogs)
+def test_the_hash_of_built_in_images_sees_kind_seed_and_numbers():
+    """And is what it always was: checkpoints and caches know their images by it."""
+    sets = [((16, 4), {}), ((16, 5), {}), ((16, 4), dict(seed=1)), ((16, 4), dict(first=9)),
+            ((16, 4), dict(kind="discs"))]
+    assert len({images_hash(BuiltInImages(*sizes, **more)) for sizes, more in sets}) == 5
+    assert images_hash(BuiltInImages(32, 20)) == "33cf04c316480e05"
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".gif", ".bmp", ".ppm", ".tif"])
-def test_a_picture_replaced_in_place_is_seen(tmp_path, suffix):
+def test_an_image_replaced_in_place_is_seen(tmp_path, suffix):
     """By one of the same size and time; uncompressed files differ here in three bytes alone."""
-    old = write_pictures(tmp_path / "old", suffix=suffix)
+    old = write_images(tmp_path / "old", suffix=suffix)
     compressed = suffix in (".jpg", ".webp", ".gif")
-    new = write_pictures(tmp_path / "new", seed=int(compressed), suffix=suffix, spot=255)
+    new = write_images(tmp_path / "new", seed=int(compressed), suffix=suffix, spot=255)
     train, _ = open_data(old, 16)
     before, name = images_hash(train), train.name(2)
     content, status = (new / name).read_bytes(), (old / name).stat()
@@ -151,25 +208,25 @@ def test_a_picture_replaced_in_place_is_seen(tmp_path, suffix):
 
 @pytest.mark.parametrize("form", [lambda folder: folder, zipped], ids=["folder", "zip"])
 def test_a_set_stays_the_same_wherever_it_lies(tmp_path, monkeypatch, form):
-    """A copy, a link, a folder around it, a time, another spelling of the path change no hash."""
-    spec = form(write_pictures(tmp_path / "set"))
+    """A copy, a link, a time, another spelling change no hash; other images of these names do."""
+    spec = form(write_images(tmp_path / "set"))
     before = hash_of(spec)
-    os.utime(spec if spec.is_file() else spec / "a" / "0.png", (0, 0))
+    assert hash_of(form(write_images(tmp_path / "other", seed=1))) != before
     (tmp_path / "x" / "y").mkdir(parents=True)
     copy = tmp_path / "x" / "y" / f"copy{spec.suffix}"
     (shutil.copytree if spec.is_dir() else shutil.copy)(spec, copy)
     link = tmp_path / f"link{spec.suffix}"
     link.symlink_to(spec)
     monkeypatch.chdir(tmp_path / "x")
-    spellings = [spec, str(spec), copy, link, f"../{spec.name}", f"y/./copy{spec.suffix}"]
+    spellings = [str(spec), copy, link, f"../{spec.name}", f"y/./copy{spec.suffix}"]
     if spec.is_dir():
-        spellings += [tmp_path / "x", f"{tmp_path}/x/y//copy/"]
+        spellings += [tmp_path / "x", f"{tmp_path}/x/y//copy/"]            # folders around it
     assert {hash_of(spelling) for spelling in spellings} == {before}
 
 
 def test_the_hash_of_images_sees_labels_and_choice(tmp_path):
-    """The same pictures under the same names with other labels, or fewer of them."""
-    folder, hashes = write_pictures(tmp_path / "set"), set()
+    """The same images under the same names with other labels, or fewer of them."""
+    folder, hashes = write_images(tmp_path / "set"), set()
     for label in (0, 1):
         names = [f"{path.parent.name}/{path.name}" for path in sorted(folder.rglob("*.png"))]
         table = dict(labels=[[name, label] for name in names])
@@ -179,80 +236,11 @@ def test_the_hash_of_images_sees_labels_and_choice(tmp_path):
     assert len(hashes) == 6
 
 
-def test_the_hash_of_cifar10_is_that_of_its_pixels(monkeypatch):
-    """One grey level in one of them changes it, and nothing else does."""
-    class Fake:
-        classes, url, change = ["cat", "airplane"], "", 0
-
-        def __init__(self, root, train=True, download=False):
-            self.data = np.random.default_rng(train).integers(0, 255, (6, 32, 32, 3), np.uint8)
-            self.data[3, 16, 16, 1] += self.change
-            self.targets = [0, 1, 0, 1, 1, 1]
-
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
-    before = hash_of("cifar10")
-    assert hash_of("cifar10") == before
-    Fake.change = 1
-    assert hash_of("cifar10") != before
-
-
 def test_what_is_no_file_neither_blocks_nor_breaks_the_hash(tmp_path):
     """A pipe nobody writes to, a link to nowhere, a terabyte of zeros: skipped later, by name."""
-    folder = write_pictures(tmp_path)
+    folder = write_images(tmp_path)
     os.mkfifo(folder / "a" / "pipe.png")
     (folder / "b" / "link.png").symlink_to("nowhere.png")
     (folder / "b" / "sparse.png").touch()
     os.truncate(folder / "b" / "sparse.png", 2 ** 40)
     assert hash_of(folder) == hash_of(folder)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_interrupted_encoding_leaves_nothing_behind(tmp_path, monkeypatch, error):
-    """An exception in the middle: neither the cache nor its temporary folder is there."""
-    calls = []
-
-    def stop(n):
-        calls.append(n)
-        if len(calls) == 2:
-            raise error
-    with pytest.raises(error):
-        build(tmp_path, progress=stop)
-    assert os.listdir(tmp_path) == []
-
-
-def test_no_room_is_an_error_before_encoding(tmp_path, monkeypatch):
-    """On a full disk: one line with what is needed, nothing left, no image encoded."""
-    monkeypatch.setattr(latents.shutil, "disk_usage", lambda path: type("", (), dict(free=100)))
-    words = r"--cache .* needs 1.08e-05 GB, 1e-07 GB are free \(No space left"
-    with pytest.raises(OSError, match=words):
-        build(tmp_path, progress=lambda n: pytest.fail("encoded"))
-    assert os.listdir(tmp_path) == []
-
-
-def test_no_folder_is_an_error_before_encoding(tmp_path):
-    """Where none can be made, here below a file: one line as on a full disk, nothing else."""
-    (tmp_path / "cache").touch()
-    words = r"^--cache .*cache/in/it/cache: needs .* \(Not a directory\)"
-    with pytest.raises(OSError, match=words):
-        build(tmp_path / "cache" / "in" / "it", progress=lambda n: pytest.fail("encoded"))
-    assert os.listdir(tmp_path) == ["cache"]
-
-
-def test_diverged_latents_do_not_become_infinite(tmp_path, monkeypatch):
-    """A mean beyond float16 stops the encoding and says why."""
-    encode = AutoencoderKL.encode
-
-    def huge(self, x):
-        posterior = encode(self, x)
-        posterior.mean = posterior.mean + 1e6
-        return posterior
-    monkeypatch.setattr(AutoencoderKL, "encode", huge)
-    with pytest.raises(ValueError, match="^--cache .* does not fit the cache's float16"):
-        build(tmp_path)
-
-
-def test_description_is_plain_json(tmp_path):
-    """cache.json says what the cache was made from."""
-    _, _, identity = build(tmp_path)
-    meta = json.loads((tmp_path / "cache" / "cache.json").read_text())
-    assert identity.items() <= meta.items() and meta["count"] == 7 and len(meta["mean"]) == 3
