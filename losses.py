@@ -161,6 +161,8 @@ def scale_images(images, scale, f):
 
 
 def _bilinear(x, size):
+    if tuple(size) == x.shape[-2:]:
+        return x.float()
     return F.interpolate(x.float(), size=size, mode="bilinear", align_corners=False)
 
 
@@ -171,8 +173,6 @@ def _resize_pair(images, latents, size):
     f = H // h
     if (H, W) != (f * h, f * w):
         raise ValueError(f"an image of {H}x{W} is not f times a latent of {h}x{w}")
-    if (h, w) == size:
-        return images.float(), latents.float()
     return _bilinear(images, (size[0] * f, size[1] * f)), _bilinear(latents, size)
 
 

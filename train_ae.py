@@ -234,6 +234,21 @@ def alignment(args, encoder, projection, ae, images, latents, recon, image_grad,
     return args.vf_weight * ratio * align
 
 
+def make_fast(args, ae, disc, lpips, device):
+    """Activation checkpointing, memory layout and compilation, in place."""
+    if args.grad_checkpoint:
+        run.checkpoint_activations(ae, (ResnetBlock, AttnBlock))
+    if args.compile == "off":
+        return
+    for half in (ae.encoder, ae.decoder):                  # but for the last convolutions, where
+        half.features = torch.compile(half.features)       # the adaptive ratio is measured
+    for network in filter(None, (disc, lpips)):
+        network.compile()
+    if device.type == "cuda":                              # eager code would pay for copies, since
+        for network in filter(None, (ae, lpips)):          # GroupNorm returns NCHW
+            network.to(memory_format=torch.channels_last)
+
+
 # --------------------------------------------------------------------------------------------------
 # What is measured, drawn and said
 
@@ -349,10 +364,7 @@ def main():
             lpips = PerceptualLoss().to(device)
         if {"vf", "uae"} & set(args.reg):
             encoder, projection = alignment_networks(args, config.latent_channels, device)
-    if device.type == "cuda" and args.compile == "on":     # the layout that is fast there; eager
-        for network in filter(None, (ae, lpips)):          # CUDA pays for copies, since GroupNorm
-            network.to(memory_format=torch.channels_last)  # returns NCHW
-
+    make_fast(args, ae, disc, lpips, device)
     adamw = partial(torch.optim.AdamW, lr=args.lr, betas=(0.9, 0.999),
                     weight_decay=args.weight_decay, fused=True)
     optimizer = adamw([*ae.parameters(), *(projection.parameters() if projection else ())])
@@ -366,14 +378,6 @@ def main():
     log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"])
     del checkpoint                                         # gigabytes at paper scale
     print_config(args, ae, train_set, val_set, world, device)
-
-    if args.grad_checkpoint:
-        run.checkpoint_activations(ae, (ResnetBlock, AttnBlock))
-    if args.compile == "on":                               # but for the last convolutions, where
-        for half in (ae.encoder, ae.decoder):              # the adaptive ratio is measured
-            half.features = torch.compile(half.features)
-        for network in filter(None, (disc, lpips)):
-            network.compile()
     ae_ddp, disc_ddp, projection_ddp = run.ddp(ae), run.ddp(disc), run.ddp(projection)
     trained = [network for network in (ae_ddp, disc_ddp, projection_ddp) if network]
     batches = train_batches(train_set, args.batch_size, start_step, args.seed, rank, world,
@@ -408,31 +412,28 @@ def main():
             save(step)
             run.print0(interrupt.message(step, args))
             break
-        last_step = step == args.steps
-        if last_step or step % args.eval_every == 0:
+        if step == args.steps or step % args.eval_every == 0:
             since = evaluate(step, since)
-        if last_step:
+        if step == args.steps:
             break
-
         # every draw is a function of (seed, step): any number of processes, any restart, the same
         seed = run.step_seed(args.seed, step)
         scale, pair = draw_pair(args, random.Random(seed))     # Alg. 2: mask of image and latent
         batch, _, _ = next(batches)                        # (global batch / world, 3, H, W)
-        if scale < 1:
-            batch = losses.scale_images(batch, scale, config.reduction)
+        batch = losses.scale_images(batch, scale, config.reduction)
         generator = torch.Generator(device).manual_seed(seed)
         noise = run.sharded(torch.randn, ae.latent_shape(batch), generator, rank, world)
         gan = disc is not None and step >= args.gan_start
         train_ae = not gan or args.gan_every_step or step % 2 == 0
         train_disc = gan and (args.gan_every_step or step % 2 == 1)
-
         for i, (images, eps) in enumerate(zip(batch.chunk(n), noise.chunk(n))):    # (b, ...) each
             run.sync_gradients(trained, i == n - 1)        # DDP averages them once per step
             with autocast, torch.set_grad_enabled(train_ae):           # Fig. 1
                 recon, target, latents, posterior = ae_ddp(images, eps, pair)
             terms = {}
             if train_ae:
-                # losses on the image end at a detached leaf: the networks run backward only once
+                # Losses on the image end at a detached leaf, so networks run backward once:
+                # from recon with the gradient image_grad, and from the losses on the latents.
                 image = recon.detach().float().requires_grad_()
                 terms["l1"] = rec = F.l1_loss(image, target)           # Eqs. 2, 3, 4: L1
                 if lpips:
@@ -459,15 +460,13 @@ def main():
                     loss = loss + alignment(args, encoder, projection_ddp, ae, images, latents,
                                             recon, image_grad, terms)
                 terms["loss"] = loss
-                along = (recon.float() * image_grad).sum()         # its gradient is image_grad
-                ((along + loss) / n).backward()
+                (((recon.float() * image_grad).sum() + loss) / n).backward()
             if train_disc:
                 disc.requires_grad_(True)
                 with autocast:
                     terms["disc"] = losses.hinge_d_loss(disc_ddp(target), disc_ddp(recon.detach()))
                 (terms["disc"] / n).backward()
             log.add(step, terms)
-
         ae_lr, disc_lr = learning_rates(args, step)
         if train_ae:
             norm = run.optimizer_step(optimizer, ae_lr, args.clip_grad, log.finite(step))

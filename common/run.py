@@ -304,9 +304,8 @@ def write_atomic(path, write):
             cause = cause.__context__
         if cause is None:
             raise
-        kept = "what was there before is whole" if path.exists() else "nothing is left of it"
-        raise OSError(f"{path}: cannot be written ({cause.strerror}); {kept}; make room or name "
-                      "another place, then run again") from None
+        raise OSError(f"{path}: cannot be written ({cause.strerror}); what was there before is "
+                      "whole; make room or name another place, then run again") from None
 
 
 def save_checkpoint(path, state, keep_every=-1):
@@ -327,21 +326,19 @@ def load_checkpoint(path, stage):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(path) as archive:         # torch.load does not compare checksums
-            damaged = archive.testzip()
+            need(archive.testzip() is None, "damaged on the disk; an older ckpt_<step>.pt may be "
+                 "whole and can take its place")
+        found = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
+        step, args = (checkpoint.get("step", 0), checkpoint.get("args", {})) if found else (0, {})
+        need(isinstance(found, str | None) and isinstance(step, int) and step >= 0
+             and isinstance(args, dict), "its fields are not those of a run")
     except Exception as error:
         why = reason(error)
         if "weights" in why.lower() or "Unsupported" in why:
             why = "holds more than plain data, of which nothing is run"
         raise ValueError(f"{path}: not a readable checkpoint ({why})") from None
-    need(not damaged, f"{path}: not a readable checkpoint (damaged on the disk); an older one, "
-         "ckpt_<step>.pt, can take its place")
-    fields = checkpoint if isinstance(checkpoint, dict) else {}
-    found, step = fields.get("stage"), fields.get("step", 0)
-    holds = f"a run of stage {found!r}" if isinstance(found, str) else "no run of this project"
-    need(isinstance(found, str) and found == stage,
-         f"{path}: holds {holds}, expected stage {stage!r}")
-    need(isinstance(step, int) and step >= 0 and isinstance(fields.get("args", {}), dict),
-         f"{path}: not a readable checkpoint (step and args are not those of a run)")
+    holds = f"a run of stage {found!r}" if found else "no run of this project"
+    need(found == stage, f"{path}: holds {holds}, expected stage {stage!r}")
     return checkpoint
 
 
@@ -359,7 +356,7 @@ def open_run(args, stage, identity):
     raises    ValueError if a run there would be lost, or naming every flag that contradicts it
     """
     folder = Path(args.out)
-    path, kept = folder / "ckpt.pt", sorted(folder.glob("ckpt_*.pt"))
+    path, kept = folder / "ckpt.pt", [*folder.glob("ckpt_*.pt")]
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     need(nearest.is_dir(), f"--out {args.out}: a file is in the way; name another folder")
     need(args.resume or args.overwrite or not (path.exists() or kept), f"--out {args.out}: holds a "
@@ -374,9 +371,9 @@ def open_run(args, stage, identity):
                    if k in saved and k not in FREE and saved[k] != v]
         need(not changed, f"--resume: {path} was made with other flags: {', '.join(changed)}; give "
              "the same ones or another --out")
-        for name, value in identity.items():
-            need(checkpoint.get(name) == value, f"--resume: the {name} are not those with which "
-                 f"{path} was trained; restore them, or name another --out")
+        other = [name for name, value in identity.items() if checkpoint.get(name) != value]
+        need(not other, f"--resume: {' and '.join(other)}: not what {path} was trained on; restore "
+             "it, or name another --out")
         print0(f"resuming {args.out} at step {step}")
     steps = [step] * get_world_size()
     if dist.is_initialized():                          # each node reads its own disk
@@ -521,24 +518,22 @@ class Log:
         finite = values.isfinite()
         totals = torch.stack([values.where(finite, values.new_zeros(())), finite.float()])
         pairs = iter(all_sum(totals).T.tolist())       # the one wait for the device
-        names_of, bad_of, sums = {}, {}, self.counts["sums"]
+        steps, sums = {}, self.counts["sums"]          # step: its first name, names not finite
         for step, names, _ in self.pending:
+            _, bad = steps.setdefault(step, (names[0], set()))
             for name, (total, count) in zip(names, pairs):
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = [before[0] + total, before[1] + count]
-                names_of.setdefault(step, set()).add(name)
                 if count < get_world_size():
-                    bad_of.setdefault(step, set()).add(name)
+                    bad.add(name)
         self.pending = []
-        for step, names in names_of.items():
-            kind = " ".join(sorted(names))             # a GAN's two kinds of steps count apart
-            bad = sorted(bad_of.get(step, ()))
-            in_a_row = self.counts["bad"][kind] = self.counts["bad"].get(kind, 0) + 1 if bad else 0
+        for step, (kind, bad) in steps.items():        # a GAN's two kinds of steps count apart
+            streak = self.counts["bad"][kind] = self.counts["bad"].get(kind, 0) + 1 if bad else 0
             if bad:
                 self.counts["skipped"] += 1
-                self._append(step, dict(not_finite=bad, skipped=self.counts["skipped"]))
-            need(in_a_row < self.bad_limit, f"step {step}: {', '.join(bad)} not finite, "
-                 f"{in_a_row} steps in a row; nothing was learned from them, and "
+                self._append(step, dict(not_finite=sorted(bad), skipped=self.counts["skipped"]))
+            need(streak < self.bad_limit, f"step {step}: {', '.join(sorted(bad))} not finite, "
+                 f"{streak} steps in a row; nothing was learned from them, and "
                  f"{self.path.parent}/ckpt.pt is from before: --resume it with --dtype fp32, or "
                  "look at the data of these steps, or begin another --out with a lower --lr")
         return self.counts
