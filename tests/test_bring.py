@@ -101,7 +101,8 @@ def test_one_gpu_preset_runs(tmp_path, monkeypatch):
     """--preset one-gpu in both training scripts, GAN included: two steps on the CPU."""
     small = ["--batch_size", 2, "--device", "cpu", "--workers", 0, "--log_every", 1]
     run_main(train_ae, "--preset", "one-gpu", "--reg", "dsm", *small, "--steps", 2,
-        "--gan_start", 0, "--val_images", 2, "--lpips_weight", 0, "--out", tmp_path / "ae", monkeypatch=monkeypatch)
+        "--gan_start", 0, "--val_images", 2, "--lpips_weight", 0,
+        "--out", tmp_path / "ae", monkeypatch=monkeypatch)
     monkeypatch.setattr(train_diffusion, "open_data", first_images)
     run_main(train_diffusion, "--preset", "one-gpu", "--ae", tmp_path / "ae" / "ckpt.pt", *small,
         "--steps", 1, "--sample_steps", 2, "--cache", tmp_path / "cache", "--encode_batch", 8,
@@ -126,7 +127,8 @@ def test_a_runs_folder_stands_for_its_checkpoint(material, tmp_path, monkeypatch
         {"v1.0", "v1.5", "a"}
     monkeypatch.chdir(tmp_path)
     run_main(train_diffusion, "--preset", "quick", "--model", "SiT-tiny/4", "--ae", folder,
-        "--steps", 1, "--batch_size", 4, "--device", "cpu", "--sample_steps", 2, "--encode_batch", 8,
+        "--steps", 1, "--batch_size", 4, "--device", "cpu", "--sample_steps", 2,
+        "--encode_batch", 8,
         "--out", "sit", monkeypatch=monkeypatch)
     checkpoint = run.load_checkpoint("sit/ckpt.pt", "diffusion")
     assert checkpoint["image_size"] == 16 and checkpoint["model_args"]["num_classes"] == 2
