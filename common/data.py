@@ -51,7 +51,7 @@ SPLITS = dict(train="train", training="train", test="test", testing="test",
 # One image
 
 def _read_file(path):
-    if not path.is_file() or path.stat().st_size > LARGEST_FILE:       # a pipe would block
+    if path.stat().st_size > LARGEST_FILE or not path.is_file():       # a pipe would block
         raise ValueError(f"no file, or larger than {LARGEST_FILE:,} bytes")
     return path.read_bytes()
 
@@ -166,7 +166,7 @@ class Files:
     def _fingerprint_file(self, row):
         """(size, CRC-32 of the first and last 4 KB), or of the whole file if not compressed."""
         path = self.path / os.fsdecode(self.names[row])
-        if not path.is_file():
+        if not path.is_file() or not os.access(path, os.R_OK):
             return -1, 0
         with open(path, "rb", buffering=0) as file:
             size, head = path.stat().st_size, file.read(4096)

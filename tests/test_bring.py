@@ -1,4 +1,4 @@
-"""What people bring to the scripts: weights to start from, a cluster's environment, one GPU."""
+"""What users bring to the scripts: weights to start from, a cluster's environment, one GPU."""
 import json
 import os
 import pathlib
@@ -100,8 +100,9 @@ def test_slurms_local_rank_will_do(tmp_path, monkeypatch):
 def test_one_gpu_preset_runs(tmp_path, monkeypatch):
     """--preset one-gpu in both training scripts, GAN included: two steps on the CPU."""
     small = ["--batch_size", 2, "--device", "cpu", "--workers", 0, "--log_every", 1]
-    run_main(train_ae, "--preset", "one-gpu", "--reg", "dsm", *small, "--steps", 2, "--gan_start", 0,
-        "--val_images", 2, "--lpips_weight", 0, "--out", tmp_path / "ae", monkeypatch=monkeypatch)
+    run_main(train_ae, "--preset", "one-gpu", "--reg", "dsm", *small, "--steps", 2,
+        "--gan_start", 0, "--val_images", 2, "--lpips_weight", 0,
+        "--out", tmp_path / "ae", monkeypatch=monkeypatch)
     monkeypatch.setattr(train_diffusion, "open_data", first_images)
     run_main(train_diffusion, "--preset", "one-gpu", "--ae", tmp_path / "ae" / "ckpt.pt", *small,
         "--steps", 1, "--sample_steps", 2, "--cache", tmp_path / "cache", "--encode_batch", 8,
@@ -125,8 +126,9 @@ def test_a_runs_folder_stands_for_its_checkpoint(material, tmp_path, monkeypatch
     assert {run.run_name(tmp_path / name) for name in ("v1.0", "v1.5", "a.safetensors")} == \
         {"v1.0", "v1.5", "a"}
     monkeypatch.chdir(tmp_path)
-    run_main(train_diffusion, "--preset", "quick", "--model", "SiT-tiny/4", "--ae", folder, "--steps", 1,
-        "--batch_size", 4, "--device", "cpu", "--sample_steps", 2, "--encode_batch", 8,
+    run_main(train_diffusion, "--preset", "quick", "--model", "SiT-tiny/4", "--ae", folder,
+        "--steps", 1, "--batch_size", 4, "--device", "cpu", "--sample_steps", 2,
+        "--encode_batch", 8,
         "--out", "sit", monkeypatch=monkeypatch)
     checkpoint = run.load_checkpoint("sit/ckpt.pt", "diffusion")
     assert checkpoint["image_size"] == 16 and checkpoint["model_args"]["num_classes"] == 2
