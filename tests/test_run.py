@@ -319,7 +319,7 @@ def test_sighup_counts_unless_it_is_ignored():
 # ---- nothing silently wrong
 
 def test_a_second_process_in_one_out_is_refused(tmp_path):
-    """It names the first; when that one has ended, however, the folder is free."""
+    """The line names the first; when that one has ended, however it did, the folder is free."""
     holder = subprocess.Popen([sys.executable, "-c", f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import pathlib, time
