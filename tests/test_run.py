@@ -333,7 +333,7 @@ time.sleep(60)"""], stdout=subprocess.PIPE, text=True)
     holder.kill()
     holder.wait()
     run.lock_folder(tmp_path)
-    run.lock_folder(tmp_path)                              # the same process again, as in a notebook
+    run.lock_folder(tmp_path)                              # the same process again
 
 
 def test_what_is_not_finite_takes_no_checkpoints_place(tmp_path, capsys):
