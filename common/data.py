@@ -12,6 +12,8 @@ or test/, or without; cifar10; or the built-in leaves or discs. Images are uint8
 to the device, then float32 in [-1, 1]; labels are 0 without classes. Only `pack` writes files.
 """
 import argparse
+import contextlib
+import glob
 import hashlib
 import io
 import itertools
@@ -48,17 +50,54 @@ SPLITS = dict(train="train", training="train", test="test", testing="test",
               val="val", valid="val", validation="val", dev="val")
 
 # --------------------------------------------------------------------------------------------------
-# One image
+# Files
 
-def _read_file(path):
-    if path.stat().st_size > LARGEST_FILE or not path.is_file():       # a pipe would block
+def read_bytes(path):
+    """A file whole; ValueError if it is too large, or a pipe or device, which might block."""
+    if path.stat().st_size > LARGEST_FILE or not path.is_file():
         raise ValueError(f"no file, or larger than {LARGEST_FILE:,} bytes")
     return path.read_bytes()
 
 
+@contextlib.contextmanager
+def file_lock(path):
+    """
+    Hold a lock, the file at path, once no other process does; it ends with its process. Yields
+    whether it is held: where there are no locks, a line says so and the block runs all the same.
+    """
+    with contextlib.suppress(FileExistsError):             # a file: open() says it better
+        path.parent.mkdir(parents=True, exist_ok=True)
+    held = False
+    while not held:
+        file = open(path, "a")
+        try:
+            import fcntl  # not on Windows
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{path}: another run holds this lock; waiting for it", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError) as error:
+            print(f"{path}: no file locks here ({error}); start no second run that writes the same",
+                  file=sys.stderr, flush=True)
+            break
+        # who held it has removed the file, and a third process may hold a new one
+        with contextlib.suppress(FileNotFoundError):
+            held = os.path.samestat(os.fstat(file.fileno()), path.stat())
+    try:
+        yield held
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+# --------------------------------------------------------------------------------------------------
+# One image
+
 def open_image(path):
     """A file as PIL image, no handle left open. OSError or ValueError, here or when it is used."""
-    return Image.open(io.BytesIO(_read_file(Path(path))), formats=FORMATS)
+    return Image.open(io.BytesIO(read_bytes(Path(path))), formats=FORMATS)
 
 
 def to_rgb(image):
@@ -113,7 +152,7 @@ class Files:
 
     def _list_folder(self, spec):
         """{name: ()} of all files below."""
-        refuse = lambda error: need(False, f"--data {spec}: cannot list {error.filename} "
+        refuse = lambda error: need(False, f"--data {spec}: cannot list {error.filename!r} "
                                     f"({error.strerror})")     # os.walk alone would say nothing
         found = {}
         for folder, folders, files in os.walk(self.path, onerror=refuse, followlinks=True):
@@ -142,11 +181,11 @@ class Files:
     def read(self, name, place):
         """The bytes of one file; raises anything if it is damaged."""
         if len(place) == 0:
-            return _read_file(self.path / name)
+            return read_bytes(self.path / name)
         e = zipfile.ZipInfo(name)
         offset, e.compress_size, e.file_size, e.CRC, e.compress_type = map(int, place)
-        if e.file_size > LARGEST_FILE:
-            raise ValueError(f"larger than {LARGEST_FILE:,} bytes")
+        if e.file_size > min(LARGEST_FILE, max(2 ** 26, 100 * e.compress_size)):
+            raise ValueError(f"{e.compress_size:,} bytes that unpack to {e.file_size:,}")
         with open(self.path, "rb") as file:                # anew: no handle is shared over a fork
             file.seek(offset)
             # the local header: 30 bytes, then name and extra field
@@ -208,7 +247,7 @@ def open_source(spec):
     if not path.exists():
         raise FileNotFoundError(f"--data {spec}: no such folder or zip; give one, or 'cifar10', "
                                 "or leaves or discs, which are built in")
-    need(path.is_dir() or path.suffix.lower() == ".zip",
+    need(path.is_dir() or path.is_file() and path.suffix.lower() == ".zip",      # a pipe blocks
          f"--data {spec}: neither a folder nor a .zip nor 'cifar10'")
     return Files(spec)
 
@@ -255,13 +294,13 @@ def _read_labels(spec, source, names):
             need(labels.dtype == np.int64 and 0 <= labels.min() <= labels.max() < 1_000_000,
                  "a label is no class number")
         except Exception as error:         # a damaged file breaks this in any way
-            raise ValueError(f"--data {spec}: {place}: needs \"labels\": null or [[name, number], "
-                             f"...] of all images ({reason(error)}); write it anew") from None
+            raise ValueError(f"--data {spec}: {place!r}: needs \"labels\": null or [[name, number"
+                             f"], ...] of all images ({reason(error)}); write it anew") from None
         return labels, [str(k) for k in range(labels.max() + 1)] if table else []
     folders = [name[len(folder):].rpartition("/")[0].partition("/")[0] for name in names]
     classes = sorted(set(folders))
     need("" not in classes or len(classes) == 1, f"--data {spec}: images beside class folders "
-         f"({names[0]} and {names[-1]}); give every image a class folder, or none")
+         f"({names[0]!r} and {names[-1]!r}); give every image a class folder, or none")
     return np.searchsorted(classes, folders), classes if classes[0] else []
 
 
@@ -411,10 +450,13 @@ def stream_entries(n, start, stop, seed=0, mirror=True):
 
 def _leave_signals_to(trainer, _):
     """
-    In a loader's worker: Ctrl-C and a cluster's SIGTERM reach every process of a job, but only the
-    trainer (a process id) may answer them, by saving first. Its own SIGTERM still ends the worker.
+    In a loader's worker: Ctrl-C, a closed terminal and a cluster's SIGTERM reach every process of a
+    job, but only the trainer (a process id) may answer them, by saving first. Its own SIGTERM still
+    ends the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):          # not on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):     # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
@@ -425,14 +467,33 @@ def _leave_signals_to(trainer, _):
         threading.Thread(target=wait, daemon=True).start()
 
 
+def _load_items(dataset, workers, **options):
+    """
+    What a DataLoader yields. ValueError in one line if one of its processes dies, and only when the
+    next item is asked for: torch's own handler would raise in the middle of anything.
+    """
+    loader = DataLoader(
+        dataset, num_workers=workers, worker_init_fn=partial(_leave_signals_to, os.getpid()),
+        generator=torch.Generator(),       # or it would draw from, and move, the global generator
+        **options)
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    try:
+        items = iter(loader)
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+        yield from items
+    except (RuntimeError, OSError) as error:
+        need(not workers, f"--workers {workers}: {reason(error)}; a process that reads images was "
+             "killed, or found no memory or room in /dev/shm: use fewer workers, or 0")
+        raise
+
+
 def _load(dataset, entries, workers, device, replace):
     """Batches of entries(), pairs of indices (b,) and mirrored (b,), the same at each call."""
     cuda = torch.device(device).type == "cuda"
-    loader = DataLoader(
-        dataset, batch_sampler=(indices.tolist() for indices, _ in entries()), num_workers=workers,
-        pin_memory=cuda, worker_init_fn=partial(_leave_signals_to, os.getpid()),
-        generator=torch.Generator())       # or it would draw from, and move, the global generator
-    for (_, mirrored), (images, labels, indices, faults) in zip(entries(), loader):
+    items = _load_items(dataset, workers, pin_memory=cuda,
+                        batch_sampler=(indices.tolist() for indices, _ in entries()))
+    for (_, mirrored), (images, labels, indices, faults) in zip(entries(), items):
         for lines in filter(None, faults):
             dataset.report(lines)
         batch = images, labels, indices, torch.from_numpy(mirrored)
@@ -499,8 +560,6 @@ def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
     need(out.suffix.lower() == ".zip", f"--out {out}: must end in .zip")
     need(not (spec and out.exists() and Path(spec).exists() and out.samefile(spec)),
          f"--out {out}: is the set itself; the original is never written to")
-    need(not out.exists() or overwrite and out.is_file(),
-         f"--out {out}: exists already; choose another name or pass --overwrite")
     if not spec or spec in SETS:
         dataset = BuiltInImages(size, count, kind=spec or "leaves")
         names = [f"{i:06d}.bmp" for i in range(count)]
@@ -512,9 +571,13 @@ def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
         # a name on disk need not be UTF-8, in a zip it must
         stems = [splitext(dataset.name(i))[0].encode(errors="replace").decode() for i in rows]
         names = [stem + ".bmp" for stem in stems]
-        tables = {name: source.read(name, place) for name, place in source.tables.items()}
+        for name, place in source.tables.items():
+            try:
+                tables[name] = source.read(name, place)
+            except Exception as error:     # decoders raise anything
+                raise ValueError(f"--data {spec}: {name!r}: {reason(error)}") from None
     for name, following in itertools.pairwise(sorted(names)):
-        need(name != following, f"--data {spec}: 2 images would become {name}; rename one of them")
+        need(name != following, f"--data {spec}: 2 images would become {name!r}; rename one")
 
     def write(file):
         with zipfile.ZipFile(file, "w") as archive:
@@ -524,13 +587,19 @@ def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
                 archive.writestr(entry, content)
             for name in tables:
                 add(name, tables[name])
-            loader = DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_as_bmp)
-            for name, (bmp, faults) in zip(names, tqdm(loader, unit="image", disable=None)):
+            items = _load_items(dataset, workers, batch_size=None, collate_fn=_as_bmp)
+            items = tqdm(items, total=len(dataset), unit="image", disable=None)
+            for name, (bmp, faults) in zip(names, items):
                 if faults:
                     dataset.report(faults)
                 else:
                     add(name, bmp)
-    run.write_atomic(out, write)
+    with file_lock(out.with_name(f".{out.name}.lock")) as held:
+        need(not out.exists() or overwrite and out.is_file(),
+             f"--out {out}: exists already; choose another name or pass --overwrite")
+        for left in out.parent.glob(f".{glob.escape(out.name)}.*.tmp") if held else ():
+            left.unlink()                  # of a pack that was killed
+        run.write_atomic(out, write)
     return len(dataset) - len(dataset.unreadable), len(dataset.unreadable)
 
 
@@ -545,6 +614,10 @@ def main():
     add("--workers", type=int, default=os.cpu_count(), help="processes that decode; 0 = this one")
     add("--overwrite", action="store_true", help="replace --out if it exists")
     args = run.parse_args(parser, {})
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):           # what was written so far is removed
+        number = getattr(signal, name, signal.SIGTERM)     # Windows has no SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:     # under nohup it is ignored
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     with run.one_line_errors():
         run.need_range(args, 8, LARGEST_SIDE, "size")
         run.need_range(args, 1, 1_000_000, "count")        # one more would need a longer name

@@ -8,60 +8,45 @@ disk by memory map.
     folder/cache.json    autoencoder, images, size it was made from; the latents' mean and std (C,)
 
 A cache is written beside its final name and renamed when complete, and opened only for the
-autoencoder and the images that it was made from. 42 GB for ImageNet at f16d16.
+autoencoder and the images that it was made from. 42 GB for ImageNet at f16d16. cache.json also
+holds a checksum of itself, of each other file, and of every 1,024 images.
 """
 import concurrent.futures
 import contextlib
 import errno
 import glob
+import io
 import itertools
 import json
 import math
 import os
 import shutil
-import sys
 import uuid
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.data import stream_entries, val_batches
+from common.data import file_lock, read_bytes, stream_entries, val_batches
 from common.run import all_sum, barrier, broadcast_from_rank0, need, reason
 from vae import Posterior
 
+BLOCK, CHECKED = 1024, 2 ** 30             # images per checksum; bytes compared when opened
 
-@contextlib.contextmanager
-def file_lock(path):
-    """
-    Hold a lock, the file at path, once no other process does; it ends with its process. Yields
-    whether it is held: where there are no locks, a line says so and the block runs all the same.
-    """
-    with contextlib.suppress(FileExistsError):             # a file: open() says it better
-        path.parent.mkdir(parents=True, exist_ok=True)
-    held = False
-    while not held:
-        file = open(path, "a")
-        try:
-            import fcntl  # not on Windows
 
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{path}: another run holds this lock; waiting for it", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError) as error:
-            print(f"{path}: no file locks here ({error}); start no second run that writes the same",
-                  file=sys.stderr, flush=True)
-            break
-        # who held it has removed the file, and a third process may hold a new one
-        with contextlib.suppress(FileNotFoundError):
-            held = os.path.samestat(os.fstat(file.fileno()), path.stat())
-    try:
-        yield held
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
+def _checksums(moments, rows, blocks):
+    """
+    Yields the CRC-32 of each of these blocks of images. ValueError if an image of `rows` is all
+    zeros, as it is or mirrored: it was never written.
+    """
+    readable = np.zeros(len(moments), bool)
+    readable[rows] = True
+    for start in (k * BLOCK for k in blocks):
+        block = moments[start:start + BLOCK].view(np.uint16)                   # (b, 2, 2C, h, w)
+        written = block.any((2, 3, 4)).all(1)                                  # (b,)
+        need((written | ~readable[start:start + BLOCK]).all(), "an image was never written")
+        yield zlib.crc32(block)
 
 
 def create_array(what, path, dtype, shape):
@@ -148,10 +133,19 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
         if rank == 0:
             mean = first / count
             std = (second / count - mean ** 2).clamp_min(1e-12).sqrt()
-            meta = dict(identity, count=n, shape=shape, mean=mean.tolist(), std=std.tolist())
-            np.save(partial / "rows.npy", np.flatnonzero(arrays["readable"]))
+            rows = np.flatnonzero(arrays["readable"])
+            sums = list(_checksums(arrays["moments"], rows, range(-(-n // BLOCK))))
             (partial / "readable.npy").unlink()
-            (partial / "cache.json").write_text(json.dumps(meta, indent=1))
+            try:
+                np.save(partial / "rows.npy", rows)
+                meta = dict(identity, count=n, shape=shape, mean=mean.tolist(), std=std.tolist(),
+                            moments=sums, **{name: zlib.crc32(read_bytes(partial / f"{name}.npy"))
+                                             for name in ("labels", "rows")})
+                meta["checksum"] = zlib.crc32(json.dumps(meta).encode())
+                (partial / "cache.json").write_text(json.dumps(meta, indent=1))
+            except OSError as error:
+                raise OSError(f"--cache {folder}: cannot be written ({reason(error)}); make room, "
+                              "or name a folder on another disk") from None
             os.rename(partial, folder)
         barrier()
 
@@ -163,36 +157,39 @@ class LatentCache:
     """
 
     def __init__(self, folder, identity):
-        folder = Path(folder)
+        self.folder = Path(folder)
         try:
-            self.meta = json.loads((folder / "cache.json").read_text())
-            self.moments = np.load(folder / "moments.npy", mmap_mode="r")      # (N, 2, 2C, h, w)
-            self.labels, self.rows = np.load(folder / "labels.npy"), np.load(folder / "rows.npy")
-            self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
+            self.meta = json.loads(read_bytes(self.folder / "cache.json"))
             differs = [f"{key} {self.meta.get(key)!r}, not {value!r}"
                        for key, value in identity.items() if self.meta.get(key) != value]
-            whole = self._is_whole()
+            if not differs:
+                self._open()
         except Exception as error:         # a damaged file breaks its reader in any way
             raise ValueError(f"--cache {folder}: not a readable latent cache ({reason(error)}); "
                              "remove it, or name another folder") from None
         need(not differs, f"--cache {folder}: was made from {'; '.join(differs)}; name another "
              "folder")
-        need(whole, f"--cache {folder}: its files do not fit one another, or an image was never "
-             "written; remove it, or name another folder")
 
-    def _is_whole(self):
-        """Whether shapes, types and ranges are those that build_cache writes."""
-        n, _, channels, _, _ = shape = self.moments.shape
-        if not (list(shape) == self.meta["shape"] and self.moments.dtype == np.float16
-                and self.labels.shape == (n,) and self.labels.dtype == self.rows.dtype == np.int64
-                and 0 <= self.rows.min() <= self.rows.max() < n and self.labels.min() >= 0
-                and self.mean.shape == self.std.shape == (channels // 2,)
-                and self.mean.isfinite().all() and 0 < self.std.min() < math.inf):
-            return False
-        # an image that was never written is all zeros: of 100,000 at most, look at a line of each
-        rows = self.rows[::len(self) // 100_000 + 1]
-        suspects = rows[~self.moments[rows, :, 0, 0].any(-1).all(-1)]          # of (k, 2, w)
-        return all(self.moments[row].any((1, 2, 3)).all() for row in suspects)
+    def _open(self):
+        """Open the arrays and compare their checksums; raises anything if one is damaged."""
+        checksum = self.meta.pop("checksum")
+        need(checksum == zlib.crc32(json.dumps(self.meta).encode()), "cache.json is damaged")
+        self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
+        for name in ("labels", "rows"):
+            content = read_bytes(self.folder / f"{name}.npy")
+            need(self.meta[name] == zlib.crc32(content), f"{name}.npy is damaged")
+            setattr(self, name, np.load(io.BytesIO(content)))
+        path = self.folder / "moments.npy"
+        need(path.is_file(), "moments.npy is no file")     # reading a pipe would block
+        self.moments = np.load(path, mmap_mode="r")        # (N, 2, 2C, h, w)
+        need(list(self.moments.shape) == self.meta["shape"] and self.moments.dtype == np.float16,
+             "moments.npy is damaged")
+        # of a large cache other blocks at each opening, so that no damage stays unseen for ever
+        sums = self.meta["moments"]
+        count = max(1, CHECKED // self.moments[:BLOCK].nbytes)
+        blocks = np.random.default_rng().permutation(len(sums))[:count]
+        found = list(_checksums(self.moments, self.rows, blocks))
+        need(found == [sums[k] for k in blocks], "moments.npy is damaged")
 
     def __len__(self):
         return len(self.rows)
@@ -222,7 +219,11 @@ class LatentCache:
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(read, start_step)
             for step in itertools.count(start_step + 1):
-                tensors, indices, mirrored = ahead.result()
+                try:
+                    tensors, indices, mirrored = ahead.result()
+                except Exception as error:
+                    raise ValueError(f"--cache {self.folder}: can no longer be read "
+                                     f"({reason(error)})") from None
                 ahead = reader.submit(read, step)
                 moments, labels = (t.to(device, non_blocking=True) for t in tensors)
                 yield Posterior(*moments.float().chunk(2, dim=1)), labels, indices, mirrored

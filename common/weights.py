@@ -9,12 +9,14 @@ Weights from disk: released autoencoders and transformers, and the checkpoints o
 The first bytes of a file tell its format, the names and shapes of its tensors the network. No code
 in a file is run. Tensors are loaded to the CPU, no random number is drawn.
 """
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import math
 import re
+import traceback
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -24,6 +26,7 @@ import torch
 from torch import nn
 
 from common import run
+from common.data import read_bytes
 from dit import DDPM, MODELS, Interpolant, SiT, UViT
 from vae import AEConfig, AutoencoderKL
 
@@ -31,14 +34,28 @@ from vae import AEConfig, AutoencoderKL
 SUFFIXES = (".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth")
 
 
+@contextlib.contextmanager
+def reading(path):
+    """Whatever fails while a user's file or folder is read is a ValueError in one line about it."""
+    try:
+        yield
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1].filename
+        if place == __file__ and isinstance(error, ValueError | OSError):
+            raise                                       # by this file, which has named it
+        raise ValueError(f"{path}: it and its config.json or ae_config build no network "
+                         f"({error!r:.200})") from None
+
+
 def find_file(path, hint):
     """path, or in a folder our ckpt.pt, diffusers' weights, also in vae/, or the only file."""
     path = folder = Path(path)
     if path.is_file():
         return path
-    if (path / "refs" / "main").is_file():              # a model in the hub's cache
-        folder = path / "snapshots" / (path / "refs" / "main").read_text().strip()
-    files = [file for file in (*folder.glob("*"), *folder.glob("vae/*")) if file.suffix in SUFFIXES]
+    if (path / "refs" / "main").exists():               # a model in the hub's cache
+        folder = path / "snapshots" / read_bytes(path / "refs" / "main").decode().strip()
+    files = [file for file in (*folder.glob("*"), *folder.glob("vae/*"))
+             if file.suffix in SUFFIXES and file.is_file()]                    # no pipe, it blocks
     known = [file for file in files if file.name.startswith(("ckpt.pt", "diffusion_pytorch_model"))]
     if not known and len(files) != 1:
         names = ", ".join(sorted(file.name for file in files)) or "none"
@@ -67,6 +84,16 @@ class DictStub:
     __new__ = lambda cls, *args: OrderedDict()
 
 
+def check_zip(path):
+    """ValueError unless the sizes that a zip declares are plausible and its checksums match."""
+    with zipfile.ZipFile(path) as archive:
+        declared, size = sum(e.file_size for e in archive.infolist()), path.stat().st_size
+        run.need(declared <= max(2 ** 30, 100 * size), f"{size:,} bytes that unpack to "
+                 f"{declared:,}")
+        # torch.load does not compare them
+        run.need(archive.testzip() is None, "damaged: a checksum in it does not match")
+
+
 def read_file(path):
     """What a file in safetensors' format or of torch.save holds. ValueError if it is neither."""
     try:
@@ -74,8 +101,10 @@ def read_file(path):
             if file.read(9)[8:] == b"{":                # 8 bytes of length, then JSON
                 from safetensors.torch import load_file  # optional: only these files need it
                 return load_file(path)
-            unsafe_globals = torch.serialization.get_unsafe_globals_in_checkpoint
-            names = unsafe_globals(path) if zipfile.is_zipfile(path) else []
+            names = []
+            if zipfile.is_zipfile(path):
+                check_zip(path)
+                names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             stubs = [(DictStub if name.lower().endswith("dict") else Stub, name)
                      for name in names if ALLOWED_GLOBALS.fullmatch(name)]
             file.seek(0)                    # not the path, which torch.load would judge by suffix
@@ -108,7 +137,7 @@ def named_tensors(data, outer=()):
         parts = [part for part in str(key).split(".") if part not in WRAPPERS]
         prefixes = tuple(itertools.takewhile(PREFIXES.__contains__, parts))
         name = ".".join(parts[len(prefixes):])
-        if isinstance(value, dict) and not name:
+        if isinstance(value, dict) and not name and len(outer) < 8:            # may hold itself
             yield from named_tensors(value, outer + prefixes)
         elif isinstance(value, torch.Tensor) and not name.startswith(EXTRA):
             yield outer + prefixes, name, value
@@ -177,7 +206,7 @@ def read_settings(file):
         warnings.warn(f"{file}: no config.json beside it: norms are taken to have 32 groups, "
                       "latents mean 0 and std 1", stacklevel=3)
         return 32, 0.0, 1.0
-    settings = json.loads(found[0].read_text())
+    settings = json.loads(read_bytes(found[0]))
     given = {name: value for name, value in settings.items() if value is not None}
     mean = given.get("latents_mean", given.get("shift_factor", 0.0))
     std = torch.tensor(given.get("latents_std", 1.0)) / given.get("scaling_factor", 0.18215)
@@ -209,39 +238,38 @@ def load_autoencoder(path):
              other files hold none: mean 0, std 1
     raises   FileNotFoundError, or ValueError naming the file and the first tensor that does not fit
     """
-    file = find_file(path, "train an autoencoder with train_ae.py or give a released one")
-    data = read_file(file)
-    is_checkpoint = isinstance(data, dict) and "stage" in data
-    if is_checkpoint and data["stage"] != "ae":
-        raise ValueError(f"{file}: a checkpoint of stage {data['stage']!r}, not of train_ae.py")
-    weights = find_network(file, data, {"encoder.conv_in.weight"}, "autoencoder")
-    diffusers = any(name.startswith("encoder.down_blocks.") for name in weights)
-    try:
+    with reading(path):
+        file = find_file(path, "train an autoencoder with train_ae.py or give a released one")
+        data = read_file(file)
+        stage = data.get("stage") if isinstance(data, dict) else None
+        is_checkpoint = stage is not None
+        if is_checkpoint and stage != "ae":
+            raise ValueError(f"{file}: a checkpoint of stage {repr(stage).split()[0]:.20}, not of "
+                             "train_ae.py")
+        weights = find_network(file, data, {"encoder.conv_in.weight"}, "autoencoder")
+        diffusers = any(name.startswith("encoder.down_blocks.") for name in weights)
         groups, mean, std = read_settings(file) if diffusers else (32, 0.0, 1.0)
         config = AEConfig(**data["ae_config"]) if is_checkpoint else infer_config(weights, groups)
         if config.in_channels != 3:
-            raise ValueError(f"for images of {config.in_channels} channels, not RGB")
+            raise ValueError(f"{file}: for images of {config.in_channels} channels, not RGB")
         with torch.device("meta"):                      # no random draws
             ae = AutoencoderKL(config).to_empty(device="cpu")
         ae.set_latent_stats(mean, std)
-    except Exception as error:                          # a foreign shape, number or type
-        raise ValueError(f"{file}: it and its config.json or ae_config build no autoencoder "
-                         f"({error!r:.200})") from None
-    if diffusers:
-        for part, later_part in DIFFUSERS_2022.items():
-            weights = {name.replace(part, later_part): w for name, w in weights.items()}
-        our_keys = {diffusers_name(key, len(config.ch_mult)): key for key in ae.state_dict()}
-        # attention's linear layers are 1x1 convolutions here
-        weights = {our_keys.get(name, name): w[:, :, None, None] if w.ndim == 2 else w
-                   for name, w in weights.items()}
-    if not is_checkpoint:   # no statistics; in SD3 and FLUX no quant convolutions: identities
-        for conv in (ae.quant_conv, ae.post_quant_conv):
-            nn.init.dirac_(conv.weight)
-            nn.init.zeros_(conv.bias)
-        optional = ("latent_", "quant_conv.", "post_quant_conv.")
-        weights = {k: w for k, w in ae.state_dict().items() if k.startswith(optional)} | weights
-    fill(ae, file, weights)
-    return ae.eval()
+        if diffusers:
+            for part, later_part in DIFFUSERS_2022.items():
+                weights = {name.replace(part, later_part): w for name, w in weights.items()}
+            our_keys = {diffusers_name(key, len(config.ch_mult)): key for key in ae.state_dict()}
+            # attention's linear layers are 1x1 convolutions here
+            weights = {our_keys.get(name, name): w[:, :, None, None] if w.ndim == 2 else w
+                       for name, w in weights.items()}
+        if not is_checkpoint:   # no statistics; in SD3 and FLUX no quant convolutions: identities
+            for conv in (ae.quant_conv, ae.post_quant_conv):
+                nn.init.dirac_(conv.weight)
+                nn.init.zeros_(conv.bias)
+            optional = ("latent_", "quant_conv.", "post_quant_conv.")
+            weights = {k: w for k, w in ae.state_dict().items() if k.startswith(optional)} | weights
+        fill(ae, file, weights)
+        return ae.eval()
 
 
 # ---------------------------------------------------------------------------- transformers
@@ -271,18 +299,19 @@ def load_transformer(model, path):
     U-ViT-L/2 on ImageNet-256 (continuous VP-SDE) load, but belong to neither process of dit.py.
     raises  FileNotFoundError; ValueError naming the file and the first tensor that does not fit
     """
-    file = find_file(path, "give a SiT, REPA or U-ViT checkpoint")
-    state = model.state_dict()
-    weights = find_network(file, read_file(file), state.keys(), type(model).__name__)
-    if isinstance(model, UViT) and not any(name.startswith("final_layer.") for name in weights):
-        conv = model.final_layer
-        weights["final_layer.weight"] = nn.init.dirac_(torch.empty_like(conv.weight))
-        weights["final_layer.bias"] = torch.zeros_like(conv.bias)
-    bias = "final_layer.linear.bias"
-    if isinstance(model, SiT) and len(weights.get(bias, ())) == 2 * len(state[bias]):
-        reverse_time(weights, model.in_channels)
-    fill(model, file, weights)
-    return model
+    with reading(path):
+        file = find_file(path, "give a SiT, REPA or U-ViT checkpoint")
+        state = model.state_dict()
+        weights = find_network(file, read_file(file), state.keys(), type(model).__name__)
+        if isinstance(model, UViT) and not any(name.startswith("final_layer.") for name in weights):
+            conv = model.final_layer
+            weights["final_layer.weight"] = nn.init.dirac_(torch.empty_like(conv.weight))
+            weights["final_layer.bias"] = torch.zeros_like(conv.bias)
+        bias = "final_layer.linear.bias"
+        if isinstance(model, SiT) and len(weights.get(bias, ())) == 2 * len(state[bias]):
+            reverse_time(weights, model.in_channels)
+        fill(model, file, weights)
+        return model
 
 
 # ---------------------------------------------------------------------------- runs

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 import zipfile
 
 import numpy as np
@@ -18,6 +19,7 @@ from common.builtin import BuiltInImages
 from common.data import images_hash, open_data, stream_entries, take
 from common.latents import LatentCache, build_cache
 from common.weights import autoencoder_hash
+from conftest import start
 from vae import AEConfig, AutoencoderKL
 
 AE = AEConfig(ch=8, ch_mult=(1, 1), latent_channels=3, num_res_blocks=1, norm_groups=2)
@@ -87,15 +89,108 @@ def test_a_cache_of_something_else_is_refused(tmp_path):
         LatentCache(tmp_path / "cache", identity)
 
 
-def test_an_image_that_was_never_written_is_refused(tmp_path):
-    """All zeros, as it is or mirrored; zeros in a part of an image are latents like others."""
+@pytest.mark.parametrize("zeros", [np.s_[1], np.s_[:, :, :5]], ids=["mirror", "part"])
+def test_an_image_that_was_never_written_is_refused(tmp_path, monkeypatch, zeros):
+    """All zeros, as it is or mirrored, at the end of encoding; a part of zeros is like others."""
+    encode = latents._encode
+
+    def forget(folder, ae, batches, moments, *args, **options):
+        total = encode(folder, ae, batches, moments, *args, **options)
+        moments[3][zeros] = 0
+        return total
+    monkeypatch.setattr(latents, "_encode", forget)
+    if zeros == 1:
+        with pytest.raises(ValueError, match="an image was never written"):
+            build(tmp_path)
+        assert os.listdir(tmp_path) == []
+    else:
+        assert len(LatentCache(tmp_path / "cache", build(tmp_path)[2])) == 7
+
+
+@pytest.mark.parametrize("name", ["cache.json", "labels.npy", "rows.npy", "moments.npy"])
+def test_one_flipped_bit_in_any_file_is_refused(tmp_path, name, monkeypatch):
+    """Wherever it lies, also in the last block and in the array's header."""
+    monkeypatch.setattr(latents, "BLOCK", 3)
     _, _, identity = build(tmp_path)
-    moments = np.load(tmp_path / "cache" / "moments.npy", mmap_mode="r+")
-    moments[3, :, :, :5] = 0
+    path = tmp_path / "cache" / name
+    content = path.read_bytes()
+    places = {*range(0, len(content), 1 + len(content) // 100), len(content) - 1}
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="--cache .*(not a readable|was made from)"):
+            LatentCache(tmp_path / "cache", identity)
+    path.write_bytes(content)
     assert len(LatentCache(tmp_path / "cache", identity)) == 7
-    moments[3, 1] = 0
-    with pytest.raises(ValueError, match="an image was never written"):
-        LatentCache(tmp_path / "cache", identity)
+
+
+def test_a_large_cache_is_compared_in_samples(tmp_path, monkeypatch):
+    """One of three blocks at each opening, another one each time."""
+    monkeypatch.setattr(latents, "BLOCK", 3)
+    _, _, identity = build(tmp_path)
+    monkeypatch.setattr(latents, "CHECKED", 1)
+    moments = np.load(tmp_path / "cache" / "moments.npy", mmap_mode="r+")
+    moments[6, 0, 0, 0, 0] += 1
+    refused = 0
+    for _ in range(60):
+        try:
+            LatentCache(tmp_path / "cache", identity)
+        except ValueError:
+            refused += 1
+    assert 5 < refused < 40
+
+
+def test_a_pipe_in_a_cache_does_not_block(tmp_path):
+    """In the place of any of its files."""
+    _, _, identity = build(tmp_path)
+    for name in ("moments.npy", "labels.npy", "cache.json"):
+        (tmp_path / "cache" / name).unlink()
+        os.mkfifo(tmp_path / "cache" / name)
+        with pytest.raises(ValueError, match="--cache .*no file"):
+            LatentCache(tmp_path / "cache", identity)
+
+
+def test_a_disk_that_fails_is_one_line_with_the_caches_name(tmp_path, monkeypatch):
+    """Full at the last small files: nothing is left; unreadable later, in the reader's thread."""
+    def fail(*args):
+        raise OSError("4096 requested and 0 written")
+    with monkeypatch.context() as patch:
+        patch.setattr(latents.np, "save", fail)
+        with pytest.raises(OSError, match="^--cache .*cannot be written .*make room"):
+            build(tmp_path)
+    assert os.listdir(tmp_path) == []
+    cache = LatentCache(tmp_path / "cache", build(tmp_path)[2])
+    cache.moments = type("", (), dict(__getitem__=fail))()
+    with pytest.raises(ValueError, match="^--cache .*can no longer be read .4096 requested"):
+        next(cache.batches(4))
+
+
+def encode_slowly(script):
+    """In another process: half a second per batch, so that two of them must overlap."""
+    def slow(*args, progress, **options):
+        return build_cache(*args, **options, progress=lambda n: (time.sleep(0.5), progress(n)))
+    script.build_cache = slow
+
+
+def test_two_processes_that_need_one_cache_read_the_same(material, tmp_path):
+    """train_diffusion.py twice at once: one encodes, the other waits; the cache of one alone."""
+    flags = ["--preset", "quick", "--model", "SiT-tiny/4", "--ae", material / "ae" / "ckpt.pt",
+             "--data", material / "images", "--steps", 0, "--batch_size", 4, "--device", "cpu",
+             "--sample_steps", 2, "--encode_batch", 4]
+    runs = {"cache1": ["alone"], "cache2": ["one", "two"]}
+    for cache, names in runs.items():
+        processes = [start("train_diffusion", *flags, "--cache", tmp_path / cache,
+                           "--out", tmp_path / name, cwd=tmp_path, output=tmp_path / f"{name}.txt",
+                           patch=encode_slowly) for name in names]
+        for process in processes:
+            process.join(90)
+    output = "".join((tmp_path / f"{name}.txt").read_text() for name in ("one", "two"))
+    assert [process.exitcode for process in processes] == [0, 0], output
+    assert output.count("another run holds this lock; waiting") == 1
+    for name in ("moments.npy", "labels.npy", "rows.npy", "cache.json"):
+        a, b = ((tmp_path / cache / name).read_bytes() for cache in runs)
+        assert a == b
 
 
 def test_two_runs_at_once_make_one_cache(tmp_path):
