@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import re
-import traceback
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -32,19 +31,6 @@ from vae import AEConfig, AutoencoderKL
 
 # ---------------------------------------------------------------------------- files
 SUFFIXES = (".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth")
-
-
-@contextlib.contextmanager
-def reading(path):
-    """Whatever fails while a user's file or folder is read is a ValueError in one line about it."""
-    try:
-        yield
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1].filename
-        if place == __file__ and isinstance(error, ValueError | OSError):
-            raise                                       # by this file, which has named it
-        raise ValueError(f"{path}: it and its config.json or ae_config build no network "
-                         f"({error!r:.200})") from None
 
 
 def find_file(path, hint):
@@ -63,6 +49,20 @@ def find_file(path, hint):
                                 f"orch_model.* or one file of weights (here: {names}); {hint}")
     # the plain file before variants such as .fp16
     return min(known or files, key=lambda file: (len(file.parts), file.name.count("."), file.name))
+
+
+@contextlib.contextmanager
+def reading(path, hint):
+    """Yields find_file(path, hint); whatever fails with it is one line that names it."""
+    file = Path(path)
+    try:
+        file = find_file(file, hint)
+        yield file
+    except Exception as error:
+        if str(error).startswith(f"{file}:"):
+            raise
+        raise ValueError(f"{file}: it and its config.json or ae_config build no network "
+                         f"({error!r:.200})") from None
 
 
 # Classes that training scripts pickle beside the weights (callbacks, hyperparameters, paths).
@@ -238,8 +238,7 @@ def load_autoencoder(path):
              other files hold none: mean 0, std 1
     raises   FileNotFoundError, or ValueError naming the file and the first tensor that does not fit
     """
-    with reading(path):
-        file = find_file(path, "train an autoencoder with train_ae.py or give a released one")
+    with reading(path, "train an autoencoder with train_ae.py or give a released one") as file:
         data = read_file(file)
         stage = data.get("stage") if isinstance(data, dict) else None
         is_checkpoint = stage is not None
@@ -299,8 +298,7 @@ def load_transformer(model, path):
     U-ViT-L/2 on ImageNet-256 (continuous VP-SDE) load, but belong to neither process of dit.py.
     raises  FileNotFoundError; ValueError naming the file and the first tensor that does not fit
     """
-    with reading(path):
-        file = find_file(path, "give a SiT, REPA or U-ViT checkpoint")
+    with reading(path, "give a SiT, REPA or U-ViT checkpoint") as file:
         state = model.state_dict()
         weights = find_network(file, read_file(file), state.keys(), type(model).__name__)
         if isinstance(model, UViT) and not any(name.startswith("final_layer.") for name in weights):

@@ -4,10 +4,14 @@ names, held-out images stay held out, bad files are named and counted, packing c
 """
 import io
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from itertools import islice
 
@@ -23,6 +27,7 @@ from common import data
 from common.builtin import BuiltInImages
 from common.data import (
     center_crop,
+    file_lock,
     open_data,
     pack,
     spread,
@@ -31,7 +36,7 @@ from common.data import (
     train_batches,
     val_batches,
 )
-from conftest import ROOT, run_main
+from conftest import ROOT, run_main, start
 from spectral import fit_power_law, power_spectrum, radial_profile
 
 
@@ -340,7 +345,7 @@ def test_a_dataset_json_that_does_not_fit_is_refused(tmp_path, table):
     """Nothing is guessed from the shards instead; pack says so, too, and writes nothing."""
     folder = with_labels(tmp_path / "set", SHARDED, table)
     for call in (open_data, lambda *args: pack(*args, tmp_path / "y.zip")):
-        with pytest.raises(ValueError, match="^--data .*: dataset.json: needs .*; write it anew"):
+        with pytest.raises(ValueError, match="^--data .*: 'dataset.json': needs .*anew"):
             call(folder, 8)
     assert not (tmp_path / "y.zip").exists()
 
@@ -533,6 +538,67 @@ def test_a_held_out_set_that_is_all_bad_stops(tmp_path):
         list(val_batches(open_data(path, 8)[1], 4))
 
 
+@pytest.mark.parametrize("content, why", [
+    (b"\0\0\0 ftypheic", "not an image"), ("F", "convert it to 8 bits"), ("bomb", "pixels")])
+def test_the_end_of_a_run_gives_names_and_reasons(tmp_path, content, why):
+    """100 that cannot be read of 300: HEIC called .jpg, floats, too large: the reason is said."""
+    make_folder(tmp_path, [f"{i:03d}.png" for i in range(300)])
+    for i in range(100, 200):
+        path = tmp_path / f"{i}.png"
+        if content == "F":
+            Image.new("F", (9, 11)).save(path.with_suffix(".tif"))
+            path.unlink()
+        elif content == "bomb":
+            file = io.BytesIO()
+            Image.new("RGB", (1, 1)).save(file, "BMP")
+            header = file.getvalue()
+            path.write_bytes(header[:18] + 2 * (50_000).to_bytes(4, "little") + header[26:])
+        else:
+            path.write_bytes(content)
+    for call in (lambda train: list(islice(train_batches(train, 50), 6)),
+                 lambda train: pack(tmp_path, 8, tmp_path / "out" / "x.zip")):
+        with pytest.raises(ValueError, match=rf"of 300 images so far .*'1\d\d.(png|tif)': .*{why}"):
+            call(open_data(tmp_path, 8)[0])
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_names_with_escape_sequences_reach_no_terminal(tmp_path, capfd):
+    """Neither those that are skipped nor those in a message are obeyed: they are shown."""
+    evil = "\x1b]0;owned\x07\n\x9b2J"
+    make_folder(tmp_path / "set", [f"{i:03d}.png" for i in range(150)])
+    (tmp_path / "set" / f"{evil}.png").write_bytes(b"")
+    pack(tmp_path / "set", 8, tmp_path / "x.zip")
+    make_folder(tmp_path / "beside", [f"{evil}.png", "z/b.png"])
+    make_folder(tmp_path / "twins", [f"{evil}.png", f"{evil}.jpg"])
+    make_folder(tmp_path / "tables", ["0/a.png", f"{evil}/b.png"])
+    (tmp_path / "tables" / evil / "dataset.json").symlink_to("nowhere")
+    make_folder(tmp_path / "table", [f"{evil}/{i}.png" for i in range(2)])
+    (tmp_path / "table" / evil / "dataset.json").write_text(json.dumps({"labels": [[evil, 0]]}))
+    messages = []
+    for name in ("beside", "twins", "tables", "table"):
+        with pytest.raises(ValueError) as error:
+            open_data(tmp_path / name, 8) if name == "beside" else pack(
+                tmp_path / name, 8, tmp_path / "y.zip")
+        messages.append(str(error.value))
+    printed = capfd.readouterr().err
+    assert printed.count("owned") == 1 and all("owned" in message for message in messages)
+    assert not set("\x1b\x07\x9b") & set("".join([printed, *messages]))
+
+
+@pytest.mark.parametrize("make_batches", [train_batches, val_batches])
+def test_a_killed_worker_is_one_line_where_the_next_batch_is_asked_for(flat, make_batches):
+    """And not in the middle of a step, from which nothing could be saved."""
+    batches = make_batches(open_data(flat, 8)[0], 2, workers=1)
+    next(batches)
+    worker, = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    for _ in range(1000):                                  # a signal's handler would run here
+        time.sleep(1e-4)
+    with pytest.raises(ValueError, match="^--workers 1: .*worker.* exited .*or 0$"):
+        list(batches)
+
+
 # ---- packing -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -603,6 +669,52 @@ def test_pack_leaves_bad_files_out_and_stops_past_one_percent(corrupted, tmp_pat
     assert [p.name for p in out.iterdir()] == ["x.zip"] and (out / "x.zip").read_bytes() == packed
 
 
+def stall(script):
+    """In another process: packing stops for ever at its second image."""
+    def as_bmp(item, as_bmp=script._as_bmp):
+        if item[2] == 1:
+            open("stalled", "w").close()
+            time.sleep(1000)
+        return as_bmp(item)
+    script._as_bmp = as_bmp
+
+
+@pytest.mark.parametrize("name, workers", [("SIGTERM", 1), ("SIGHUP", 0), ("SIGKILL", 0)])
+def test_a_pack_that_is_stopped_leaves_nothing_for_ever(flat, tmp_path, name, workers, capfd):
+    """SIGTERM and SIGHUP remove what was written; after SIGKILL the next pack does so."""
+    out = tmp_path / "x.zip"
+    process = start("common.data", "pack", "--data", flat, "--size", 8, "--workers", workers,
+                    "--out", out, cwd=tmp_path, output=tmp_path / "output.txt", patch=stall)
+    while process.is_alive() and not (tmp_path / "stalled").exists():
+        time.sleep(0.01)
+    other = tmp_path / ".y.zip.1.tmp"
+    other.touch()                                          # of another pack, to another name
+    os.kill(process.pid, signal.Signals[name])
+    process.join(30)
+    number = signal.Signals[name]
+    assert process.exitcode == (-number if name == "SIGKILL" else 128 + number)
+    assert "Traceback" not in (tmp_path / "output.txt").read_text()
+    assert len(list(tmp_path.glob(".x.zip.*"))) == (2 if name == "SIGKILL" else 0)
+    pack(flat, 8, out)
+    assert {path.name for path in tmp_path.iterdir()} == {"x.zip", "output.txt", "stalled",
+                                                       other.name}
+
+
+def test_a_second_pack_to_the_same_name_waits(flat, tmp_path, capsys):
+    """And then finds the zip there; it does not replace what the first one writes."""
+    lock = tmp_path / ".x.zip.lock"
+    with file_lock(lock):
+        second = threading.Thread(target=lambda: errors.append(
+            pytest.raises(ValueError, pack, flat, 8, tmp_path / "x.zip").value), daemon=True)
+        errors = []
+        second.start()
+        second.join(1)
+        assert second.is_alive() and "waiting" in capsys.readouterr().out
+        (tmp_path / "x.zip").touch()
+    second.join()
+    assert "--overwrite" in str(errors[0]) and [*tmp_path.iterdir()] == [tmp_path / "x.zip"]
+
+
 def test_pack_never_writes_over_what_is_there(tmp_path, monkeypatch, capsys):
     """One line on stderr, exit code 2, and no file changes."""
     monkeypatch.chdir(tmp_path)
@@ -611,7 +723,7 @@ def test_pack_never_writes_over_what_is_there(tmp_path, monkeypatch, capsys):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.*")}
     for flags, words in (("--out old.zip", "--overwrite"),
                          ("--out old.zip --data old.zip --overwrite", "is the set itself"),
-                         ("--out y.zip --data twins", "2 images would become a.bmp")):
+                         ("--out y.zip --data twins", "2 images would become 'a.bmp'")):
         with pytest.raises(SystemExit) as stop:
             run_main(data, "pack", "--workers", 0, *flags.split(), monkeypatch=monkeypatch)
         error = capsys.readouterr().err

@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+import train_diffusion
 from common import latents
 from common.builtin import BuiltInImages
 from common.data import images_hash, open_data, stream_entries, take
 from common.latents import LatentCache, build_cache
 from common.weights import autoencoder_hash
-from conftest import start
+from conftest import run_main, start
 from vae import AEConfig, AutoencoderKL
 
 AE = AEConfig(ch=8, ch_mult=(1, 1), latent_channels=3, num_res_blocks=1, norm_groups=2)
@@ -173,23 +174,23 @@ def encode_slowly(script):
     script.build_cache = slow
 
 
-def test_two_processes_that_need_one_cache_read_the_same(material, tmp_path):
+def test_two_processes_that_need_one_cache_read_the_same(material, tmp_path, monkeypatch):
     """train_diffusion.py twice at once: one encodes, the other waits; the cache of one alone."""
     flags = ["--preset", "quick", "--model", "SiT-tiny/4", "--ae", material / "ae" / "ckpt.pt",
              "--data", material / "images", "--steps", 0, "--batch_size", 4, "--device", "cpu",
              "--sample_steps", 2, "--encode_batch", 4]
-    runs = {"cache1": ["alone"], "cache2": ["one", "two"]}
-    for cache, names in runs.items():
-        processes = [start("train_diffusion", *flags, "--cache", tmp_path / cache,
-                           "--out", tmp_path / name, cwd=tmp_path, output=tmp_path / f"{name}.txt",
-                           patch=encode_slowly) for name in names]
-        for process in processes:
-            process.join(90)
+    processes = [start("train_diffusion", *flags, "--cache", tmp_path / "cache",
+                       "--out", tmp_path / name, cwd=tmp_path, output=tmp_path / f"{name}.txt",
+                       patch=encode_slowly) for name in ("one", "two")]
+    run_main(train_diffusion, *flags, "--cache", tmp_path / "alone_cache",
+             "--out", tmp_path / "alone", monkeypatch=monkeypatch)
+    for process in processes:
+        process.join(90)
     output = "".join((tmp_path / f"{name}.txt").read_text() for name in ("one", "two"))
     assert [process.exitcode for process in processes] == [0, 0], output
     assert output.count("another run holds this lock; waiting") == 1
     for name in ("moments.npy", "labels.npy", "rows.npy", "cache.json"):
-        a, b = ((tmp_path / cache / name).read_bytes() for cache in runs)
+        a, b = ((tmp_path / cache / name).read_bytes() for cache in ("cache", "alone_cache"))
         assert a == b
 
 

@@ -6,10 +6,12 @@ import argparse
 import collections
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import tempfile
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -165,9 +167,14 @@ def test_diffusers_settings(tmp_path):
                        latents_std=[4.0, 5.0, 6.0]))
     back = load_autoencoder(file)
     assert back.latent_mean.tolist() == [1, 2, 3] and back.latent_std.tolist() == [8, 10, 12]
-    for content in (b"{", [], dict(norm_num_groups=7), dict(scaling_factor=0)):
+    for content in (b"{", [], dict(norm_num_groups=7), dict(scaling_factor=0), b"\xff\xfe",
+                    b"[" * 200_000, dict(scaling_factor={}), dict(latents_mean=[[[]]])):
         write(config, content)
         refused(file, "config.json")
+    config.unlink()
+    os.mkfifo(config)
+    refused(file, "config.json", "no file")
+    config.unlink()
     # beside CompVis' layout, of 32 groups, it belongs to something else
     assert same(little(), load_autoencoder(write(tmp_path / "ae.ckpt", to_compvis(little()))))
 
@@ -221,6 +228,24 @@ def test_a_hub_snapshot_of_links(tmp_path):
         assert load_autoencoder(given).latent_std.tolist() == [4, 4, 4]
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe\xb1", b"a\0b", b"", b"x" * 5000, os.mkfifo])
+def test_a_hub_folder_without_a_readable_revision(tmp_path, content):
+    """refs/main is no text, holds a NUL, nothing, a name too long, or is a pipe: one line."""
+    (tmp_path / "refs").mkdir()
+    path = tmp_path / "refs" / "main"
+    content(path) if callable(content) else path.write_bytes(content)
+    refused(tmp_path, error=(ValueError, OSError))
+
+
+def test_pipes_are_no_weights(tmp_path):
+    """In a folder, under any name that would be taken, and given itself."""
+    for name in ("ckpt.pt", "vae/diffusion_pytorch_model.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        os.mkfifo(tmp_path / name)
+        for given in (tmp_path, tmp_path / name):
+            refused(given, "no such file", error=FileNotFoundError)
+
+
 def test_a_folder_without_a_clear_choice(tmp_path):
     """Nothing there, no weights, several files: what is there is named."""
     refused(tmp_path / "none.pt", "no such file", "train_ae.py", error=FileNotFoundError)
@@ -262,6 +287,61 @@ def test_files_that_are_no_checkpoint(tmp_path, net):
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
         refused(path, "tempfile.mkdtemp", net=net)
     assert not list(tmp_path.glob("made*"))
+
+
+@NETS
+def test_a_flipped_bit_is_refused(tmp_path, net):
+    """torch.load does not compare the checksums of its zip; ours and released files alike."""
+    path = write(tmp_path / "model.pt", net.state_dict())
+    content = bytearray(path.read_bytes())
+    name = max(net.state_dict(), key=lambda name: net.state_dict()[name].numel())
+    place = content.index(net.state_dict()[name].numpy().tobytes())
+    content[place + 1001] ^= 1
+    refused(write(path, bytes(content)), "cannot be read", "checksum", net=net)
+
+
+def test_a_zip_of_weights_that_unpacks_to_gigabytes_is_refused(tmp_path):
+    """A small file that declares 3 GB in one or in many parts: before anything is unpacked."""
+    path = tmp_path / "model.pt"
+    for parts in (1, 30):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for i in range(parts):
+                archive.writestr(f"model/data/{i}", bytes(2 ** 16))
+            for entry in archive.infolist():               # what the directory at the end says
+                entry.file_size = 3 * 2 ** 30 // parts
+        refused(path, "unpack to 3,221,225,", "cannot be read")
+
+
+def nested(depth):
+    data = {"encoder.conv_in.weight": torch.zeros(2)}
+    for _ in range(depth):
+        data = {"model": data}
+    return data
+
+
+def in_itself():
+    data = {"stage": None}
+    return data | {"model": data, "ema": data.setdefault("model", data)}
+
+
+@pytest.mark.parametrize("content", [
+    nested(3000), in_itself(), {"stage": torch.eye(3)}, {"stage": {"a": 1}}, {"stage": "ae"},
+    {"stage": "ae", "ae_config": 3, "encoder.conv_in.weight": torch.zeros(2)},
+    {"encoder.conv_in.weight": torch.zeros(())},
+    {"encoder.conv_in.weight": torch.eye(3).to_sparse()},
+    {key: value.to("meta") for key, value in to_compvis(little()).items()},
+    {key: value[..., :0] for key, value in to_compvis(little()).items()},
+], ids=["nested", "in itself", "tensor", "dict", "no config", "number", "scalar", "sparse", "meta",
+        "empty"])
+def test_fields_of_a_wrong_kind_are_one_line(tmp_path, content):
+    """Nesting without an end, tensors for names, weights without values: no traceback."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(50_000)                          # to write it
+    write(tmp_path / "model.pt", content)
+    sys.setrecursionlimit(limit)
+    refused(tmp_path / "model.pt", "model.pt")
+    if "stage" not in content:
+        refused(tmp_path / "model.pt", net=tiny(SiT))
 
 
 def test_safetensors_is_optional(tmp_path, monkeypatch):
