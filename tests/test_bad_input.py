@@ -152,6 +152,11 @@ SETS = {
     "loop/a.png": PNG, "loop/b.png": PNG, "loop/in": lambda path: path.symlink_to(path.parent),
     "table/0/a.png": PNG, "table/1/b.png": PNG, "table/dataset.json": b'{"labels": [["0/a',
     "labels/1/b.png": PNG, "labels/dataset.json": b'{"labels": [["0/a.png", 1]]}',
+    "pipe.zip": os.mkfifo, "device.zip": lambda path: path.symlink_to("/dev/zero"),
+    "deep/0/a.png": PNG, "deep/1/b.png": PNG, "deep/dataset.json": b"[" * 200_000,
+    "piped/0/a.png": PNG, "piped/1/b.png": PNG, "piped/dataset.json": os.mkfifo,
+    "unused/0/a.png": PNG, "unused/1/b.png": PNG, "unused/2/dataset.json": os.mkfifo,
+    "bomb.zip": zipped(TWO | {"dataset.json": bytes(70 * 2 ** 20)}),
 }
 for name in dict.fromkeys(name.split("/")[0] for name in SETS):
     # pack takes a single image, and images beside folders, as they are
@@ -200,12 +205,21 @@ def edit(name, change):
 CACHES = {                                                 # fault: change of a copy
     "cut": lambda cache: os.truncate(cache / "moments.npy", 1000),
     "cut-json": lambda cache: os.truncate(cache / "cache.json", 100),
+    "deep": lambda cache: (cache / "cache.json").write_text("[" * 200_000),
+    "piped": lambda cache: ((cache / "labels.npy").unlink(), os.mkfifo(cache / "labels.npy")),
     "code": edit("labels.npy", lambda labels: np.array([Code()])),
     "nan": edit("moments.npy", lambda moments: moments * np.float16("nan")),
     "wide": edit("moments.npy", lambda moments: moments * np.float16(4)),
     "rows-past-the-end": edit("rows.npy", lambda rows: rows + 5),
 }
 ROWS += [f"train_diffusion --cache {{bad}}/{name}-cache" for name in CACHES]
+
+WEIGHTS = {                                                # as --ae
+    "folder/ckpt.pt": os.mkfifo, "hub/refs/main": b"\xff\xfe",
+    "bomb.pt": zipped({"a/data.pkl": bytes(70 * 2 ** 20)}, 24, "<I", 2 ** 32 - 2),
+}
+ROWS += [f"train_diffusion --ae {{bad}}/{name} -> {name}"
+         for name in ("folder", "folder/ckpt.pt", "hub", "bomb.pt")]
 
 
 def put(path, content):
@@ -229,7 +243,7 @@ def made(material, tmp_path_factory):
     states = dict(ae=trained, run=torch.load(paths["run"] / "ckpt.pt", weights_only=True))
     files = {"good.npz": npz(**MOMENTS), "good.png": PNG, "set/a.png": PNG, "set/b.png": PNG,
         "bin/gs": b"#!/bin/sh\ntouch executed\n", "other.pt": other(trained)}
-    for name, content in (files | IMAGES | SETS | STATISTICS).items():
+    for name, content in (files | IMAGES | SETS | STATISTICS | WEIGHTS).items():
         put(paths["bad"] / name, content)
     (paths["bad"] / "bin" / "gs").chmod(0o755)
     put(paths["home"] / "hub" / "checkpoints" / INCEPTION, half(saved({"a": torch.zeros(99)})))

@@ -39,6 +39,8 @@ from common.data import (
 from conftest import ROOT, run_main, start
 from spectral import fit_power_law, power_spectrum, radial_profile
 
+as_bmp = data._as_bmp                                      # as it is without a patch
+
 
 def noise(i, height=9, width=11):
     """(height, width, 3) uint8, different for every i and not its own mirror image."""
@@ -669,14 +671,17 @@ def test_pack_leaves_bad_files_out_and_stops_past_one_percent(corrupted, tmp_pat
     assert [p.name for p in out.iterdir()] == ["x.zip"] and (out / "x.zip").read_bytes() == packed
 
 
+def stalling_bmp(item):
+    """The second image is never packed."""
+    if item[2] == 1:
+        open("stalled", "w").close()
+        time.sleep(1000)
+    return as_bmp(item)
+
+
 def stall(script):
-    """In another process: packing stops for ever at its second image."""
-    def as_bmp(item, as_bmp=script._as_bmp):
-        if item[2] == 1:
-            open("stalled", "w").close()
-            time.sleep(1000)
-        return as_bmp(item)
-    script._as_bmp = as_bmp
+    """In another process."""
+    script._as_bmp = stalling_bmp
 
 
 @pytest.mark.parametrize("name, workers", [("SIGTERM", 1), ("SIGHUP", 0), ("SIGKILL", 0)])
