@@ -124,6 +124,7 @@ def get_args():
 def check(args, world):
     """ValueError on the first flag that cannot work, before anything is loaded or written."""
     need, need_range = run.need, run.need_range
+    run.check_run_flags(args, world)
     need(args.encode_batch > 0 and args.encode_batch % world == 0,
          f"--encode_batch {args.encode_batch}: must be above 0 and divide by {world} processes")
     need(args.cfg == 1 or args.label_dropout > 0, f"--cfg {args.cfg}: --label_dropout 0 never "
@@ -136,7 +137,6 @@ def check(args, world):
     need(args.beta2 < 1, f"--beta2 {args.beta2}: must be below 1")
     need(args.dog_sigma1 < args.dog_sigma2, f"--dog_sigma1 {args.dog_sigma1}: must be below "
          f"--dog_sigma2 {args.dog_sigma2}")
-    run.check_run_flags(args, world)
 
 
 # --------------------------------------------------------------------------------------------------
