@@ -758,8 +758,8 @@ def one_line_errors():
     except (ValueError, OSError) as error:
         place = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         root = Path(__file__).resolve().parents[1]
-        ours = place.is_relative_to(root) and "site-packages" not in place.parts
-        if not ours and not getattr(error, "filename", None):
+        of_project = place.is_relative_to(root) and "site-packages" not in place.parts
+        if not of_project and not getattr(error, "filename", None):
             raise
         if get_rank() > 0:
             time.sleep(5)                              # rank 0 most often says the same, and
