@@ -244,10 +244,12 @@ def evaluate_fid(args, device):
         run.need(dims[0] == dims[1], f"{a.spec} and {b.spec}: features of {dims[0]} and {dims[1]} "
                  "dimensions cannot be compared; make both with one network")
         size = fid.common_resolution(sets, args.image_size)
-        inception = metrics.load_inception(device) if a.source or b.source else None
+        inception = metrics.load_inception(device) if a.images or b.images else None
         for entry in sets:
-            if entry.source:
-                entry.n, *entry.moments = fid.set_statistics(entry, size, inception, args, device)
+            if entry.images:
+                entry.images.size = size
+                found = fid.set_statistics(inception, entry.images, [], 0, args, device)
+                entry.n, *entry.moments = found[:3]
     except (ValueError, FileNotFoundError) as error:   # common.data names a flag that nobody gave
         raise type(error)(str(error).removeprefix("--data ")) from None
     known = [entry.n for entry in sets if entry.n]

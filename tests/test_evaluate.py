@@ -238,7 +238,7 @@ def test_the_common_resolution_of_two_sets(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("x.npy", b"", "x.npy: neither a folder nor a .zip nor an .npz; give a folder or .zip of"),
+    ("x.npy", b"", "x.npy: neither a folder nor a .zip nor 'cifar10'"),
     ("x.zip", b"", "x.zip: not a readable zip"), ("x", None, "x: no images in it")])
 def test_fid_names_its_argument(name, content, words, tmp_path, main):
     """No line blames a flag that nobody gave."""
