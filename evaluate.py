@@ -34,7 +34,6 @@ from pathlib import Path
 import torch
 
 from analysis import fid, figures, theory
-from analysis.published import CURVES
 from common import metrics, run
 from common.data import LARGEST_SIDE, open_data, spread, val_batches
 from common.weights import checkpoint_files, load_autoencoder, load_diffusion
@@ -349,13 +348,15 @@ def get_args():
     add("folder", False, "also write every sample as a PNG")
     # spectrum and similarity
     add("gamma", 1.0, "flattening exponent of the target")
-    add("published", None, "the authors' curves beside yours, in their form", choices=CURVES)
+    add("published", None, "the authors' curves beside yours, in their form",
+        choices=figures.CURVES)
     add("encoder", "dinov2_vitb14" if similarity else None, "DINOv2 model")
     add("encoder_source", None, "a local clone of facebookresearch/dinov2, or random (for tests)")
     add("image", None, "an image file (default: the first --val_images held-out ones of --data)")
     add("token", None, "number of the token, row by row from 0 (default: the middle)", type=int)
     # where
-    add("out", None, "what to write (default: under out/; of gen: a folder beside the checkpoint)")
+    add("out", None if command == "gen" else f"out/{command}.png", "the figure to write; of gen: a "
+        "folder (default: beside the checkpoint)")
     add("device", None, "default: cuda when there is a GPU", choices=("cpu", "cuda"))
     add("results", "results.jsonl", "every result is appended here")
     applies = [] if few else takes                     # few images are for the eye

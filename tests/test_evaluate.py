@@ -18,7 +18,7 @@ import dit
 import evaluate
 import spectral
 import train_diffusion
-from analysis import fid, figures, published
+from analysis import fid, figures
 from common import metrics
 from common.data import open_data
 from common.metrics import jpeg_round_trip, ssim, to_uint8
@@ -429,10 +429,10 @@ def test_uvit_is_sampled_with_its_schedule(diffusion, material, tmp_path):
 
 def test_the_published_curves_are_shares():
     """16 rings that sum to 1, up to the rounding of 16 printed numbers."""
-    curves = [curve for printed in published.CURVES.values() for curve in printed.values()]
+    curves = [curve for printed in figures.CURVES.values() for curve in printed.values()]
     assert len(curves) == 10 and {len(curve) for curve in curves} == {16}
     assert all(abs(sum(curve) - 1) <= 16 * 0.5e-4 for curve in curves)
-    printed = published.CURVES["imagenet"]
+    printed = figures.CURVES["imagenet"]
     assert {"VA-VAE", "DINOv2-B features"} <= printed.keys()
 
 
@@ -461,7 +461,7 @@ def test_published_beside_ones_own(material, ae, main):
     with_dc = spectral.spectrum_distribution(small, remove_dc=False)[0].tolist()
     assert curves["images"] == pytest.approx(with_dc, rel=1e-5)
     for line in (features, latents):
-        kl = published.divergence(curves["target, gamma 1"], curves[line["curve"]])
+        kl = figures.divergence(curves["target, gamma 1"], curves[line["curve"]])
         assert line["kl_from_target"] == pytest.approx(kl, rel=1e-6)
 
 

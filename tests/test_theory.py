@@ -101,8 +101,8 @@ def test_power_and_bound_are_those_of_the_spectrum():
     """power: the mean of a ring; learnable: Eq. 1 per channel and coefficient, then the mean."""
     latents, process = gaussian_latents(50), Interpolant()
     found = theory.denoised_power(wiener(process), process, latents, times=(0.4,))
-    torch.testing.assert_close(found.power, theory.ring_power(latents))
     S, alpha_bar = dct2(latents).square().mean(0), 0.36 / 0.52
+    torch.testing.assert_close(found.power, theory.ring_profile(S).mean(0))
     eq1 = S * (alpha_bar * S / (1 - alpha_bar)) / (1 + alpha_bar * S / (1 - alpha_bar))
     torch.testing.assert_close(found.learnable[0], radial_profile(eq1.mean(0)[None], 8)[0])
 
