@@ -58,17 +58,14 @@ def sample_images(model, process, ae, indices, args, device):
 
 
 def shared_array(path, shape):
-    """
-    A memory-mapped uint8 array for the ranks to write their rows into: 50,000 images of 256 px are
-    10 GB. Its file at path loses its name at once, so a killed run leaves nothing behind.
-    """
+    """A memory-mapped uint8 array that all ranks write into: 50,000 images of 256 px are 10 GB."""
     if run.get_rank() == 0:
         create_array(f"{path} of {shape[0]:,} rows", path, np.uint8, shape)
     run.barrier()
     array = np.load(path, mmap_mode="r+")
     run.barrier()
     if run.get_rank() == 0:
-        path.unlink()
+        path.unlink()                                  # so a killed run leaves nothing behind
     return array
 
 
@@ -82,7 +79,6 @@ def write_samples(draw, samples, out, args):
     """
     All samples of draw(indices) into samples (N, H, W, 3); then, in the place of an earlier
     sampling's, out/grid.png, samples.npz for the ADM suite, and with --folder images/NNNNNN.png.
-    returns  the seconds that drawing took
     """
     start = time.perf_counter()
     for indices in progress(rank_batches(len(samples), args.batch_size), "sampling"):
@@ -97,10 +93,10 @@ def write_samples(draw, samples, out, args):
                 path.unlink()
         if args.folder:
             folder.mkdir(exist_ok=True)
-        print(f"wrote {out}/grid.png, {out}/samples.npz" + f", {folder}/" * args.folder)
     run.barrier()
     for i in itertools.chain(*rank_batches(len(samples), 1000)) if args.folder else ():
         Image.fromarray(samples[i]).save(folder / f"{i:06d}.png")
+    run.print0(f"wrote {out}/grid.png, {out}/samples.npz" + f", {folder}/" * args.folder)
     return seconds
 
 
@@ -124,10 +120,9 @@ def set_statistics(inception, images, keep, workers, args, device):
 
 def inception_statistics(inception, batches, keep, device):
     """
-    Stream this rank's batches of (uint8 images, row numbers) through Inception.
-    keep     row numbers whose features and logits are wanted, for metrics that cannot be streamed
-    returns  n, mean, covariance over all ranks; on rank 0 the kept features (k, 2048) and logits
-             (k, 1008) in the order of their rows, else None
+    Stream this rank's batches of (uint8 images, row numbers) through Inception: n, mean, covariance
+    over all ranks; on rank 0 features (k, 2048) and logits (k, 1008) of the k rows in keep, else
+    None, None.
     """
     moments, kept = Moments(2048, device), []
     for images, rows in progress(batches, "Inception"):
@@ -166,7 +161,6 @@ def reference_statistics(images, inception, args, device):
     """
     mu, sigma and features of a set from out/reference, where the set's content names the file; else
     made now and kept there. None on ranks above 0 if made, on all without inception.
-    raises   ValueError if the file is damaged
     """
     identity = run.broadcast_from_rank0(lambda: images_hash(images))
     file = Path("out/reference") / f"{identity}-{images.size}.npz"
@@ -255,13 +249,6 @@ def open_set(spec):
     return SimpleNamespace(spec=spec, n=n, images=images, moments=None, side=side)
 
 
-def image_sides(images):
-    """The shorter side of each readable image of a set; the others are named later."""
-    for row in images.rows:
-        with contextlib.suppress(Exception):
-            yield min(images.source.image(row).size)
-
-
 def common_resolution(sets, asked=None):
     """
     The pixels a side at which sets of open_set are compared: those asked for, else an npz's, else
@@ -269,8 +256,9 @@ def common_resolution(sets, asked=None):
     """
     sides = {asked} if asked else {entry.side for entry in sets} - {None}
     unknown = [entry.images for entry in sets if entry.images and not sides]
-    for side in itertools.chain(*map(image_sides, unknown)):
-        sides.add(side)
+    for images, row in ((entry, row) for entry in unknown for row in entry.rows):
+        with contextlib.suppress(Exception):           # unreadable ones are named later
+            sides.add(min(images.source.image(row).size))
         if len(sides) > 1:                             # without a look at a million others
             break
     side = next(iter(sides), None)

@@ -118,19 +118,14 @@ def autoencoder_files(args):
     return args.ae or [str(path) for path in sorted(found)]
 
 
-def autoencoders(args, device, block=1):
+def autoencoders(args, device):
     """Yields (label, autoencoder, held-out images (N, 3, H, W)) of every autoencoder_files."""
     files = autoencoder_files(args)
     run.need(files, f"no out/ae/{args.preset}-*/ckpt.pt here; --ae: train autoencoders with "
              "train_ae.py, or give files")
     for file, label in zip(files, unique_names(files, taken=("image", "images"))):
         ae = load_autoencoder(file).to(device)
-        images, _, _ = held_out_images(args, run.checkpoint_args(file), device)
-        h, w = ae.latent_shape(images)[-2:]
-        run.need(h % block == 0 and w % block == 0,
-                 f"{args.command}: {label}'s latents of {h}x{w} do not tile into {block}x{block} "
-                 f"blocks; --image_size must be a multiple of {block * ae.config.reduction}")
-        yield label, ae, images
+        yield label, ae, held_out_images(args, run.checkpoint_args(file), device)[0]
 
 
 @torch.no_grad()
@@ -142,12 +137,6 @@ def encode_all(ae, images, batch_size, seed=None):
     generator = torch.Generator().manual_seed(seed)
     draws = (torch.randn(p.mean.shape, generator=generator).to(p.mean.device) for p in posteriors)
     return torch.cat([posterior.sample(eps) for posterior, eps in zip(posteriors, draws)])
-
-
-def open_encoder(args, device):
-    """The network of --encoder, on device, and its name in figures."""
-    name = "random encoder" if args.encoder_source == "random" else args.encoder
-    return repa.load_encoder(args.encoder, args.encoder_source).to(device), name
 
 
 # ----------------------------------------------------------------------------------------- spectra
@@ -185,6 +174,10 @@ def divergence(target, curve):
     return (p * (p.log() - q.log())).sum().item()
 
 
+def encoder_name(args):
+    return "random encoder" if args.encoder_source == "random" else args.encoder
+
+
 def psd_exponent(x, rings=16):
     """alpha of the mean PSD ~ f^-alpha of x (B, C, H, W), a float."""
     power = spectral.radial_profile(spectral.power_spectrum(x), rings).mean(0)
@@ -220,17 +213,16 @@ def draw_curve(axes, rows, name, batches, gamma=0.0, descriptor=True, remove_dc=
 def spectrum_figure(args, device):
     """
     Figs. 4, 5, 7, 8: radial power of the images (at the latents' size), of their flattened target,
-    and of the latents of every autoencoder: figure and CSV.
-
-    With --encoder also DINOv2's features, unit length per token; then autoencoders are not needed.
-    With --published the authors' printed curves lie over yours, all in the paper's own form:
-    log(1 + power), DC kept, features as the encoder scales them; they may be drawn alone.
+    and of the latents of every autoencoder: figure and CSV. With --encoder also DINOv2's features,
+    unit length per token; then autoencoders are not needed. With --published the authors' printed
+    curves lie over yours, all in the paper's own form: log(1 + power), DC kept, features as the
+    encoder scales them; they may be drawn alone.
     """
     run.need(args.encoder or not args.encoder_source,
              f"--encoder_source {args.encoder_source}: needs --encoder, the name of the model")
     models, published, rows, sizes = (), bool(args.published), [], set()
     if args.encoder:
-        encoder, encoder_name = open_encoder(args, device)
+        encoder = repa.load_encoder(args.encoder, args.encoder_source).to(device)
     if autoencoder_files(args) or not (args.encoder or published):
         models = autoencoders(args, device)
     elif args.encoder:
@@ -259,8 +251,8 @@ def spectrum_figure(args, device):
                 features = (x.mT.unflatten(2, grid) for x in tokens)      # (b, D, h, w)
                 if not published:
                     features = (F.normalize(x, dim=1) for x in features)
-                curves[encoder_name + at] = draw(encoder_name + at, features, color="gray", ls="-.",
-                                                 descriptor=published)
+                name = encoder_name(args) + at
+                curves[name] = draw(name, features, descriptor=published, color="gray", ls="-.")
         if ae:
             latents = encode_all(ae, images, args.batch_size, args.seed)
             curves[label] = draw(label, [latents], color=f"C{i}")
@@ -289,15 +281,16 @@ def spectrum_figure(args, device):
 
 def decode_lowpassed(ae, latents, masks, batch_size):
     """{n: decode(lowpass(z, n))}, images (N, 3, H, W), for each n of masks."""
+    h, w = latents.shape[-2:]
+    run.need(h % 8 == w % 8 == 0, f"--image_size: latents of {h}x{w} do not tile into 8x8 blocks")
     return {n: torch.cat([ae.decode(spectral.lowpass(z, n)) for z in latents.split(batch_size)])
             for n in masks}
 
 
 def band_matrix(decoded):
     """
-    The share of each band (anti-diagonal of 8x8 blocks) of the image in what a latent's band adds.
-    decoded  {n: decode(lowpass(z, n))} for n = 0 .. 14, each (N, 3, H, W)
-    returns  (14, 15): latent bands 1 .. 14 by image bands 0 .. 14; rows sum to 1
+    The share of each band (anti-diagonal of 8x8 blocks) of the image in what a latent's band adds:
+    decode_lowpassed with all n = 0 .. 14 -> (14, 15), latent bands 1 .. 14 by image bands 0 .. 14.
     """
     diagonal = (torch.arange(8)[:, None] + torch.arange(8)).flatten()  # of each coefficient
     matrix = torch.zeros(14, 15)
@@ -311,14 +304,13 @@ def band_matrix(decoded):
 @torch.no_grad()
 def bands_figure(args, device):
     """
-    DSM made visible, for each autoencoder.
-
-    Left: PSNR of decode(lowpass(z, n)) against lowpass(x, n) for every n. Right: what the k-th
-    anti-diagonal of the latent's 8x8 blocks adds to those of the decoded image's blocks.
+    DSM made visible, for each autoencoder. Left: PSNR of decode(lowpass(z, n)) against
+    lowpass(x, n) for every n. Right: what the k-th anti-diagonal of the latent's 8x8 blocks adds to
+    those of the decoded image's blocks.
     """
     columns = len(autoencoder_files(args))
     figure, ((left, *others),) = subplots(1, 1 + columns, (4.6 + 3.6 * columns, 4))
-    for ax, (label, ae, images) in zip(others, autoencoders(args, device, block=8)):
+    for ax, (label, ae, images) in zip(others, autoencoders(args, device)):
         latents = encode_all(ae, images, args.batch_size)
         decoded = decode_lowpassed(ae, latents, range(15), args.batch_size)
         scores = [psnr(decoded[n], spectral.lowpass(images, n)).mean().item() for n in decoded]
@@ -375,7 +367,7 @@ def similarity_figure(args, device):
         images = image_file(args.image, size, device)
     else:
         images, _, _ = held_out_images(args, {}, device)
-    encoder, name = open_encoder(args, device)
+    encoder = repa.load_encoder(args.encoder, args.encoder_source).to(device)
     # (N, T, D)
     tokens = torch.cat([encoder(x, (side, side)) for x in images.split(args.batch_size)])
     rows, values = {"image, token in red": images * 0.5 + 0.5}, {}
@@ -388,19 +380,16 @@ def similarity_figure(args, device):
         cosine = (target @ target[:, token, :, None])[..., 0].view(-1, 1, side, side)
         contrast = values[f"rmsc_{kind}"] = spectral.rmsc(target).mean().item()
         rows[f"{label}\nRMSC {contrast:.2f}"] = (cosine * 0.5 + 0.5).expand(-1, 3, -1, -1)
-    yield values, dict(encoder=name, n=len(images), token=token)
+    yield values, dict(encoder=encoder_name(args), n=len(images), token=token)
     figure_rows(rows, args.out)
     print(f"wrote {args.out} (black = opposite, white = equal)")
 
 
 # -------------------------------------------------------------------------- logs of training runs
 
-# What a line of log.jsonl may hold, and the title of its panel
-PANELS = dict(
-    loss="loss", l1="L1", lpips="LPIPS", kl="KL", esm="ESM divergence",
-    align="alignment", gan="GAN", disc="discriminator", grad_norm="gradient norm",
-    disc_grad_norm="gradient norm, discriminator", val_psnr="validation PSNR, dB",
-    val_ssim="validation SSIM", val_esm="validation ESM divergence")
+# What is drawn of a line of log.jsonl
+PANELS = ("loss", "l1", "lpips", "kl", "esm", "align", "gan", "disc", "grad_norm", "disc_grad_norm",
+          "val_psnr", "val_ssim", "val_esm")
 
 
 def read_log(path):
@@ -423,13 +412,13 @@ def curves_figure(args, device):
     paths = [pathlib.Path(path) for path in dict.fromkeys(args.runs)]
     paths = [path.parent if path.name == "log.jsonl" else path for path in paths]
     logs = {name: read_log(path) for name, path in zip(unique_names(paths), paths)}
-    for name in (name for name, log in logs.items() if not log):
-        print(f"{name}: has nothing to draw yet")
+    for name, log in logs.items():
+        if not log:
+            print(f"{name}: has nothing to draw yet")
     logged = {key for log in logs.values() for entry in log for key in entry}
     shown = [panel for panel in PANELS if panel in logged]
     run.need(shown, f"{args.runs[0]}: no line of a log yet; try again later")
-    columns = min(3, len(shown))
-    lines = -(-len(shown) // columns)
+    columns, lines = min(3, len(shown)), -(-len(shown) // 3)
     figure, axes = subplots(lines, columns, (4.4 * columns, 3 * lines + 0.5))
     colors = colormaps["tab10" if len(logs) <= 10 else "turbo"].resampled(max(10, len(logs)))
     for ax in axes.flat[len(shown):]:
@@ -441,7 +430,7 @@ def curves_figure(args, device):
             steps, values = zip(*points) if points else ((), ())
             ax.plot(steps, values, color=colors(i), lw=1)
             positive = positive and not any(value <= 0 for value in values)
-        ax.set(title=PANELS[panel], xlabel="step", yscale="log" if positive else "linear")
+        ax.set(title=panel, xlabel="step", yscale="log" if positive else "linear")
     figure.legend(axes[0, 0].lines, list(logs), loc="outside lower center", fontsize=8,
                   ncols=min(4, len(logs)))
     save_figure(figure, args.out)

@@ -88,12 +88,11 @@ def held_out_latents(file, args, device):
 
 def denoise_figure(args, device):
     """
-    Prop. 3.1 on trained networks: by radial frequency the power of held-out latents, the network's
-    denoising error, and the least error of a denoiser of Gaussian latents; one panel for each of
-    four times, one colour per run. Above the noise there is something to learn.
-
-    Printed: the fraction of the learnable power that was learned, over twenty times spread evenly,
-    as training draws them; of all frequencies, and ring by ring. Above 1: better than the bound.
+    Prop. 3.1 on trained networks, one colour per run: by radial frequency, at four times, the power
+    of held-out latents, the network's denoising error, and the least error of a denoiser of
+    Gaussian latents. Above the noise there is something to learn. Printed: the fraction of the
+    learnable power that was learned, over twenty times spread evenly, as training draws them; of
+    all frequencies, and ring by ring. Above 1: better than the bound.
     """
     figure, (axes,) = figures.subplots(1, len(SHOWN), (4 * len(SHOWN), 4.4), sharey=True)
     rows, files = [], checkpoint_files(args)
@@ -176,7 +175,6 @@ def trajectory_figure(args, device):
     Coarse to fine: while samples are drawn, the power of the predicted clean latent in each ring,
     right or wrong, as a share of its final power. White dots: half of it; dashed: half for the best
     denoiser of Gaussian latents, where SNR = 1. Below, what one sample's prediction decodes to.
-
     Printed: the slope of the diagonal, in t per octave, of the run and of that denoiser.
     """
     files, rows = checkpoint_files(args), []
@@ -256,5 +254,5 @@ def diffusability_rows(args, device):
     the flattened target, as it is and normalised; exponent of the spectrum; correlation of
     neighbouring cells; dB in the latent's high band; DSM's consistency; PSNR.
     """
-    for label, ae, images in figures.autoencoders(args, device, block=8):
+    for label, ae, images in figures.autoencoders(args, device):
         yield diffusability(ae, images, args.batch_size), dict(autoencoder=label, n=len(images))

@@ -493,10 +493,9 @@ def test_curves_of_running_runs(main, tmp_path, monkeypatch, capsys):
     assert legend == ["ae/x", "sit/x", "new"]
     assert "new: has nothing to draw yet" in capsys.readouterr().out
     lines = dict(panels)
-    assert list(lines) == ["loss", "gradient norm", "validation PSNR, dB",
-                           "validation ESM divergence"]
+    assert list(lines) == ["loss", "grad_norm", "val_psnr", "val_esm"]
     assert len({str(colour) for colour, _, _ in lines["loss"]}) == 3
-    assert list(lines["gradient norm"][0][1]) == [0, 2]
+    assert list(lines["grad_norm"][0][1]) == [0, 2]
     assert list(lines["loss"][1][1]) == [5] and list(lines["loss"][1][2]) == [1.0]
     assert (tmp_path / "out" / "curves.png").stat().st_size > 5000
 

@@ -263,5 +263,5 @@ def test_diffusability_has_a_row_for_each_autoencoder(material, evaluated):
     results, _ = evaluated("diffusability", "--ae", ae, "--image_size", 32)
     assert [line["n"] for line in results] == [1]          # one of twelve is held out
     assert set(results[0]) >= {"esm", "esm_shape", "alpha", "neighbours", "high_band", "dsm"}
-    with pytest.raises(ValueError, match="ae.s latents of 12x12 do not tile"):
+    with pytest.raises(ValueError, match="--image_size: latents of 12x12 do not tile"):
         evaluated("diffusability", "--ae", ae, "--image_size", 24)
