@@ -72,7 +72,7 @@ def figure_rows(rows, path):
     for (label, images), row in zip(rows.items(), axes):
         row[0].set_ylabel(label, fontsize=8)
         for image, ax in zip(images.float().cpu().clamp(0, 1), row):
-            ax.imshow(image.permute(1, 2, 0), interpolation="nearest")
+            ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
     save_figure(figure, path, dpi=100, bbox_inches="tight")
 

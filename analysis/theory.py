@@ -189,15 +189,16 @@ def trajectory_figure(args, device):
         slope, rings = slope_per_octave(half), range(1, power.shape[1] + 1)
         share = (power / power[-1]).clamp(0, 1)            # (T, R)
         top.pcolormesh(times, rings, share.T, cmap="magma", vmin=0, vmax=1, shading="nearest")
-        top.plot(half, rings, "o", color="white", mec="gray", ms=4, label="half of the final power")
-        top.plot(ideal, rings, "--", color="cyan", lw=1.5, label="SNR = 1")
+        top.plot(half.tolist(), rings, "o", color="white", mec="gray", ms=4,
+                 label="half of the final power")
+        top.plot(ideal.tolist(), rings, "--", color="cyan", lw=1.5, label="SNR = 1")
         top.set(title=f"{name}: {slope:.2f} in t per octave", xlabel="t (1 = noise)", ylabel=RING,
                 xlim=(1, 0))
         top.legend(fontsize=8, loc="upper left")
         shown = [int((times - t).abs().argmin()) for t in torch.linspace(times[0], 0, 8)]
         frames = torch.cat([ae.decode(ae.denormalize(kept[k])) for k in shown])  # (8, 3, H, W)
         strip = torch.cat(list(frames.cpu() * 0.5 + 0.5), dim=2).clamp(0, 1)     # side by side
-        bottom.imshow(strip.movedim(0, -1))
+        bottom.imshow(strip.movedim(0, -1).numpy())
         bottom.set_axis_off()
         for t, line in zip(times.tolist(), power.tolist()):
             rows += [(name, t, ring, value) for ring, value in enumerate(line, 1)]

@@ -126,7 +126,7 @@ def test_figures_are_drawn(material, ae, main, tmp_path):
     main("spectrum", *encoder, "--encoder", "dinov2_vitb14", "--data", material / "images",
          "--image_size", 64, "--val_images", 1)
     assert (tmp_path / "out" / "spectrum.csv").read_text().count("random encoder") == 16
-    with pytest.raises(FileNotFoundError, match="--ae"):
+    with pytest.raises(ValueError, match="--ae"):
         main("spectrum")
 
 
