@@ -251,8 +251,7 @@ def main():
              f"--num_classes {classes}: the data has labels up to {cache.labels.max()}")
     seen = np.unique(cache.labels[cache.rows]).tolist()    # classes that have an image
     parts = dict(model=model, optimizer=optimizer, ema=ema)        # what a checkpoint carries
-    if projector:
-        parts |= dict(projector=projector)
+    parts |= dict(projector=projector) if projector else {}
     if checkpoint:
         run.restore(args.out, checkpoint, parts)
     log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"])
