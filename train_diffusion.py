@@ -183,12 +183,12 @@ def alignment_networks(args, model, size, device):
     return encoder, projector.to(device)
 
 
-def aligned_images(cache, train_set, indices, batch):
+def aligned_images(cache, indices, batch):
     """Images (b, 3, H, W) of the same entries as cached latents; ValueError if one is gone."""
     images, _, positions = batch
     moved = cache.rows[positions] != indices               # another image came in its place
-    run.need(not moved.any(), f"--data {train_set.spec}: an image that is in the latent cache can "
-             "no longer be read (named above); restore it and --resume")
+    run.need(not moved.any(), "--data: an image that is in the latent cache can no longer be read "
+             "(named above); restore it and --resume")
     return images
 
 
@@ -315,7 +315,7 @@ def main():
         eps = draw(torch.randn, latents.shape)             # (b, C, h, w)
         drop = draw(torch.rand, (b,)) < args.label_dropout     # these take the null label
         if encoder:
-            images = aligned_images(cache, train_set, indices, images)
+            images = aligned_images(cache, indices, images)
 
         for i in range(n):                                 # micro-batches
             part = slice(i * b // n, (i + 1) * b // n)
