@@ -171,7 +171,7 @@ class LatentCache:
              "folder")
 
     def _open(self):
-        """Open the arrays and compare their checksums; raises anything if one is damaged."""
+        """Open the arrays and compare checksums; raises anything if one is damaged."""
         checksum = self.meta.pop("checksum")
         need(checksum == zlib.crc32(json.dumps(self.meta).encode()), "cache.json is damaged")
         self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
