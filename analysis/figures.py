@@ -5,7 +5,9 @@ measure, and write their figure at the end.
 
 What is drawn is in [0, 1], images for a network are in [-1, 1].
 """
+import contextlib
 import csv
+import io
 import json
 import pathlib
 from functools import partial
@@ -20,7 +22,7 @@ from analysis.published import CURVES, TARGET, divergence
 from common import run
 from common.data import center_crop, open_data, open_image, to_rgb, val_batches
 from common.metrics import psnr
-from common.weights import load_autoencoder
+from common.weights import compare_images, load_autoencoder
 from losses import esm_loss
 
 
@@ -91,22 +93,48 @@ def out_path(args):
 
 def write_table(args, figure, columns, rows):
     """A command's figure, and the numbers of its curves beside it as CSV."""
-    table = out_path(args).with_suffix(".csv")
+    table, text = out_path(args).with_suffix(".csv"), io.StringIO(newline="")
     save_figure(figure, out_path(args))
-    with open(table, "w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
+    csv.writer(text).writerows([columns, *rows])
+    run.write_atomic(table, lambda file: file.write(text.getvalue().encode()))
     print(f"wrote {out_path(args)}, {table}")
 
 
-def held_out_images(args, trained, device):
+def need_outside(out, data):
+    """ValueError if the file or folder out would replace images of --data, or join them."""
+    path = pathlib.Path(out).resolve()
+    inside = data and pathlib.Path(data).exists() and pathlib.Path(data).resolve() in (
+        path, *path.parents)
+    run.need(not inside, f"--out {out}: lies in {data}, whose images are read; name another place")
+
+
+def print_differences(runs, *keys):
+    """A line if runs of one figure or table, {name: settings}, differ in one of these settings."""
+    found = []
+    for key in keys:
+        known = {name: settings[key] for name, settings in runs.items()
+                 if settings.get(key) is not None}
+        if len(set(map(str, known.values()))) > 1:
+            shown = "data" if key == "images" else key     # a hash says nothing to a reader
+            values = (f"{name}: {runs[name].get(shown) or 'built-in'}" for name in known)
+            found.append(f"{shown} ({', '.join(values)})")
+    if found:
+        run.print0(f"these runs differ in {' and in '.join(found)}; compare them with care")
+
+
+def held_out_images(args, trained, device, file=None):
     """
     The first --val_images held-out images of --data, or of what a run was trained on.
-    trained  data, image_size and seed of the run, as far as they are known
+    trained  data, images, image_size and seed of the run at file, as far as they are known
     returns  images (N, 3, H, W) in [-1, 1], labels (N,), both on device; the number of classes
     """
     size = getattr(args, "image_size", None) or trained.get("image_size", 256)
-    _, val_set = open_data(args.data or trained.get("data"), size, val_images=args.val_images,
-                           seed=trained.get("seed", 0))
+    data = args.data or trained.get("data")
+    if hasattr(args, "out"):
+        need_outside(out_path(args), data)
+    train_set, val_set = open_data(data, size, val_images=args.val_images,
+                                   seed=trained.get("seed", 0))
+    compare_images(file, trained, data, train_set)
     images, labels, _ = zip(*val_batches(val_set, args.batch_size, device=device))
     return torch.cat(images), torch.cat(labels), len(val_set.classes)
 
@@ -114,7 +142,8 @@ def held_out_images(args, trained, device):
 def unique_names(files, taken=()):
     """
     The run_name of each file, for legends and rows, with as much of the path before it as tells
-    different files apart and is not taken. The same file twice has one name.
+    different files apart and is not taken, as matplotlib and a terminal may show it (a label with _
+    at its front is dropped, $ begins a formula). The same file twice has one name.
     """
     paths = [pathlib.Path(file).resolve() for file in files]
 
@@ -126,8 +155,9 @@ def unique_names(files, taken=()):
         for split in (run_parts, lambda path: path.parts):     # x.pt and x.ckpt keep their suffixes
             parts, others = split(path), [split(other) for other in paths if other != path]
             for depth in range(1, len(parts) + 1):
-                name = "/".join(parts[-depth:])
-                if name not in taken and all(o[-depth:] != parts[-depth:] for o in others):
+                name = run.printable("/".join(parts[-depth:])).replace("$", r"\$")
+                unique = all(other[-depth:] != parts[-depth:] for other in others)
+                if unique and name not in taken and name[0] != "_":
                     return name
     return [shortest(path) for path in paths]
 
@@ -146,9 +176,13 @@ def autoencoders(args, device, block=1):
     files = autoencoder_files(args)
     run.need(files, f"no out/ae/{args.preset}-*/ckpt.pt here; --ae: train autoencoders with "
              "train_ae.py, or give files")
-    for file, label in zip(files, unique_names(files, taken=("image", "images"))):
+    labels = unique_names(files, taken=("image", "images"))
+    size = dict(image_size=args.image_size or 256)         # of released weights
+    runs = {label: size | run.checkpoint_args(file) for file, label in zip(files, labels)}
+    print_differences(runs, "images", "image_size")
+    for file, label in zip(files, labels):
         ae = load_autoencoder(file).to(device)
-        images, _, _ = held_out_images(args, run.checkpoint_args(file), device)
+        images, _, _ = held_out_images(args, runs[label], device, file)
         h, w = ae.latent_shape(images)[-2:]
         run.need(h % block == 0 and w % block == 0,
                  f"{args.command}: {label}'s latents of {h}x{w} do not tile into {block}x{block} "
@@ -412,6 +446,16 @@ def read_log(path):
         raise ValueError(f"{path}: not the log of a training run; give log.jsonl") from None
 
 
+def run_settings(folder):
+    """What a run was trained with, as its checkpoint says; {} before there is one."""
+    with contextlib.suppress(Exception):                   # mmap: the tensors stay on the disk
+        saved = torch.load(folder / "ckpt.pt", map_location="cpu", mmap=True, weights_only=True)
+        kept = {key: saved[key] for key in ("stage", "images", "data", "image_size")
+                if key in saved}
+        return saved["args"] | kept
+    return {}
+
+
 def curves_figure(args, device):
     """
     The log.jsonl of training runs in one figure, one colour per run: losses, gradient norms, PSNR
@@ -419,7 +463,10 @@ def curves_figure(args, device):
     """
     paths = [pathlib.Path(path) for path in dict.fromkeys(args.runs)]
     paths = [path.parent if path.name == "log.jsonl" else path for path in paths]
-    logs = {name: read_log(path) for name, path in zip(unique_names(paths), paths)}
+    names = unique_names(paths)
+    logs = {name: read_log(path) for name, path in zip(names, paths)}
+    print_differences({name: run_settings(path) for name, path in zip(names, paths)},
+                      "stage", "images", "image_size", "batch_size")
     for name, log in logs.items():
         if not log:
             print(f"{name}: has nothing to draw yet")

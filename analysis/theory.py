@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 
 import spectral
-from analysis import figures
+from analysis import fid, figures
 from common import run
 from common.metrics import psnr
 from common.weights import checkpoint_files, load_diffusion
@@ -88,13 +88,21 @@ def held_out_latents(file, args, device):
     """
     model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
     data, classes = args.data or checkpoint["data"], model.num_classes
-    trained = dict(data=data, image_size=checkpoint["image_size"], seed=checkpoint["data_seed"])
-    images, labels, found = figures.held_out_images(args, trained, device)
-    run.need(classes in (0, found), f"--data {data}: has {found} classes, and {file} was trained "
-             f"with {classes}; give images of these classes")
+    trained = dict(data=checkpoint["data"], images=checkpoint.get("images"),
+                   image_size=checkpoint["image_size"], seed=checkpoint["data_seed"])
+    images, labels, found = figures.held_out_images(args, trained, device, file)
+    # an explicit --num_classes may be more than the data has
+    fits = checkpoint["args"].get("num_classes", -1) > 0 and labels.max() < classes
+    run.need(classes in (0, found) or fits, f"--data {data}: has {found} classes, and {file} was "
+             f"trained with {classes}; give images of these classes")
+    if classes:
+        known = torch.isin(labels.cpu(), torch.tensor(fid.sampled_classes(file, checkpoint)))
+        run.need(known.any(), f"--data {data}: no held-out image of a class that {file} saw")
+        images, labels = images[known], labels[known]
     latents = ae.normalize(figures.encode_all(ae, images, args.batch_size, seed=args.seed))
     settings = dict(ckpt=file, step=checkpoint["step"], n=len(latents),
-                    model=checkpoint["model_name"], seed=args.seed)
+                    model=checkpoint["model_name"], seed=args.seed, data=data or "built-in",
+                    image_size=checkpoint["image_size"])
     return model, process, latents, labels if classes else None, settings
 
 
@@ -108,7 +116,7 @@ def denoise_figure(args, device):
     as training draws them; of all frequencies, and ring by ring. Above 1: better than the bound.
     """
     figure, (axes,) = figures.subplots(1, len(SHOWN), (4 * len(SHOWN), 4.4), sharey=True)
-    rows, files = [], checkpoint_files(args)
+    rows, files, measured = [], checkpoint_files(args), {}
     for i, (file, name) in enumerate(zip(files, figures.unique_names(files))):
         model, process, latents, labels, settings = held_out_latents(file, args, device)
         found = denoised_power(model, process, latents, labels, seed=args.seed,
@@ -126,7 +134,9 @@ def denoise_figure(args, device):
             rows += [(name, t, *line) for line in zip(*(column.tolist() for column in columns))]
         fractions, total = fraction_learned(found, ring_sizes(*latents.shape[-2:]))
         by_ring = " ".join(f"{fraction:.2f}" for fraction in fractions.tolist())
+        measured[name] = settings
         yield dict(fraction_learned=total, by_ring=by_ring), settings
+    figures.print_differences(measured, "data", "image_size")
     axes[0].set_ylabel("power per coefficient, normalised latents")
     axes[0].legend(axes[0].lines[:4], ["power of the latent", "bound of Prop. 3.1",
                                        "denoising error of the network", "noise"], fontsize=8)
@@ -204,13 +214,15 @@ def trajectory_figure(args, device):
 
     Printed: the slope of the diagonal, in t per octave, of the run and of that denoiser.
     """
-    files, rows = checkpoint_files(args), []
+    files, rows, trained = checkpoint_files(args), [], {}
     figure, axes = figures.subplots(2, len(files), (5.6 * len(files), 5), height_ratios=(5, 1))
     for (top, bottom), file, name in zip(axes.T, files, figures.unique_names(files)):
         model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
         labels, shape = None, (args.num_samples, model.in_channels, *model.input_size)
         if model.num_classes:
-            labels = torch.arange(args.num_samples, device=device) % model.num_classes
+            classes = fid.sampled_classes(file, checkpoint)
+            labels = fid.sample_labels(range(args.num_samples), classes).to(device)
+        trained[name] = {key: checkpoint.get(key) for key in ("images", "data", "image_size")}
         times, power, kept = follow_sampling(model, process, shape, args.steps, args.seed, labels)
         half, ideal = half_times(times, power), wiener_half_times(power[-1], process)
         slope, rings = slope_per_octave(half), range(1, power.shape[1] + 1)
@@ -233,6 +245,7 @@ def trajectory_figure(args, device):
         yield (dict(slope=slope, slope_where_snr_is_1=slope_per_octave(ideal)),
                dict(ckpt=file, step=checkpoint["step"], n=args.num_samples, steps=args.steps,
                     sampler=sampler, cfg=1, seed=args.seed))
+    figures.print_differences(trained, "images", "image_size")
     figures.write_table(args, figure, ("run", "t", "ring", "power"), rows)
 
 
