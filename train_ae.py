@@ -113,7 +113,7 @@ def get_args():
     return args
 
 
-def check(args, config, world):
+def check(args, config):
     """ValueError on the first flag that cannot work, before data is read or anything written."""
     need, f = run.need, config.reduction
     side, remainder = divmod(args.image_size, f)
@@ -144,7 +144,6 @@ def check(args, config, world):
     run.need_range(args, 0, float("inf"), "esm_weight", "kl_weight", "vf_weight", "uae_weight",
                    "lpips_weight", "gan_weight", "gan_start")
     run.need_range(args, 1, 2 ** 31, "val_images")
-    run.check_run_flags(args, world)
 
 
 def open_model(args):
@@ -344,8 +343,9 @@ def summary(step, report, speed):
 def main():
     args = get_args()
     rank, world, device = run.init_distributed(args.device)
+    run.check_run_flags(args, world)
     config, start = open_model(args)
-    check(args, config, world)
+    check(args, config)
     autocast = run.device_choices(args, device, fixed_size=not {"eq", "se"} & set(args.reg))
     train_set, val_set = open_data(args.data, args.image_size, args.val_images, args.seed)
     identity = dict(images=run.broadcast_from_rank0(lambda: images_hash(train_set)))
@@ -380,8 +380,6 @@ def main():
     print_config(args, ae, train_set, val_set, world, device)
     ae_ddp, disc_ddp, projection_ddp = run.ddp(ae), run.ddp(disc), run.ddp(projection)
     trained = [network for network in (ae_ddp, disc_ddp, projection_ddp) if network]
-    batches = train_batches(train_set, args.batch_size, start_step, args.seed, rank, world,
-                            args.workers, device)
     progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size,
                     disable=rank > 0 or not sys.stderr.isatty())
 
@@ -406,6 +404,9 @@ def main():
                 draw_reconstructions(ae, val_set, f"{args.out}/reconstructions.png", device)
         return step, time.perf_counter()
 
+    batches = run.save_on_error(
+        train_batches(train_set, args.batch_size, start_step, args.seed, rank, world, args.workers,
+                      device), start_step, save)
     since, n, interrupt = (start_step, time.perf_counter()), args.grad_accum, run.Interrupt()
     for step in range(start_step, args.steps + 1):
         if interrupt.asked(step):                          # save first, validate never

@@ -126,6 +126,8 @@ def check(args, world):
     need, need_range = run.need, run.need_range
     need(args.encode_batch > 0 and args.encode_batch % world == 0,
          f"--encode_batch {args.encode_batch}: must be above 0 and divide by {world} processes")
+    need(args.cfg == 1 or args.label_dropout > 0, f"--cfg {args.cfg}: --label_dropout 0 never "
+         "trains the null label to guide away from; leave --cfg at 1")
     need_range(args, 0, 1, "label_dropout", "beta2", "ema", "norm_std")
     need_range(args, 0, float("inf"), "cfg", "repa_weight")
     need_range(args, 2, 1000, "sample_steps")
@@ -191,9 +193,14 @@ def aligned_images(cache, train_set, indices, batch):
 
 
 @torch.no_grad()
-def sample_grid(args, model, process, ae, autocast, device, count=16):
-    """The first samples of --seed, decoded: (count, 3, H, W) in [0, 1]; classes in turn."""
-    y = torch.arange(count, device=device) % model.num_classes if model.num_classes else None
+def sample_grid(args, model, classes, process, ae, autocast, device, count=16):
+    """
+    The first samples of --seed, decoded: (count, 3, H, W) in [0, 1]; in turn of the classes that
+    have an image.
+    """
+    y = None
+    if model.num_classes:
+        y = torch.tensor(classes, device=device)[torch.arange(count) % len(classes)]
     with autocast:
         z = process.sample(model, (count, model.in_channels, *model.input_size), y=y, cfg=args.cfg,
                            steps=args.sample_steps, noise=NoiseStream(args.seed, range(count)))
@@ -217,6 +224,9 @@ def main():
     train_set, _ = open_data(origin["data"], size, seed=origin["data_seed"])
     identity = dict(autoencoder=autoencoder_hash(ae),
                     images=run.broadcast_from_rank0(lambda: images_hash(train_set)))
+    if trained.get("images") not in (None, identity["images"]) and not args.data:
+        run.print0(f"{args.ae}: its images have changed since; what was held out then may be "
+                   "trained on now, and the other way round")
     checkpoint = run.open_run(args, "diffusion", identity)
     start_step = checkpoint["step"] if checkpoint else 0
 
@@ -239,6 +249,7 @@ def main():
     cache = open_latents(args, ae, train_set, identity, rank, world, device)
     run.need(not classes or cache.labels.max() < classes,
              f"--num_classes {classes}: the data has labels up to {cache.labels.max()}")
+    seen = np.unique(cache.labels[cache.rows]).tolist()    # classes that have an image
     parts = dict(model=model, optimizer=optimizer, ema=ema)        # what a checkpoint carries
     if projector:
         parts |= dict(projector=projector)
@@ -271,11 +282,13 @@ def main():
         """Networks, optimiser, flags: one dict, from which --resume continues bit for bit."""
         state = dict(origin, stage="diffusion", step=step, args=vars(args), model_name=args.model,
                      model_args=model_args, projector=None, means=log.state(), ae=str(args.ae),
-                     latent_mean=cache.mean, latent_std=cache.std, **identity)
+                     latent_mean=cache.mean, latent_std=cache.std, classes_seen=seen, **identity)
         state |= {name: part.state_dict() for name, part in parts.items()}
         if rank == 0:
             run.save_checkpoint(f"{args.out}/ckpt.pt", state, args.keep_every)
 
+    latent_batches, image_batches = (run.save_on_error(batches, start_step, save)
+                                     for batches in (latent_batches, image_batches))
     interrupt = run.Interrupt()
     for step in range(start_step, args.steps + 1):
         if interrupt.asked(step):
@@ -287,10 +300,9 @@ def main():
             save(step)
             if rank == 0:
                 averaged.load_state_dict(ema.shadow)
-                image_grid(sample_grid(args, averaged, process, ae, autocast, device),
+                image_grid(sample_grid(args, averaged, seen, process, ae, autocast, device),
                              f"{args.out}/samples.png")
         if last_step:
-            run.print0(f"wrote {args.out}/ckpt.pt, log.jsonl, samples.png")
             break
 
         # every draw is a function of (seed, step): any number of processes, any restart, the same
@@ -335,9 +347,9 @@ def main():
             means = log.write(step)
             progress.set_postfix(means)
             if rank == 0 and step % (10 * args.log_every) == 0:
-                progress.write(f"step {step}: loss {means.get('loss', float('nan')):.4f}",
-                               file=sys.stdout)
+                progress.write(f"step {step}: loss {means.get('loss', np.nan):.4f}", sys.stdout)
     progress.close()
+    run.print0(f"wrote {args.out}/ckpt.pt, log.jsonl, samples.png")
 
 
 if __name__ == "__main__":

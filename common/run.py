@@ -12,8 +12,11 @@ import contextlib
 import datetime
 import functools
 import gc
+import itertools
 import json
 import os
+import platform
+import shutil
 import signal
 import sys
 import time
@@ -27,6 +30,9 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel
+
+if sys.version_info < (3, 10):         # noqa: UP036
+    raise SystemExit(f"Python 3.10 or newer is required; this is {sys.version.split()[0]}")
 
 # --------------------------------------------------------------------------------------------------
 # Processes: one per GPU under torchrun (NCCL), per CPU worker (gloo), or a single plain `python`
@@ -197,6 +203,10 @@ def device_choices(args, device, fixed_size=True):
     cuda = device.type == "cuda"
     args.dtype = args.dtype or ("bf16" if cuda else "fp32")
     args.compile = args.compile or ("on" if cuda else "off")
+    compilers = os.environ.get("CXX", "g++"), "clang++"
+    if args.compile == "on" and not any(map(shutil.which, compilers)):
+        args.compile = "off"
+        print0("--compile on: no C++ compiler (g++, clang++ or CXX) here, so nothing is compiled")
     torch.backends.cudnn.allow_tf32 = args.dtype == "bf16"     # LPIPS, encoding: outside autocast
     torch.backends.cudnn.benchmark = cuda and fixed_size
     if args.compile == "on":
@@ -313,8 +323,22 @@ def write_atomic(path, write):
                       "whole; make room or name another place, then run again") from None
 
 
+def finite(state):
+    """Whether all tensors in nested dicts, as of networks and optimisers, are finite."""
+    if isinstance(state, dict):
+        return all(map(finite, state.values()))
+    return not torch.is_tensor(state) or bool(state.isfinite().all())
+
+
 def save_checkpoint(path, state, keep_every=-1):
-    """A dict of tensors and plain values to path; every so many steps also to <name>_<step>.pt."""
+    """
+    A dict of tensors and plain values to path; every so many steps also to <name>_<step>.pt. What
+    is not finite takes no good checkpoint's place.
+    """
+    if not finite(state):
+        print(f"step {state['step']}: weights or moments are not finite, so {path} stays as it was",
+              file=sys.stderr, flush=True)
+        return
     write_atomic(path, lambda file: torch.save(state, file))
     if keep_every > 0 and state["step"] % keep_every == 0:
         kept = Path(path).with_stem(f"{Path(path).stem}_{state['step']}")
@@ -354,6 +378,30 @@ FREE = ("out resume overwrite preset device dtype compile grad_checkpoint grad_a
         "cfg").split()
 
 
+_locks = {}                            # folder: its open lock file, closed with the process
+
+
+def lock_folder(folder):
+    """Claim a folder for this process until it ends; ValueError if another one writes there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    _locks.pop(path, None)                             # of an earlier run of the same process
+    file = _locks[path] = open(path, "a+")
+    try:
+        import fcntl  # not on Windows
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(f"--out {folder}: process {file.read() or 'of another machine'} is "
+                         "writing there; wait for it, or name another folder") from None
+    except (ImportError, OSError) as error:
+        print(f"{folder}: no file locks here ({reason(error)}); start no second run in it",
+              file=sys.stderr, flush=True)
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {platform.node()}")
+    file.flush()
+
+
 def open_run(args, stage, identity):
     """
     The checkpoint from which --resume continues the run in --out, or None for a fresh start.
@@ -366,6 +414,8 @@ def open_run(args, stage, identity):
     need(nearest.is_dir(), f"--out {args.out}: a file is in the way; name another folder")
     need(args.resume or args.overwrite or not (path.exists() or kept), f"--out {args.out}: holds a "
          "run already; --resume continues it, --overwrite replaces it")
+    if get_rank() == 0:
+        lock_folder(folder)
     need(not args.resume or path.exists() or not kept, f"--resume: {path} is not there, but "
          f"{len(kept)} kept ones are; copy one of them to ckpt.pt")
     checkpoint, step = None, 0
@@ -403,7 +453,7 @@ def restore(out, checkpoint, parts):
             raise ValueError(f"{where} does not fit this run ({reason(error)}); take an older "
                              "checkpoint, or another --out") from None
         if not isinstance(part, torch.optim.Optimizer):
-            need(all(tensor.isfinite().all() for tensor in part.state_dict().values()),
+            need(finite(part.state_dict()),
                  f"{where} is not finite, so the training diverged; take an older checkpoint")
             continue
         # Moments in the memory layout of their parameters: a file keeps its strides, and where
@@ -412,6 +462,18 @@ def restore(out, checkpoint, parts):
             for key, value in state.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     state[key] = torch.empty_like(parameter).copy_(value)
+
+
+def save_on_error(batches, start_step, save):
+    """The batches; where one cannot be had, as its loader was killed, save before its step."""
+    for step in itertools.count(start_step):
+        try:
+            batch = next(batches)
+        except (ValueError, OSError):
+            if get_world_size() == 1:                  # others would have to join in
+                save(step)
+            raise
+        yield batch
 
 
 def newest(pattern, hint):
@@ -433,15 +495,15 @@ def run_name(path):
 
 def checkpoint_args(path):
     """
-    The flags with which train_ae.py made the checkpoint at path (file or run folder), and `images`,
-    the hash of its training images; or {}.
+    The flags with which train_ae.py made the checkpoint at path (file or run folder), and what its
+    images are known by; {} if it is of another kind.
     """
     if os.path.isdir(path):                            # of a run, or of one kept checkpoint
         kept = sorted(Path(path).glob("*.pt"))
         path = kept[0] if len(kept) == 1 else f"{path}/ckpt.pt"
     with contextlib.suppress(ValueError, OSError):
         checkpoint = load_checkpoint(path, "ae")
-        return dict(checkpoint.get("args", {}), images=checkpoint.get("images"))
+        return checkpoint.get("args", {}) | dict(images=checkpoint.get("images"))
     return {}
 
 
@@ -463,12 +525,17 @@ class Log:
         self.counts = state or dict(sums={}, zeros={}, bad={}, skipped=0)
         if get_rank() > 0:
             return
-        kept = []
-        old = self.path.read_text().splitlines() if start_step and self.path.exists() else []
-        for line in old:
-            with contextlib.suppress(json.JSONDecodeError):
+        kept, old = [], []
+        if start_step and self.path.exists():
+            old = self.path.read_text(errors="replace").splitlines()
+        for number, line in enumerate(old, 1):
+            try:
                 if json.loads(line)["step"] < start_step:
                     kept.append(line + "\n")
+            except Exception:                          # damaged; a crash may cut the last one
+                if number < len(old):
+                    print(f"{self.path}: line {number} cannot be read and is dropped",
+                          file=sys.stderr, flush=True)
         stale = [*self.path.parent.glob(".*.tmp")]     # of a write that was killed
         if start_step == 0:
             stale += [self.path.with_name("ckpt.pt"), *self.path.parent.glob("ckpt_*.pt")]
@@ -509,6 +576,10 @@ class Log:
     def _append(self, step, values):
         if get_rank() == 0:
             try:
+                if not self.path.exists():             # somebody removed it
+                    print(f"{self.path}: is gone; a new one begins at step {step}",
+                          file=sys.stderr, flush=True)
+                    self.file = open(self.path, "a", buffering=1)
                 self.file.write(json.dumps({"step": step, **values}) + "\n")
             except OSError as error:
                 raise OSError(f"{self.path}: cannot be written ({error.strerror}); make room, then "
@@ -617,6 +688,10 @@ def check_run_flags(args, world):
     need(args.keep_every < 1 or args.keep_every % args.eval_every == 0,
          f"--keep_every {args.keep_every}: must be a multiple of --eval_every {args.eval_every}, "
          "when checkpoints are made")
+    for name in ("ae", "init", "data"):                # --overwrite would destroy an input
+        place = Path(getattr(args, name, None) or "/").resolve()
+        need(Path(args.out).resolve() not in (place, place.parent),
+             f"--out {args.out}: holds --{name} {place}; name another folder")
     need_range(args, 0, 2 ** 63 - 1, "seed")
     need_range(args, 0, 1024, "workers")
     need_range(args, 0, float("inf"), "weight_decay", "warmup_steps", "steps", "clip_grad")
@@ -632,6 +707,27 @@ def reason(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+class Unbreakable:
+    """A standard stream whose reader may go away, which ends no run: the log file has it all."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:                                # from now on into nothing
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
+
+    def flush(self):
+        """Every write does."""
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """
@@ -639,9 +735,11 @@ def one_line_errors():
     file, is a message to the user, so it ends the run with that one line and exit code 2. A
     ValueError from inside a library is a bug and keeps its traceback.
     """
-    for stream in (sys.stdout, sys.stderr):            # a terminal that is ASCII only ends no run
-        if hasattr(stream, "reconfigure"):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")       # None if closed at the start
+        if hasattr(stream, "reconfigure"):             # a terminal that is ASCII only ends no run
             stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, Unbreakable(stream))
     try:
         yield
         if dist.is_initialized():                      # not after an error: it would wait

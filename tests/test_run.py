@@ -314,3 +314,94 @@ def test_sighup_counts_unless_it_is_ignored():
         for number, handler in before.items():
             signal.signal(number, handler)
     raise AssertionError("a second Ctrl-C must end the process")
+
+
+# ---- nothing silently wrong
+
+def test_a_second_process_in_one_out_is_refused(tmp_path):
+    """The line names the first; when that one has ended, however it did, the folder is free."""
+    holder = subprocess.Popen([sys.executable, "-c", f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import pathlib, time
+from common import run
+run.lock_folder(pathlib.Path({str(tmp_path)!r}))
+print("held", flush=True)
+time.sleep(60)"""], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=f"--out .*process {holder.pid} on .* is writing there"):
+        run.lock_folder(tmp_path)
+    holder.kill()
+    holder.wait()
+    run.lock_folder(tmp_path)
+    run.lock_folder(tmp_path)                              # the same process again
+
+
+def test_what_is_not_finite_takes_no_checkpoints_place(tmp_path, capsys):
+    path = tmp_path / "ckpt.pt"
+    run.save_checkpoint(path, dict(stage="ae", step=1, model=dict(w=torch.ones(2))))
+    for bad in (dict(model=dict(w=torch.tensor([1.0, float("inf")]))),
+                dict(optimizer=dict(state={0: dict(exp_avg=torch.tensor(float("nan")))}))):
+        run.save_checkpoint(path, dict(stage="ae", step=2) | bad, keep_every=2)
+    assert os.listdir(tmp_path) == ["ckpt.pt"] and run.load_checkpoint(path, "ae")["step"] == 1
+    assert capsys.readouterr().err.count("step 2: weights or moments are not finite") == 2
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe\x00", b"[1]", b"{}", b"7", b'{"step": "x"}',
+                                  b"[" * 5000, b'{"step": 1, "lo'])
+def test_lines_of_a_damaged_log_are_dropped_and_counted(line, tmp_path, capsys):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 2}\n{"step": 3}\n')
+    log = run.Log(path, start_step=3)
+    log.line(3, a=1)
+    assert [json.loads(x)["step"] for x in path.read_text().splitlines()] == [0, 2, 3]
+    assert capsys.readouterr().err.count("line 2 cannot be read") == 1
+
+
+def test_a_log_that_is_removed_goes_on(tmp_path, capsys):
+    path = tmp_path / "log.jsonl"
+    log = run.Log(path)
+    log.line(0, a=1)
+    path.unlink()
+    log.line(1, a=2)
+    assert json.loads(path.read_text()) == dict(step=1, a=2)
+    assert "is gone; a new one begins at step 1" in capsys.readouterr().err
+
+
+def test_output_whose_reader_is_gone_ends_nothing(tmp_path):
+    """A closed pipe, and streams that are closed at the start: exit code 0, nothing said."""
+    script = tmp_path / "loud.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from common import run
+with run.one_line_errors():
+    for i in range(2000):
+        print("a line that nobody reads")
+        print("nor this", file=sys.stderr)
+    open({str(tmp_path / "end")!r}, "w").close()
+""")
+    command = f"{sys.executable} {script}"
+    for how in (f"({command}; echo $? >code) | head -1", f"{command} >&- 2>&-; echo $? >code"):
+        subprocess.run(how, shell=True, cwd=tmp_path, stderr=subprocess.DEVNULL,
+                       stdout=subprocess.DEVNULL, timeout=60)
+        assert (tmp_path / "code").read_text() == "0\n" and (tmp_path / "end").exists(), how
+        (tmp_path / "end").unlink()
+
+
+def test_a_batch_that_cannot_be_had_saves_first():
+    """A killed loader worker ends a run with its line, and nothing is lost."""
+    def batches():
+        yield 0
+        yield 1
+        raise ValueError("a loader's worker was killed")
+    saved, seen = [], []
+    with pytest.raises(ValueError, match="worker was killed"):
+        for batch in run.save_on_error(batches(), 5, saved.append):
+            seen.append(batch)
+    assert seen == [0, 1] and saved == [7]
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch, capsys):
+    monkeypatch.setattr(run.shutil, "which", lambda name: None)
+    args = argparse.Namespace(dtype="fp32", compile="on")
+    run.device_choices(args, torch.device("cpu"))
+    assert args.compile == "off" and "no C++ compiler" in capsys.readouterr().out

@@ -171,3 +171,30 @@ def test_guidance_without_a_null_class_is_refused(material, tmp_path, monkeypatc
     with pytest.raises(ValueError, match="--cfg 2.0: .* unconditional"):
         run_main(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--cfg", 2, "--device", "cpu",
             monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--cfg", 1.8, "--label_dropout", 0], "--label_dropout 0 never trains the null label"),
+    (["--overwrite"], "holds --ae")])
+def test_refused_before_anything_is_lost(flags, words, material, tmp_path, monkeypatch):
+    """Guidance without a trained null label; an --out that holds the autoencoder."""
+    before = (material / "ae" / "ckpt.pt").read_bytes()
+    with pytest.raises(ValueError, match=words):
+        run_main(train_diffusion, *flags_of(material, material / "ae", *flags),
+                 monkeypatch=monkeypatch)
+    assert (material / "ae" / "ckpt.pt").read_bytes() == before
+
+
+def test_the_checkpoint_knows_which_classes_had_an_image(material, tmp_path, monkeypatch, capsys):
+    """--num_classes 5 with two class folders; a set that changed since is said in one line."""
+    flags = flags_of(material, tmp_path / "run", "--steps", 1, "--num_classes", 5)
+    run_main(train_diffusion, *flags, monkeypatch=monkeypatch)
+    assert run.load_checkpoint(tmp_path / "run" / "ckpt.pt", "diffusion")["classes_seen"] == [0, 1]
+    assert "images have changed" not in capsys.readouterr().out
+    trained = torch.load(material / "ae" / "ckpt.pt", weights_only=True)
+    torch.save(trained | dict(images="others"), tmp_path / "ckpt.pt")
+    at = flags.index("--data")
+    flags = flags[:at] + flags[at + 2:]
+    flags[flags.index("--ae") + 1] = tmp_path / "ckpt.pt"
+    run_main(train_diffusion, *flags, "--overwrite", monkeypatch=monkeypatch)
+    assert "images have changed since" in capsys.readouterr().out
