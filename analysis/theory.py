@@ -224,6 +224,8 @@ def trajectory_figure(args, device):
             labels = fid.sample_labels(range(args.num_samples), classes).to(device)
         trained[name] = {key: checkpoint.get(key) for key in ("images", "data", "image_size")}
         times, power, kept = follow_sampling(model, process, shape, args.steps, args.seed, labels)
+        run.need(power.isfinite().all(), f"{file}: its samples are not finite, so there is no "
+                 "result of them; take an earlier checkpoint")
         half, ideal = half_times(times, power), wiener_half_times(power[-1], process)
         slope, rings = slope_per_octave(half), range(1, power.shape[1] + 1)
         share = (power / power[-1]).clamp(0, 1)            # (T, R)
