@@ -53,10 +53,7 @@ PRESETS = {
 
 
 def report(values, settings, results):
-    """
-    Print a result with its settings, and append it to the file `results`; on rank 0. ValueError if
-    a number is not finite.
-    """
+    """Print a result, all finite, with its settings, and append it to `results`; on rank 0."""
     bad = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
     run.need(not bad, f"{next(iter(settings.values()), '')}: {', '.join(bad)} not finite, so "
              "there is no result; the run has diverged, take an earlier checkpoint")
@@ -171,17 +168,17 @@ def evaluate_gen(args, device):
     run.need_one_node("gen: the file of samples")
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     load = lambda: load_or_none(lambda: metrics.load_inception(device), device)
-    inception = cache(load)                  # when flags and checkpoint are known to fit
+    inception = cache(load)                            # when flags and checkpoint are known to fit
     files, results = checkpoint_files(args), []
-    for file, name in zip(files, figures.unique_names(files)):
+    names = figures.unique_names(files)
+    figures.print_differences(files, names, "images", "image_size")
+    for file, name in zip(files, names):
         out = Path(args.out or Path(file).parent / "samples")
         if len(files) > 1:
             out = out / name if args.out else out.with_name(f"samples-{Path(file).stem}")
         results.append(evaluate_checkpoint(file, out, inception, args, device))
         yield results[-1]
     if len(files) > 1:
-        figures.print_differences({settings["ckpt"]: settings for _, settings in results},
-                                  "reference", "sampler", "labels", "weights")
         run.print0(best_line(results))
 
 
@@ -208,7 +205,7 @@ def evaluate_checkpoint(file, out, inception, args, device):
              "has no null class to guide away from; leave --cfg at 1")
     run.need(args.steps <= 1000 or not isinstance(process, DDPM), f"--steps {args.steps}: {file} "
              "has 1000 noise levels, so take at most 1000")
-    run.need(args.cfg == 1 or checkpoint["args"].get("label_dropout", 1) > 0, f"--cfg {args.cfg}: "
+    run.need(args.cfg == 1 or checkpoint["args"].get("label_dropout") != 0, f"--cfg {args.cfg}: "
              f"{file} was trained with --label_dropout 0, so never without its label, which "
              "guidance needs; leave --cfg at 1")
     size, n = checkpoint["image_size"], args.num_samples
@@ -410,17 +407,15 @@ def check_flags(args):
              "from 0 = data to 1 = noise")
     if hasattr(args, "results"):
         check_path("--results", args.results, "file")
-        if Path(args.results).exists():
-            with open(args.results, "rb") as file:
-                run.need(file.read(1) in (b"", b"{"), f"--results {args.results}: holds something "
-                         "else than results, which would be appended to it; name another file")
+        held = Path(args.results).open("rb").read(1) if Path(args.results).exists() else b""
+        run.need(held in (b"", b"{"), f"--results {args.results}: holds something else, to which "
+                 "results would be appended; name another file")
     if getattr(args, "out", None):
         check_path("--out", args.out, "folder" if args.command == "gen" else "figure")
-        for name in ("ckpt", "ae", "image", "runs"):
-            given = getattr(args, name, None) or []
-            given = [Path(path).resolve() for path in ([given] if type(given) is str else given)]
-            run.need(Path(args.out).resolve() not in given, f"--out {args.out}: is read, as --"
-                     f"{name}; name another place")
+        given = [getattr(args, name, None) or [] for name in ("ckpt", "ae", "image", "runs")]
+        given = (path for some in given for path in ([some] if type(some) is str else some))
+        run.need(Path(args.out).resolve() not in {Path(path).resolve() for path in given},
+                 f"--out {args.out}: is what is read; name another place")
 
 
 def main():

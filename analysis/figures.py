@@ -102,18 +102,21 @@ def write_table(args, figure, columns, rows):
 
 def need_outside(out, data):
     """ValueError if the file or folder out would replace images of --data, or join them."""
-    path = pathlib.Path(out).resolve()
-    inside = data and pathlib.Path(data).exists() and pathlib.Path(data).resolve() in (
-        path, *path.parents)
-    run.need(not inside, f"--out {out}: lies in {data}, whose images are read; name another place")
+    out, images = pathlib.Path(out).resolve(), pathlib.Path(data or "leaves").resolve()
+    run.need(not images.exists() or images not in (out, *out.parents), f"--out {out}: lies in "
+             f"{data}, whose images are read; name another place")
 
 
-def print_differences(runs, *keys):
-    """A line if runs of one figure or table, {name: settings}, differ in one of these settings."""
-    found = []
+def print_differences(files, names, *keys):
+    """A line if the runs of one figure or table differ in what their checkpoints say of keys."""
+    runs, found = {}, []
+    for file, name in zip(map(pathlib.Path, files), names):
+        with contextlib.suppress(Exception):               # released weights, a log alone
+            saved = torch.load(file / "ckpt.pt" if file.is_dir() else file, map_location="cpu",
+                               mmap=True, weights_only=True)       # the tensors stay on the disk
+            runs[name] = saved["args"] | saved
     for key in keys:
-        known = {name: settings[key] for name, settings in runs.items()
-                 if settings.get(key) is not None}
+        known = {name: saved[key] for name, saved in runs.items() if saved.get(key)}
         if len(set(map(str, known.values()))) > 1:
             shown = "data" if key == "images" else key     # a hash says nothing to a reader
             values = (f"{name}: {runs[name].get(shown) or 'built-in'}" for name in known)
@@ -177,12 +180,10 @@ def autoencoders(args, device, block=1):
     run.need(files, f"no out/ae/{args.preset}-*/ckpt.pt here; --ae: train autoencoders with "
              "train_ae.py, or give files")
     labels = unique_names(files, taken=("image", "images"))
-    size = dict(image_size=args.image_size or 256)         # of released weights
-    runs = {label: size | run.checkpoint_args(file) for file, label in zip(files, labels)}
-    print_differences(runs, "images", "image_size")
+    print_differences(files, labels, "images", "image_size")
     for file, label in zip(files, labels):
         ae = load_autoencoder(file).to(device)
-        images, _, _ = held_out_images(args, runs[label], device, file)
+        images, _, _ = held_out_images(args, run.checkpoint_args(file), device, file)
         h, w = ae.latent_shape(images)[-2:]
         run.need(h % block == 0 and w % block == 0,
                  f"{args.command}: {label}'s latents of {h}x{w} do not tile into {block}x{block} "
@@ -446,16 +447,6 @@ def read_log(path):
         raise ValueError(f"{path}: not the log of a training run; give log.jsonl") from None
 
 
-def run_settings(folder):
-    """What a run was trained with, as its checkpoint says; {} before there is one."""
-    with contextlib.suppress(Exception):                   # mmap: the tensors stay on the disk
-        saved = torch.load(folder / "ckpt.pt", map_location="cpu", mmap=True, weights_only=True)
-        kept = {key: saved[key] for key in ("stage", "images", "data", "image_size")
-                if key in saved}
-        return saved["args"] | kept
-    return {}
-
-
 def curves_figure(args, device):
     """
     The log.jsonl of training runs in one figure, one colour per run: losses, gradient norms, PSNR
@@ -465,8 +456,7 @@ def curves_figure(args, device):
     paths = [path.parent if path.name == "log.jsonl" else path for path in paths]
     names = unique_names(paths)
     logs = {name: read_log(path) for name, path in zip(names, paths)}
-    print_differences({name: run_settings(path) for name, path in zip(names, paths)},
-                      "stage", "images", "image_size", "batch_size")
+    print_differences(paths, names, "stage", "images", "image_size", "batch_size")
     for name, log in logs.items():
         if not log:
             print(f"{name}: has nothing to draw yet")

@@ -101,8 +101,7 @@ def held_out_latents(file, args, device):
         images, labels = images[known], labels[known]
     latents = ae.normalize(figures.encode_all(ae, images, args.batch_size, seed=args.seed))
     settings = dict(ckpt=file, step=checkpoint["step"], n=len(latents),
-                    model=checkpoint["model_name"], seed=args.seed, data=data or "built-in",
-                    image_size=checkpoint["image_size"])
+                    model=checkpoint["model_name"], seed=args.seed)
     return model, process, latents, labels if classes else None, settings
 
 
@@ -116,8 +115,10 @@ def denoise_figure(args, device):
     as training draws them; of all frequencies, and ring by ring. Above 1: better than the bound.
     """
     figure, (axes,) = figures.subplots(1, len(SHOWN), (4 * len(SHOWN), 4.4), sharey=True)
-    rows, files, measured = [], checkpoint_files(args), {}
-    for i, (file, name) in enumerate(zip(files, figures.unique_names(files))):
+    rows, files = [], checkpoint_files(args)
+    names = figures.unique_names(files)
+    figures.print_differences(files, names, "images", "image_size")
+    for i, (file, name) in enumerate(zip(files, names)):
         model, process, latents, labels, settings = held_out_latents(file, args, device)
         found = denoised_power(model, process, latents, labels, seed=args.seed,
                                batch_size=args.batch_size)
@@ -134,9 +135,7 @@ def denoise_figure(args, device):
             rows += [(name, t, *line) for line in zip(*(column.tolist() for column in columns))]
         fractions, total = fraction_learned(found, ring_sizes(*latents.shape[-2:]))
         by_ring = " ".join(f"{fraction:.2f}" for fraction in fractions.tolist())
-        measured[name] = settings
         yield dict(fraction_learned=total, by_ring=by_ring), settings
-    figures.print_differences(measured, "data", "image_size")
     axes[0].set_ylabel("power per coefficient, normalised latents")
     axes[0].legend(axes[0].lines[:4], ["power of the latent", "bound of Prop. 3.1",
                                        "denoising error of the network", "noise"], fontsize=8)
@@ -214,15 +213,16 @@ def trajectory_figure(args, device):
 
     Printed: the slope of the diagonal, in t per octave, of the run and of that denoiser.
     """
-    files, rows, trained = checkpoint_files(args), [], {}
+    files, rows = checkpoint_files(args), []
+    names = figures.unique_names(files)
+    figures.print_differences(files, names, "images", "image_size")
     figure, axes = figures.subplots(2, len(files), (5.6 * len(files), 5), height_ratios=(5, 1))
-    for (top, bottom), file, name in zip(axes.T, files, figures.unique_names(files)):
+    for (top, bottom), file, name in zip(axes.T, files, names):
         model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
         labels, shape = None, (args.num_samples, model.in_channels, *model.input_size)
         if model.num_classes:
             classes = fid.sampled_classes(file, checkpoint)
             labels = fid.sample_labels(range(args.num_samples), classes).to(device)
-        trained[name] = {key: checkpoint.get(key) for key in ("images", "data", "image_size")}
         times, power, kept = follow_sampling(model, process, shape, args.steps, args.seed, labels)
         run.need(power.isfinite().all(), f"{file}: its samples are not finite, so there is no "
                  "result of them; take an earlier checkpoint")
@@ -247,7 +247,6 @@ def trajectory_figure(args, device):
         yield (dict(slope=slope, slope_where_snr_is_1=slope_per_octave(ideal)),
                dict(ckpt=file, step=checkpoint["step"], n=args.num_samples, steps=args.steps,
                     sampler=sampler, cfg=1, seed=args.seed))
-    figures.print_differences(trained, "images", "image_size")
     figures.write_table(args, figure, ("run", "t", "ring", "power"), rows)
 
 

@@ -316,10 +316,7 @@ def checkpoint_files(args):
 
 
 def compare_images(path, trained, spec, train_set):
-    """
-    A line if the images of spec have changed since the run at path was trained on them.
-    trained  data, its spec, and images, their hash, of the run; {} if they are not known
-    """
+    """A line if the set spec is the one in trained, of a run, and its images have changed since."""
     known, same = trained.get("images"), Path(str(trained.get("data"))) == Path(str(spec))
     if run.get_rank() == 0 and known and same and images_hash(train_set) != known:
         run.print0(f"{spec or 'built-in images'}: has changed since {path} was trained on it: "
@@ -335,10 +332,10 @@ def load_diffusion(path, ae_path, device):
         process = DDPM(checkpoint["args"]["schedule"]) if isinstance(model, UViT) else Interpolant()
         ae_path = Path(ae_path or checkpoint["ae"])
         mean, std = checkpoint["latent_mean"], checkpoint["latent_std"]
-        run.need(len(mean) == len(std) == model.in_channels and (0 < std).all()
-                 and all(isinstance(checkpoint.get(key), kind) for key, kind in (
-                     ("autoencoder", str), ("data", str | None), ("images", str | None),
-                     ("data_seed", int), ("image_size", int))), "a field is of another kind")
+        kinds = dict(autoencoder=str, data=str | None, images=str | None, data_seed=int,
+                     image_size=int, classes_seen=list | None)
+        run.need(len(mean) == len(std) == model.in_channels and (0 < std).all() and all(
+            isinstance(checkpoint.get(key), kind) for key, kind in kinds.items()), "wrong fields")
     except Exception as error:                          # a foreign file breaks this in any way
         raise ValueError(f"--ckpt {path}: not what this version of train_diffusion.py writes "
                          f"({run.reason(error)})") from None

@@ -76,8 +76,9 @@ FLAGS = {
         "latents --ae {ae} {run}/ckpt.pt -> stage", "recon --results {ae}",
         "gen --out {images}", "gen --out {images}/..", "gen --data {bad}/set --out {bad}/set/new",
         "spectrum --out {images}/x.png", "denoise --ckpt {run} --out {images}/a/0.png -> --out",
-        "similarity --image {bad}/good.png --out {bad}/good.png -> --out --image",
-        "similarity --image_size 225", "similarity --token 4", "similarity --image {images}", "curves nowhere -> nowhere"],
+        "similarity --image {bad}/good.png --out {bad}/good.png -> --out good.png",
+        "similarity --image_size 225", "similarity --token 4", "similarity --image {images}",
+        "curves nowhere -> nowhere"],
     "common.data": [
         "pack --size 4", "pack --count 0", "pack --out x.tar", "pack --out {ae}/x.zip -> ckpt.pt",
         "pack --out {bad}/cut.zip -> cut.zip --overwrite", "pack --data nowhere"],
