@@ -34,7 +34,6 @@ from pathlib import Path
 import torch
 
 from analysis import fid, figures, theory
-from analysis.published import CURVES
 from common import metrics, run
 from common.data import LARGEST_SIDE, open_data, spread, val_batches
 from common.weights import checkpoint_files, compare_images, load_autoencoder, load_diffusion
@@ -260,10 +259,12 @@ def evaluate_fid(args, device):
         run.need(dims[0] == dims[1], f"{a.spec} and {b.spec}: features of {dims[0]} and {dims[1]} "
                  "dimensions cannot be compared; make both with one network")
         size = fid.common_resolution(sets, args.image_size)
-        inception = metrics.load_inception(device) if a.source or b.source else None
+        inception = metrics.load_inception(device) if a.images or b.images else None
         for entry in sets:
-            if entry.source:
-                entry.n, *entry.moments = fid.set_statistics(entry, size, inception, args, device)
+            if entry.images:
+                entry.images.size = size
+                found = fid.set_statistics(inception, entry.images, [], 0, args, device)
+                entry.n, *entry.moments = found[:3]
     except (ValueError, FileNotFoundError) as error:   # common.data names a flag that nobody gave
         raise type(error)(str(error).removeprefix("--data ")) from None
     known = [entry.n for entry in sets if entry.n]
@@ -363,13 +364,15 @@ def get_args():
     add("folder", False, "also write every sample as a PNG")
     # spectrum and similarity
     add("gamma", 1.0, "flattening exponent of the target")
-    add("published", None, "the authors' curves beside yours, in their form", choices=CURVES)
+    add("published", None, "the authors' curves beside yours, in their form",
+        choices=figures.CURVES)
     add("encoder", "dinov2_vitb14" if similarity else None, "DINOv2 model")
     add("encoder_source", None, "a local clone of facebookresearch/dinov2, or random (for tests)")
     add("image", None, "an image file (default: the first --val_images held-out ones of --data)")
     add("token", None, "number of the token, row by row from 0 (default: the middle)", type=int)
     # where
-    add("out", None, "what to write (default: under out/; of gen: a folder beside the checkpoint)")
+    add("out", None if command == "gen" else f"out/{command}.png", "the figure to write; of gen: a "
+        "folder (default: beside the checkpoint)")
     add("device", None, "default: cuda when there is a GPU", choices=("cpu", "cuda"))
     add("results", "results.jsonl", "every result is appended here")
     applies = [] if few else takes                     # few images are for the eye

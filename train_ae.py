@@ -5,7 +5,8 @@ Stage 1: train an autoencoder whose latent spectrum is shaped.
     torchrun --nproc_per_node=8 train_ae.py --reg esm --gamma 1.0 --data DIR    the paper's scale
 
 The loop in main() is the method: Fig. 1's forward, the losses of Eqs. 2 to 4 a term at a time, one
-backward pass. The argparse defaults are Table 5 for CelebA 256 (f16d16). A run lives in --out:
+backward pass. The argparse defaults are those of Table 5 for CelebA 256 (f16d16) and Table 8's
+masks; warm-up, clipping and betas, which the paper does not name, are ours. A run lives in --out:
 ckpt.pt, log.jsonl, reconstructions.png. The batch size is the GLOBAL batch over all processes, and
 the learning rate is never rescaled. Numbering: arXiv:2603.14645 v1.
 """
@@ -56,8 +57,8 @@ def get_args():
     add("--out", help="folder of the run (default: out/ae/<preset>-<reg>[-tuned])")
     run.add_run_flags(parser)
     # data
-    add("--data", help="folder, .zip, or cifar10; built in: leaves or discs; a folder of such a "
-        "name is ./leaves (default: leaves)")
+    add("--data", help="folder, .zip, or cifar10; built in: leaves or discs; for a folder of that "
+        "name write ./leaves (default: leaves)")
     add("--image_size", type=int, default=256, help="pixels per side")
     add("--val_images", type=int, default=1000, help="held-out images")
     # model and regulariser
@@ -73,12 +74,13 @@ def get_args():
     add("--esm_weight", type=float, default=0.01, help="ESM: weight of the divergence (Table 5)")
     add("--dsm_masks", type=int, nargs="+", default=list(DSM_MASKS),
         help="DSM: anti-diagonals cut, 0..14 each (Table 8)")
-    add("--kl_weight", type=float, help="KL: weight (default: 1e-6 for kl; for eq and vf 1e-6 over "
-        "the numbers of an image, since their authors weigh it against a sum over them)")
-    add("--vf_weight", type=float, default=0.1, help="VA-VAE: times the adaptive ratio")
-    add("--uae_weight", type=float, default=0.5, help="UAE: of the low frequencies' squared error")
-    add("--encoder", help="whose features the latents are aligned with (default: dinov2_vitl14 for "
-        "vf, dinov2_vitb14_reg for uae, as their authors)")
+    add("--kl_weight", type=float, help="KL: weight (default: 1e-6; for eq and vf divided by "
+        "3 * image_size^2, since their authors sum the reconstruction loss over pixels)")
+    add("--vf_weight", type=float, default=0.1, help="VA-VAE: weight, times the adaptive weight")
+    add("--uae_weight", type=float, default=0.5,
+        help="UAE: weight of the squared error of low-frequency DCT coefficients")
+    add("--encoder", help="foundation model to align latents with (default: dinov2_vitl14 for vf, "
+        "dinov2_vitb14_reg for uae, as in the original papers)")
     add("--encoder_source", help="a folder with hubconf.py, such as a clone of "
         "facebookresearch/dinov2, or random (for tests) (default: torch.hub)")
     # reconstruction
@@ -89,7 +91,8 @@ def get_args():
         help="train both networks in each step (default: even steps the autoencoder, odd steps "
         "the discriminator)")
     # optimisation
-    add("--steps", type=int, default=500_000, help="of training, both networks' counted")
+    add("--steps", type=int, default=500_000,
+        help="training steps; those of the discriminator count, too")
     add("--batch_size", type=int, default=48, help="images per step over all processes")
     add("--lr", type=float, default=5e-5, help="of both networks; constant after the warm-up")
     add("--warmup_steps", type=int, default=2000, help="updates of a network until its lr is --lr")
@@ -102,8 +105,8 @@ def get_args():
         help="also keep ckpt_<step>.pt at these steps; -1 = off")
     args = run.parse_args(parser, PRESETS)
     if args.kl_weight is None:
-        summed = {"eq", "vf"} & set(args.reg) and "kl" not in args.reg
-        args.kl_weight = 1e-6 / max(3 * args.image_size ** 2, 1) if summed else 1e-6
+        rec_is_summed = {"eq", "vf"} & set(args.reg) and "kl" not in args.reg
+        args.kl_weight = 1e-6 / max(3 * args.image_size ** 2, 1) if rec_is_summed else 1e-6
     if args.encoder is None:
         args.encoder = "dinov2_vitl14" if "vf" in args.reg else "dinov2_vitb14_reg"
     if args.compile is None and set(UNCOMPILED) & set(args.reg):
@@ -140,7 +143,7 @@ def check(args, config):
         weight = getattr(args, flag)
         need(weight == 0 or smallest >= least, f"--{flag} {weight}: needs images of at least "
              f"{least} pixels per side, and here they may be {smallest}; 0 switches it off")
-    run.need_range(args, 0, 10, "gamma")                   # 16^gamma must fit float32
+    run.need_range(args, 0, 10, "gamma")                   # 16^gamma stays far from float32's end
     run.need_range(args, 0, float("inf"), "esm_weight", "kl_weight", "vf_weight", "uae_weight",
                    "lpips_weight", "gan_weight", "gan_start")
     run.need_range(args, 1, 2 ** 31, "val_images")
@@ -148,8 +151,8 @@ def check(args, config):
 
 def open_model(args):
     """
-    The configuration of --model, or with --init that of its file. args.init becomes the weights'
-    hash, so that --resume takes the same weights from anywhere; args.model their configuration.
+    The configuration of --model, or with --init that of its file. args.init is replaced by a hash
+    of the weights, so that --resume accepts the file from any path; args.model by its name.
     returns  AEConfig, and the weights to start from or None
     """
     if not args.init:
@@ -168,9 +171,9 @@ def open_model(args):
 
 def draw_pair(args, rng):
     """
-    One step's draw of the method that changes what is decoded, the same on every rank.
+    Draw this step's transform of image and latent, the same on every rank.
     rng      random.Random, seeded by (seed, step)
-    returns  scale of the images before encoding, 1.0 = none; and
+    returns  scale of the images before encoding (EQ-VAE; 1.0 = none), and
              pair(images, latents) -> (reconstruction target, decoder input)
     """
     if "dsm" in args.reg:                                  # Alg. 2: one mask m_n for both
@@ -187,30 +190,30 @@ def draw_pair(args, rng):
 
 
 def unchanged(images, latents):
-    """The pair of all other methods."""
+    """The pair of methods that do not transform it."""
     return images, latents
 
 
-def learning_rates(args, step):
-    """Of the autoencoder and the discriminator: warmed up over the updates that each has had."""
-    disc_updates = max(0, step - args.gan_start)
-    if not args.gan_every_step and disc_updates:
-        disc_updates = step // 2 - args.gan_start // 2     # odd steps since gan_start
+def learning_rates(args, step, gan):
+    """Of autoencoder and discriminator, each warmed up over its own updates. gan: is it on yet?"""
+    disc_updates = step - args.gan_start if gan else 0
+    if gan and not args.gan_every_step:
+        disc_updates = step // 2 - args.gan_start // 2     # odd steps in [gan_start, step)
     ae_updates = step if args.gan_every_step else step - disc_updates
     return [args.lr * min(1.0, (updates + 1) / max(1, args.warmup_steps))
             for updates in (ae_updates, disc_updates)]
 
 
 def alignment_networks(args, latent_channels, device):
-    """VA-VAE's or UAE's frozen encoder, and the projection of latent cells to its width."""
+    """VA-VAE's or UAE's frozen teacher, and the projection of latent cells to its width."""
     # VA-VAE resizes bilinearly and leaves images in [-1, 1]
     options = dict(resize="bilinear", imagenet=False) if "vf" in args.reg else {}
-    encoder = load_encoder(args.encoder, args.encoder_source, **options).to(device)
-    # without a bias, which could match the features' common part alone
-    return encoder, torch.nn.Linear(latent_channels, encoder.width, bias=False).to(device)
+    teacher = load_encoder(args.encoder, args.encoder_source, **options).to(device)
+    # no bias: it alone could fit the features' mean
+    return teacher, torch.nn.Linear(latent_channels, teacher.width, bias=False).to(device)
 
 
-def alignment(args, encoder, projection, ae, images, latents, recon, image_grad, terms):
+def alignment(args, teacher, projection, ae, images, latents, recon, image_grad, terms):
     """
     VA-VAE's or UAE's term: projected latents (b, C, h, w) close to features of the images.
     recon, image_grad  decoded images and the gradient of their losses there: VA-VAE's weight is
@@ -219,7 +222,7 @@ def alignment(args, encoder, projection, ae, images, latents, recon, image_grad,
     returns  the weighted term
     """
     grid = latents.shape[-2:]
-    features = encoder(images, grid)                       # (b, h*w, D)
+    features = teacher(images, grid)                       # (b, h*w, D)
     projected = projection(latents.flatten(2).transpose(1, 2))
     if "uae" in args.reg:
         terms["align"] = losses.low_freq_align_loss(projected, features, grid)
@@ -239,17 +242,19 @@ def make_fast(args, ae, disc, lpips, device):
         run.checkpoint_activations(ae, (ResnetBlock, AttnBlock))
     if args.compile == "off":
         return
-    for half in (ae.encoder, ae.decoder):                  # but for the last convolutions, where
-        half.features = torch.compile(half.features)       # the adaptive ratio is measured
+    # all but the last convolutions, where the adaptive weight is measured
+    for half in (ae.encoder, ae.decoder):
+        half.features = torch.compile(half.features)
     for network in filter(None, (disc, lpips)):
         network.compile()
-    if device.type == "cuda":                              # eager code would pay for copies, since
-        for network in filter(None, (ae, lpips)):          # GroupNorm returns NCHW
+    # eager code would pay for copies here, since GroupNorm returns NCHW
+    if device.type == "cuda":
+        for network in filter(None, (ae, lpips)):
             network.to(memory_format=torch.channels_last)
 
 
 # --------------------------------------------------------------------------------------------------
-# What is measured, drawn and said
+# Validation, figures, printed lines
 
 @torch.no_grad()
 def validate(ae, batches, args, autocast):
@@ -258,7 +263,7 @@ def validate(ae, batches, args, autocast):
     spectra see its samples. Also stores the samples' mean and standard deviation per channel in the
     autoencoder (normalize, denormalize).
     returns  {psnr dB, ssim, l1, esm: divergence from the flattened target (nats), alpha: exponent
-             of the latents' PSD, alpha_image, latent_std: over all channels}, names with val_
+             of the latents' PSD, alpha_image, latent_std: over all channels}, keys with val_
     """
     ae.eval()
     C = ae.config.latent_channels
@@ -276,7 +281,7 @@ def validate(ae, batches, args, autocast):
             noise.append(torch.randn(posterior.mean.shape[1:], generator=generator))
         latents = posterior.sample(torch.stack(noise).to(images.device))
         l1 = (recon - images).abs().flatten(1).mean(1)
-        # one at a time: a loss is the mean of its batch
+        # per image, since esm_loss averages over its batch
         esm = torch.stack([losses.esm_loss(x[None], z[None], args.gamma)
                            for x, z in zip(images, latents)])
         each = [torch.ones_like(l1), psnr(recon, images), ssim(recon, images), l1, esm]
@@ -303,8 +308,8 @@ def validate(ae, batches, args, autocast):
 @torch.no_grad()
 def draw_reconstructions(ae, val_set, path, device):
     """
-    Held-out images, their reconstructions and latents, and DSM's question: does a low-passed latent
-    decode to the low-passed image?
+    Held-out images, their reconstructions and latents, and DSM's claim: a low-passed latent decodes
+    to the low-passed image.
     """
     images = torch.stack([val_set[i][0] for i in range(min(8, len(val_set)))])
     images = images.to(device) / 127.5 - 1                 # (8, 3, H, W) in [-1, 1]
@@ -344,7 +349,7 @@ def main():
     args = get_args()
     rank, world, device = run.init_distributed(args.device)
     run.check_run_flags(args, world)
-    config, start = open_model(args)
+    config, initial = open_model(args)
     check(args, config)
     autocast = run.device_choices(args, device, fixed_size=not {"eq", "se"} & set(args.reg))
     train_set, val_set = open_data(args.data, args.image_size, args.val_images, args.seed)
@@ -354,16 +359,16 @@ def main():
 
     torch.manual_seed(args.seed)                           # the initial weights; nothing else
     ae = AutoencoderKL(config).to(device)
-    disc = lpips = encoder = projection = None
-    if start:
-        ae.load_state_dict(start)
+    disc = lpips = teacher = projection = None
+    if initial:
+        ae.load_state_dict(initial)
     if args.gan_weight > 0 and args.gan_start < args.steps:
         disc = PatchDiscriminator().to(device)
     with run.local_rank_zero_first():                      # one download per node
         if args.lpips_weight > 0:
             lpips = PerceptualLoss().to(device)
         if {"vf", "uae"} & set(args.reg):
-            encoder, projection = alignment_networks(args, config.latent_channels, device)
+            teacher, projection = alignment_networks(args, config.latent_channels, device)
     make_fast(args, ae, disc, lpips, device)
     adamw = partial(torch.optim.AdamW, lr=args.lr, betas=(0.9, 0.999),
                     weight_decay=args.weight_decay, fused=True)
@@ -407,9 +412,10 @@ def main():
     batches = run.save_on_error(
         train_batches(train_set, args.batch_size, start_step, args.seed, rank, world, args.workers,
                       device), start_step, save)
-    since, n, interrupt = (start_step, time.perf_counter()), args.grad_accum, run.Interrupt()
+    since, accum = (start_step, time.perf_counter()), args.grad_accum
+    interrupt = run.Interrupt()
     for step in range(start_step, args.steps + 1):
-        if interrupt.asked(step):                          # save first, validate never
+        if interrupt.asked(step):                          # save and stop, without validating
             save(step)
             run.print0(interrupt.message(step, args))
             break
@@ -417,26 +423,25 @@ def main():
             since = evaluate(step, since)
         if step == args.steps:
             break
-        # every draw is a function of (seed, step): any number of processes, any restart, the same
+        # random draws depend on (seed, step), not on the number of processes or restarts
         seed = run.step_seed(args.seed, step)
         scale, pair = draw_pair(args, random.Random(seed))     # Alg. 2: mask of image and latent
-        batch, _, _ = next(batches)                        # (global batch / world, 3, H, W)
-        batch = losses.scale_images(batch, scale, config.reduction)
+        batch = losses.scale_images(next(batches)[0], scale, config.reduction)  # (b, 3, H, W)
         generator = torch.Generator(device).manual_seed(seed)
         noise = run.sharded(torch.randn, ae.latent_shape(batch), generator, rank, world)
         gan = disc is not None and step >= args.gan_start
         train_ae = not gan or args.gan_every_step or step % 2 == 0
         train_disc = gan and (args.gan_every_step or step % 2 == 1)
-        for i, (images, eps) in enumerate(zip(batch.chunk(n), noise.chunk(n))):    # (b, ...) each
-            run.sync_gradients(trained, i == n - 1)        # DDP averages them once per step
-            with autocast, torch.set_grad_enabled(train_ae):           # Fig. 1
+        for i, (images, eps) in enumerate(zip(batch.chunk(accum), noise.chunk(accum))):
+            run.sync_gradients(trained, i == accum - 1)    # DDP averages them once per step
+            with autocast, torch.set_grad_enabled(train_ae):           # Fig. 1, and Alg. 2 by pair
                 recon, target, latents, posterior = ae_ddp(images, eps, pair)
             terms = {}
-            if train_ae:
-                # Losses on the image end at a detached leaf, so networks run backward once:
-                # from recon with the gradient image_grad, and from the losses on the latents.
+            if train_ae:                                   # Eq. 2, or 3, or 4, term by term
+                # L1, LPIPS and GAN see only the image: their gradient is collected at a detached
+                # copy, so that each network runs backward once, whatever the adaptive weight needs
                 image = recon.detach().float().requires_grad_()
-                terms["l1"] = rec = F.l1_loss(image, target)           # Eqs. 2, 3, 4: L1
+                terms["l1"] = rec = F.l1_loss(image, target)           # L1
                 if lpips:
                     terms["lpips"] = lpips(image, target)              # + LPIPS
                     rec = rec + args.lpips_weight * terms["lpips"]
@@ -457,18 +462,19 @@ def main():
                 if {"kl", "eq", "vf"} & set(args.reg):                 # Eq. 2, + KL
                     terms["kl"] = losses.kl_loss(posterior.mean, posterior.logvar)
                     loss = loss + args.kl_weight * terms["kl"]
-                if encoder:                                            # + VA-VAE's or UAE's term
-                    loss = loss + alignment(args, encoder, projection_ddp, ae, images, latents,
+                if teacher:                                            # + VA-VAE's or UAE's term
+                    loss = loss + alignment(args, teacher, projection_ddp, ae, images, latents,
                                             recon, image_grad, terms)
                 terms["loss"] = loss
-                (((recon.float() * image_grad).sum() + loss) / n).backward()
+                # d/d recon of the first summand is image_grad; loss holds these terms detached
+                (((recon.float() * image_grad).sum() + loss) / accum).backward()
             if train_disc:
                 disc.requires_grad_(True)
                 with autocast:
                     terms["disc"] = losses.hinge_d_loss(disc_ddp(target), disc_ddp(recon.detach()))
-                (terms["disc"] / n).backward()
+                (terms["disc"] / accum).backward()
             log.add(step, terms)
-        ae_lr, disc_lr = learning_rates(args, step)
+        ae_lr, disc_lr = learning_rates(args, step, gan)
         if train_ae:
             norm = run.optimizer_step(optimizer, ae_lr, args.clip_grad, log.finite(step))
             log.add(step, dict(grad_norm=norm))

@@ -124,6 +124,7 @@ def get_args():
 def check(args, world):
     """ValueError on the first flag that cannot work, before anything is loaded or written."""
     need, need_range = run.need, run.need_range
+    run.check_run_flags(args, world)
     need(args.encode_batch > 0 and args.encode_batch % world == 0,
          f"--encode_batch {args.encode_batch}: must be above 0 and divide by {world} processes")
     need(args.cfg == 1 or args.label_dropout > 0, f"--cfg {args.cfg}: --label_dropout 0 never "
@@ -136,7 +137,6 @@ def check(args, world):
     need(args.beta2 < 1, f"--beta2 {args.beta2}: must be below 1")
     need(args.dog_sigma1 < args.dog_sigma2, f"--dog_sigma1 {args.dog_sigma1}: must be below "
          f"--dog_sigma2 {args.dog_sigma2}")
-    run.check_run_flags(args, world)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -183,12 +183,12 @@ def alignment_networks(args, model, size, device):
     return encoder, projector.to(device)
 
 
-def aligned_images(cache, train_set, indices, batch):
+def aligned_images(cache, indices, batch):
     """Images (b, 3, H, W) of the same entries as cached latents; ValueError if one is gone."""
     images, _, positions = batch
     moved = cache.rows[positions] != indices               # another image came in its place
-    run.need(not moved.any(), f"--data {train_set.spec}: an image that is in the latent cache can "
-             "no longer be read (named above); restore it and --resume")
+    run.need(not moved.any(), "--data: an image that is in the latent cache can no longer be read "
+             "(named above); restore it and --resume")
     return images
 
 
@@ -251,8 +251,7 @@ def main():
              f"--num_classes {classes}: the data has labels up to {cache.labels.max()}")
     seen = np.unique(cache.labels[cache.rows]).tolist()    # classes that have an image
     parts = dict(model=model, optimizer=optimizer, ema=ema)        # what a checkpoint carries
-    if projector:
-        parts |= dict(projector=projector)
+    parts |= dict(projector=projector) if projector else {}
     if checkpoint:
         run.restore(args.out, checkpoint, parts)
     log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"])
@@ -316,7 +315,7 @@ def main():
         eps = draw(torch.randn, latents.shape)             # (b, C, h, w)
         drop = draw(torch.rand, (b,)) < args.label_dropout     # these take the null label
         if encoder:
-            images = aligned_images(cache, train_set, indices, images)
+            images = aligned_images(cache, indices, images)
 
         for i in range(n):                                 # micro-batches
             part = slice(i * b // n, (i + 1) * b // n)

@@ -1,14 +1,12 @@
 """
 Sets of images as evaluate.py compares them: samples of a diffusion run with its training images
-(gen), and any two that a user supplies (fid A B). The formulas are those of common/metrics.py and
-torch-fidelity. Images are (N, H, W, 3) uint8 in files, (B, 3, H, W) uint8 for Inception; `args` are
-the flags of evaluate.py.
+(gen), and any two that a user supplies (fid A B). Images are (N, H, W, 3) uint8 in files and
+(B, 3, H, W) uint8 for Inception; `args` are the flags of evaluate.py.
 """
 import contextlib
 import itertools
 import json
 import math
-import shutil
 import sys
 import time
 import zipfile
@@ -31,12 +29,10 @@ from dit import Interpolant, NoiseStream
 
 
 def progress(batches, what):
-    """A progress bar around batches, on rank 0 of a terminal."""
     return tqdm(batches, what, disable=run.get_rank() > 0 or not sys.stderr.isatty())
 
 
-# --------------------------------------------------------------------------------------------------
-# Samples: number i depends on (--seed, i) alone
+# ------------------------------------------------- samples: number i depends on (--seed, i) alone
 
 def sampled_classes(file, checkpoint):
     """The classes of a run that had a training image, ascending; a line if others had none."""
@@ -81,17 +77,14 @@ def sample_images(file, model, process, ae, classes, indices, args, device):
 
 
 def shared_array(path, shape):
-    """
-    A memory-mapped uint8 array for the ranks to write their rows into: 50,000 images of 256 px are
-    10 GB. Its file at path loses its name at once, so a killed run leaves nothing behind.
-    """
+    """A memory-mapped uint8 array that all ranks write into: 50,000 images of 256 px are 10 GB."""
     if run.get_rank() == 0:
         create_array(f"{path} of {shape[0]:,} rows", path, np.uint8, shape)
     run.barrier()
     array = np.load(path, mmap_mode="r+")
     run.barrier()
     if run.get_rank() == 0:
-        path.unlink()
+        path.unlink()                                  # so a killed run leaves nothing behind
     return array
 
 
@@ -114,6 +107,7 @@ def folder_lock(out):
     with lock:
         run.barrier()
         yield
+        run.barrier()                                  # others may still write
 
 
 def rank_batches(n, batch_size):
@@ -126,36 +120,28 @@ def write_samples(draw, samples, out, args):
     """
     All samples of draw(indices) into samples (N, H, W, 3); then, in the place of an earlier
     sampling's, out/grid.png, samples.npz for the ADM suite, and with --folder images/NNNNNN.png.
-    returns  the seconds that drawing took
     """
-    first, pending = run.get_rank() == 0, out / ".images"
-    if first:
-        shutil.rmtree(pending, ignore_errors=True)     # of a sampling that was killed
-        pending.mkdir()
-    run.barrier()
     start = time.perf_counter()
     for indices in progress(rank_batches(len(samples), args.batch_size), "sampling"):
         samples[indices] = draw(indices).movedim(1, -1).cpu().numpy()
-        for i in indices if args.folder else ():
-            Image.fromarray(samples[i]).save(pending / f"{i:06d}.png")
     run.barrier()
-    seconds = time.perf_counter() - start
-    if first:
+    seconds, folder = time.perf_counter() - start, out / "images"
+    if run.get_rank() == 0:
         image_grid(torch.from_numpy(samples[:64]).movedim(-1, 1) / 255, out / "grid.png")
         run.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
-        for path in list((out / "images").glob("??????*.png")):
-            if path.stem.isdecimal():
+        for path in list(folder.glob("??????*.png")):
+            if path.stem.isdecimal():                  # an earlier sampling's, not the user's
                 path.unlink()
-        for path in pending.iterdir():
-            (out / "images").mkdir(exist_ok=True)
-            path.rename(out / "images" / path.name)
-        pending.rmdir()
-        print(f"wrote {out}/grid.png, {out}/samples.npz" + f", {out}/images/" * args.folder)
+        if args.folder:
+            folder.mkdir(exist_ok=True)
+    run.barrier()
+    for i in itertools.chain(*rank_batches(len(samples), 1000)) if args.folder else ():
+        Image.fromarray(samples[i]).save(folder / f"{i:06d}.png")
+    run.print0(f"wrote {out}/grid.png, {out}/samples.npz" + f", {folder}/" * args.folder)
     return seconds
 
 
-# --------------------------------------------------------------------------------------------------
-# Inception statistics of samples and of training images
+# --------------------------------------- Inception statistics of samples and of training images
 
 def fid_at(n):
     """The name FID@n; and a line, where n images are few."""
@@ -165,19 +151,19 @@ def fid_at(n):
     return f"FID@{n}"
 
 
-def uint8_batches(dataset, batch_size, workers, device):
-    """This rank's share of a set, once and in order: (b, 3, H, W) uint8 and row numbers (b,)."""
+def set_statistics(inception, images, keep, workers, args, device):
+    """inception_statistics of a set (ImageSet or built in), each rank a part of every batch."""
     rank, world = run.get_rank(), run.get_world_size()
-    for images, _, rows in val_batches(dataset, batch_size * world, rank, world, workers, device):
-        yield to_uint8(images), rows.numpy()
+    batches = val_batches(images, args.batch_size * world, rank, world, workers, device)
+    batches = ((to_uint8(x), rows.numpy()) for x, _, rows in batches)
+    return inception_statistics(inception, batches, keep, device)
 
 
 def inception_statistics(inception, batches, keep, device):
     """
-    Stream this rank's batches of (uint8 images, row numbers) through Inception.
-    keep     row numbers whose features and logits are wanted, for metrics that cannot be streamed
-    returns  n, mean, covariance over all ranks; on rank 0 the kept features (k, 2048) and logits
-             (k, 1008) in the order of their rows, else None
+    Stream this rank's batches of (uint8 images, row numbers) through Inception: n, mean, covariance
+    over all ranks; on rank 0 features (k, 2048) and logits (k, 1008) of the k rows in keep, else
+    None, None.
     """
     moments, kept = Moments(2048, device), []
     for images, rows in progress(batches, "Inception"):
@@ -185,54 +171,52 @@ def inception_statistics(inception, batches, keep, device):
         moments.add(features)
         wanted = np.isin(rows, keep)
         kept.append((rows[wanted], features.cpu().numpy()[wanted], logits.cpu().numpy()[wanted]))
-    n, mean, cov = moments.mean_cov()
     parts = [kept] * run.get_world_size() if run.get_rank() == 0 else None
     if dist.is_initialized():                          # 0.6 GB for 50,000 samples
         dist.gather_object(kept, parts)
-    if not parts:
-        return n, mean, cov, None, None
-    rows, features, logits = map(np.concatenate, zip(*itertools.chain(*parts)))
-    order = np.argsort(rows)
-    return n, mean, cov, torch.from_numpy(features[order]), torch.from_numpy(logits[order])
+    features = logits = None
+    if parts:
+        rows, features, logits = map(np.concatenate, zip(*itertools.chain(*parts)))
+        order = np.argsort(rows)
+        features, logits = (torch.from_numpy(x[order]) for x in (features, logits))
+    return *moments.mean_cov(), features, logits
 
 
 def training_images(file, checkpoint, args):
     """What the samples of a run are compared with; None, and a line, if it is not here."""
+    data = args.data or checkpoint["data"]
     try:
-        train_set, _ = open_data(args.data or checkpoint["data"], checkpoint["image_size"],
-                                 seed=checkpoint["data_seed"])
+        images, _ = open_data(data, checkpoint["image_size"], seed=checkpoint["data_seed"])
     except (FileNotFoundError, ValueError) as error:
         if args.data:
             raise
         run.print0(f"{error}; the samples are compared with nothing unless --data names the "
                    "training images")
         return None
-    run.need(len(train_set) > 1, f"--data {args.data or checkpoint['data'] or 'built-in'}: has a "
-             "single training image, and no Frechet distance to it; give two or more")
-    compare_images(file, checkpoint, args.data or checkpoint["data"], train_set)
-    return spread(train_set, args.reference_images or len(train_set))
+    run.need(len(images) > 1, f"--data {data or 'built-in'}: has a single training image, and no "
+             "Frechet distance to it; give two or more")
+    compare_images(file, checkpoint, data, images)
+    return spread(images, args.reference_images or len(images))
 
 
 def reference_statistics(images, inception, args, device):
     """
     mu, sigma and features of a set from out/reference, where the set's content names the file; else
     made now and kept there. None on ranks above 0 if made, on all without inception.
-    raises   ValueError if the file is damaged
     """
     identity = run.broadcast_from_rank0(lambda: images_hash(images))
     file = Path("out/reference") / f"{identity}-{images.size}.npz"
     how = json.dumps(dict(images=identity, size=images.size, n=len(images),
                           crop="ADM centre crop, 8 bit", network="torch-fidelity"))
-    if run.broadcast_from_rank0(file.exists):            # another run may be writing it just now
+    if run.broadcast_from_rank0(file.exists):          # another run may be writing it just now
         stored = read_npz(file, "mu", "sigma", "features", "how")
         run.need(len(stored) == 4 and str(stored["how"]) == how,
                  f"{file}: statistics of {stored.get('how')}, wanted {how}; remove the file")
         return stored
     if not inception:
         return None
-    batches = uint8_batches(images, args.batch_size, args.workers, device)
     keep = np.linspace(0, len(images) - 1, 10_000).astype(np.int64)     # spread over the classes
-    n, mu, sigma, features, _ = inception_statistics(inception, batches, keep, device)
+    n, mu, sigma, features, _ = set_statistics(inception, images, keep, args.workers, args, device)
     if run.get_rank() > 0:
         return None
     made = dict(mu=mu.numpy(), sigma=sigma.numpy(), features=features.numpy())
@@ -249,21 +233,20 @@ def inception_metrics(inception, samples, reference, args, device):
     _, mean, cov, fake, logits = inception_statistics(inception, batches, np.arange(n), device)
     if run.get_rank() > 0:
         return {}
-    values = {name: frechet_distance(mean, cov, reference["mu"], reference["sigma"])}
+    fid = frechet_distance(mean, cov, reference["mu"], reference["sigma"])
     score = metric_isc.isc_features_to_metric(logits, splits=min(10, n))
-    values["IS"] = score["inception_score_mean"]
     fake, real = fake[:10_000], torch.from_numpy(reference["features"])
     size = min(1000, len(fake), len(real))
     kid = metric_kid.kid_features_to_metric(fake, real, kid_subset_size=size, verbose=False)
-    values[f"KID_x1e3_subset{size}"] = 1000 * kid["kernel_inception_distance_mean"]
+    values = {name: fid, "IS": score["inception_score_mean"],
+              f"KID_x1e3_subset{size}": 1000 * kid["kernel_inception_distance_mean"]}
     if min(len(fake), len(real)) > 3:                  # of three nearest neighbours
         found = metric_prc.prc_features_to_metric(fake, real, verbose=False)
         values |= {name: float(found[name]) for name in ("precision", "recall")}
     return values
 
 
-# --------------------------------------------------------------------------------------------------
-# Sets that a user supplies
+# -------------------------------------------------------------------- sets that a user supplies
 
 def read_npz(file, *names):
     """{name: array} of those names that a .npz holds, nothing unpickled; ValueError if damaged."""
@@ -278,61 +261,39 @@ def read_npz(file, *names):
         if {"mu", "sigma"} <= found.keys():
             mu, sigma = found["mu"], found["sigma"]
             finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
-            run.need(mu.ndim == 1 and sigma.shape == 2 * mu.shape and finite,
-                     f"mu {mu.shape} and sigma {sigma.shape} are no finite mean and covariance")
+            run.need(finite and mu.ndim == 1 and sigma.shape == 2 * mu.shape,
+                     "mu and sigma are no finite mean and covariance")
     except Exception as error:                         # a damaged file breaks its reader in any way
         raise ValueError(f"{file}: no usable .npz ({run.reason(error)}); remove it, or make it "
                          "anew") from None
     return found
 
 
-class ImageArray:
-    """Images (N, H, W, 3) uint8 as a source of common.data."""
-
-    def __init__(self, images):
-        self.images, self.names = images, np.arange(len(images)).astype(str)
-
-    def image(self, row):
-        return Image.fromarray(self.images[row])
-
-
 def open_set(spec):
     """
     A folder, a zip, 'cifar10', or an npz of images (arr_0) or of statistics (mu, sigma).
-    returns  spec; n; source of common.data and moments (mu, sigma), one of them None; side, the
-             pixels of an npz's images if known, else None
+    returns  spec; n; images, an ImageSet still without its size, and moments (mu, sigma), one of
+             them None; side, the pixels of an npz's images if known, else None
     """
-    path, side = Path(spec), None
-    if path.suffix.lower() == ".npz" and path.is_file():
-        found = read_npz(spec, "mu", "sigma", "arr_0", "how")
-        if {"mu", "sigma"} <= found.keys():
-            moments = found["mu"], found["sigma"]
+    side = None
+    if spec.lower().endswith(".npz") and Path(spec).is_file():
+        stored = read_npz(spec, "mu", "sigma", "arr_0", "how")
+        pixels = stored.get("arr_0", np.empty(0))
+        if {"mu", "sigma"} <= stored.keys():
+            moments = stored["mu"], stored["sigma"]
             with contextlib.suppress(Exception):       # of those in out/reference
-                side = json.loads(str(found["how"]))["size"]
-            return SimpleNamespace(spec=spec, n=None, source=None, moments=moments, side=side)
-        images = found.get("arr_0", np.empty(0))
-        run.need(images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3,
+                side = json.loads(str(stored["how"]))["size"]
+            return SimpleNamespace(spec=spec, n=None, images=None, moments=moments, side=side)
+        run.need(pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[-1] == 3,
                  f"{spec}: holds neither mu and sigma nor arr_0 (N, H, W, 3) uint8")
-        source, side = ImageArray(images), min(images.shape[1:3])
+        side, names = min(pixels.shape[1:3]), np.arange(len(pixels)).astype(str)
+        source = SimpleNamespace(names=names, image=lambda row: Image.fromarray(pixels[row]))
     else:
-        run.need(path.suffix.lower() == ".zip" or not path.is_file(),
-                 f"{spec}: neither a folder nor a .zip nor an .npz; give a folder or .zip of "
-                 "images, an .npz of images (arr_0) or of statistics (mu, sigma), or 'cifar10'")
         source = open_source(spec)
     n = len(source.names)
     run.need(n > 1, f"{spec}: needs two images or more, holds {n}")
-    return SimpleNamespace(spec=spec, n=n, source=source, moments=None, side=side)
-
-
-def common_side(source):
-    """The shorter side that all readable images of a source share, else None."""
-    sides = set()
-    for row in range(len(source.names)):
-        with contextlib.suppress(Exception):           # of unreadable images, which are named later
-            sides.add(min(source.image(row).size))
-        if len(sides) > 1:
-            return None
-    return sides.pop() if sides else None
+    images = ImageSet(spec, source, np.arange(n), np.zeros(n, np.int64), [], None)
+    return SimpleNamespace(spec=spec, n=n, images=images, moments=None, side=side)
 
 
 def common_resolution(sets, asked=None):
@@ -341,9 +302,14 @@ def common_resolution(sets, asked=None):
     the shorter side of all images; 256, with a line, where there are several. None if unknown.
     """
     sides = {asked} if asked else {entry.side for entry in sets} - {None}
-    sides = sides or {common_side(entry.source) for entry in sets if entry.source}
+    unknown = [entry.images for entry in sets if entry.images and not sides]
+    for images, row in ((entry, row) for entry in unknown for row in entry.rows):
+        with contextlib.suppress(Exception):           # unreadable ones are named later
+            sides.add(min(images.source.image(row).size))
+        if len(sides) > 1:                             # without a look at a million others
+            break
     side = next(iter(sides), None)
-    if len(sides) > 1 or None in sides:
+    if len(sides) > 1 or (unknown and not sides):
         side = 256
         print("the images have no common size and are compared at 256 px; --image_size says "
               "another")
@@ -351,11 +317,3 @@ def common_resolution(sets, asked=None):
         run.need(not entry.moments or entry.side in (None, side), f"{entry.spec}: statistics of "
                  f"images of {entry.side} px, not of {side}; compare at --image_size {entry.side}")
     return side
-
-
-def set_statistics(entry, size, inception, args, device):
-    """n, mean, covariance of the Inception features of a set of open_set, cropped to size."""
-    rows, labels = np.arange(entry.n), np.zeros(entry.n, np.int64)
-    images = ImageSet(entry.spec, entry.source, rows, labels, [], size)
-    batches = uint8_batches(images, args.batch_size, 0, device)
-    return inception_statistics(inception, batches, [], device)[:3]

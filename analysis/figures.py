@@ -1,7 +1,7 @@
 """
 What the scripts draw with, and five commands of evaluate.py: spectrum, bands, latents, similarity,
-curves. The commands' functions take its flags and the device, yield (values, settings) as they
-measure, and write their figure at the end.
+curves. A command takes evaluate.py's flags and the device, yields (values, settings) as it
+measures, and writes its figure to args.out at the end.
 
 What is drawn is in [0, 1], images for a network are in [-1, 1].
 """
@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import pathlib
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -18,7 +19,6 @@ import torch.nn.functional as F
 
 import repa
 import spectral
-from analysis.published import CURVES, TARGET, divergence
 from common import run
 from common.data import center_crop, open_data, open_image, to_rgb, val_batches
 from common.metrics import psnr
@@ -66,38 +66,28 @@ def save_figure(figure, path, dpi=90, **options):
 
 
 def figure_rows(rows, path):
-    """
-    A grid of images with a label before every row, as PNG, or what the path's suffix says.
-    rows     {label: (N, 3, h, w) in [0, 1]}, one N; small images are shown in blocks
-    """
+    """A grid of images {label: (N, 3, h, w) in [0, 1]}, a row per label; one N, any h and w."""
     columns = len(next(iter(rows.values())))
     figure, axes = subplots(len(rows), columns, (1.3 * columns + 0.3, 1.3 * len(rows)),
                             gridspec_kw=dict(wspace=0.04, hspace=0.04))
     figure.set_layout_engine("none")                   # which would set its own distances
     for (label, images), row in zip(rows.items(), axes):
         row[0].set_ylabel(label, fontsize=8)
-        for image, ax in zip(images, row):
-            pixels = image.float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
-            ax.imshow(pixels, interpolation="nearest")
+        for image, ax in zip(images.float().cpu().clamp(0, 1), row):
+            ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
     save_figure(figure, path, dpi=100, bbox_inches="tight")
 
 
-# --------------------------------------------------------------------------------------------------
-# What the commands share
-
-def out_path(args):
-    """Where a command's figure goes: --out, or out/<command>.png."""
-    return pathlib.Path(args.out or f"out/{args.command}.png")
-
+# ------------------------------------------------------------------------- what the commands share
 
 def write_table(args, figure, columns, rows):
     """A command's figure, and the numbers of its curves beside it as CSV."""
-    table, text = out_path(args).with_suffix(".csv"), io.StringIO(newline="")
-    save_figure(figure, out_path(args))
+    table, text = pathlib.Path(args.out).with_suffix(".csv"), io.StringIO(newline="")
+    save_figure(figure, args.out)
     csv.writer(text).writerows([columns, *rows])
     run.write_atomic(table, lambda file: file.write(text.getvalue().encode()))
-    print(f"wrote {out_path(args)}, {table}")
+    print(f"wrote {args.out}, {table}")
 
 
 def need_outside(out, data):
@@ -127,14 +117,14 @@ def print_differences(files, names, *keys):
 
 def held_out_images(args, trained, device, file=None):
     """
-    The first --val_images held-out images of --data, or of what a run was trained on.
-    trained  data, images, image_size and seed of the run at file, as far as they are known
-    returns  images (N, 3, H, W) in [-1, 1], labels (N,), both on device; the number of classes
+    The first --val_images held-out images of --data, or of the data in a run's flags `trained`:
+    images (N, 3, H, W) in [-1, 1], labels (N,), both on device; the number of classes. A line if
+    that data has changed since the checkpoint `file` was trained on it.
     """
     size = getattr(args, "image_size", None) or trained.get("image_size", 256)
     data = args.data or trained.get("data")
-    if hasattr(args, "out"):
-        need_outside(out_path(args), data)
+    if getattr(args, "out", None):
+        need_outside(args.out, data)
     train_set, val_set = open_data(data, size, val_images=args.val_images,
                                    seed=trained.get("seed", 0))
     compare_images(file, trained, data, train_set)
@@ -144,25 +134,18 @@ def held_out_images(args, trained, device, file=None):
 
 def unique_names(files, taken=()):
     """
-    The run_name of each file, for legends and rows, with as much of the path before it as tells
-    different files apart and is not taken, as matplotlib and a terminal may show it (a label with _
-    at its front is dropped, $ begins a formula). The same file twice has one name.
+    The run_name of each file, with as much of the path before it as tells them apart, as matplotlib
+    may show it, which drops a label with _ at its front and takes $ for a formula.
     """
-    paths = [pathlib.Path(file).resolve() for file in files]
-
-    def run_parts(path):
+    paths, names = [pathlib.Path(file).resolve() for file in files], {}
+    for path in paths:                                 # short ones first, x.pt with its suffix last
         folder = path.parent.parent if path.name == "ckpt.pt" else path.parent
-        return (*folder.parts, run.run_name(path))
-
-    def shortest(path):
-        for split in (run_parts, lambda path: path.parts):     # x.pt and x.ckpt keep their suffixes
-            parts, others = split(path), [split(other) for other in paths if other != path]
-            for depth in range(1, len(parts) + 1):
-                name = run.printable("/".join(parts[-depth:])).replace("$", r"\$")
-                unique = all(other[-depth:] != parts[-depth:] for other in others)
-                if unique and name not in taken and name[0] != "_":
-                    return name
-    return [shortest(path) for path in paths]
+        ways = (*folder.parts, run.run_name(path)), path.parts
+        found = ["/".join(way[-n:]) for way in ways for n in range(1, len(way) + 1)]
+        names[path] = [run.printable(name).replace("$", r"\$") for name in found]
+    count = Counter(name for found in names.values() for name in set(found))
+    fits = lambda name: count[name] == 1 and name not in taken and name[0] != "_"
+    return [next(filter(fits, names[path])) for path in paths]
 
 
 def autoencoder_files(args):
@@ -171,11 +154,8 @@ def autoencoder_files(args):
     return args.ae or [str(path) for path in sorted(found)]
 
 
-def autoencoders(args, device, block=1):
-    """
-    Yields (label, autoencoder, held-out images (N, 3, H, W)); ValueError if there is none, or if
-    the sides of its latents are no multiples of block.
-    """
+def autoencoders(args, device):
+    """Yields (label, autoencoder, held-out images (N, 3, H, W)) of every autoencoder_files."""
     files = autoencoder_files(args)
     run.need(files, f"no out/ae/{args.preset}-*/ckpt.pt here; --ae: train autoencoders with "
              "train_ae.py, or give files")
@@ -184,10 +164,6 @@ def autoencoders(args, device, block=1):
     for file, label in zip(files, labels):
         ae = load_autoencoder(file).to(device)
         images, _, _ = held_out_images(args, run.checkpoint_args(file), device, file)
-        h, w = ae.latent_shape(images)[-2:]
-        run.need(h % block == 0 and w % block == 0,
-                 f"{args.command}: {label}'s latents of {h}x{w} do not tile into {block}x{block} "
-                 f"blocks; --image_size must be a multiple of {block * ae.config.reduction}")
         yield label, ae, images
 
 
@@ -202,14 +178,44 @@ def encode_all(ae, images, batch_size, seed=None):
     return torch.cat([posterior.sample(eps) for posterior, eps in zip(posteriors, draws)])
 
 
-def open_encoder(args, device):
-    """The network of --encoder, on device, and its name in figures."""
-    name = "random encoder" if args.encoder_source == "random" else args.encoder
-    return repa.load_encoder(args.encoder, args.encoder_source).to(device), name
+# ----------------------------------------------------------------------------------------- spectra
+
+def parse_curves(table):
+    """{name: 16 shares that sum to 1, up to their printed four digits}."""
+    lines = [line.split(":") for line in table.strip().splitlines()]
+    return {name: [int(share) / 1e4 for share in row.split()] for name, row in lines}
 
 
-# --------------------------------------------------------------------------------------------------
-# Spectra
+# What the authors print for Figs. 4, 5, 7, 8 (latent_analysis.py of forever208/SpectrumMatching,
+# branch SM-DSM; CelebA and ImageNet at 256 px): shares of log(1 + power) in 16 rings, lowest
+# frequency first, in units of 1e-4, DC kept as by spectrum_distribution(x, remove_dc=False).
+# TARGET, what the latents are to match, is the image's spectrum with gamma 1.
+TARGET = "flattened by 1.0"
+CURVES = dict(celeba=parse_curves("""
+image:              4057 2333 1190 0835 0424 0317 0194 0142 0108 0091 0076 0060 0053 0044 0040 0035
+flattened by 1.0:   1961 1560 1099 0977 0677 0617 0472 0404 0358 0340 0313 0278 0266 0238 0229 0212
+SD-VAE:             1671 1312 0833 0710 0587 0538 0513 0476 0460 0455 0438 0419 0408 0398 0393 0389
+Scale Equivariance: 1666 1385 1134 0955 0789 0685 0620 0493 0438 0393 0283 0494 0175 0163 0159 0170
+DSM:                1638 1471 1202 1037 0774 0677 0529 0415 0377 0337 0290 0306 0258 0242 0230 0216
+ESM:                1658 1483 1130 0985 0754 0652 0531 0446 0387 0363 0329 0295 0260 0249 0246 0233
+"""), imagenet=parse_curves("""
+image:              4636 1917 1005 0668 0391 0266 0218 0163 0133 0124 0103 0096 0076 0069 0067 0068
+flattened by 1.0:   2158 1274 0928 0801 0607 0507 0486 0421 0391 0399 0371 0375 0322 0314 0320 0326
+VA-VAE:             1893 1489 1356 1029 0707 0551 0508 0414 0336 0325 0331 0257 0219 0205 0198 0181
+DINOv2-B features:  2288 1442 1042 0824 0629 0515 0458 0395 0353 0339 0335 0300 0281 0273 0268 0258
+"""))
+
+
+def divergence(target, curve):
+    """KL(target || curve), nats, of two spectra (16,), each scaled to sum 1 exactly."""
+    p, q = (torch.as_tensor(shares, dtype=torch.float64) for shares in (target, curve))
+    p, q = p / p.sum(), q / q.sum()
+    return (p * (p.log() - q.log())).sum().item()
+
+
+def encoder_name(args):
+    return "random encoder" if args.encoder_source == "random" else args.encoder
+
 
 def psd_exponent(x, rings=16):
     """alpha of the mean PSD ~ f^-alpha of x (B, C, H, W), a float."""
@@ -219,11 +225,9 @@ def psd_exponent(x, rings=16):
 
 def draw_curve(axes, rows, name, batches, gamma=0.0, descriptor=True, remove_dc=True, **style):
     """
-    One curve on axes[0], radial power scaled to sum 1, and on axes[1], what ESM compares
-    (spectral.spectrum_distribution), unless descriptor is False, for values of no meaningful scale.
-    batches     tensors (b, C, h, w) of one size
-    rows        of the CSV, to which 16 are appended
-    returns     the mean descriptor (16,)
+    One curve of batches (b, C, h, w) on axes[0], radial power scaled to sum 1, and on axes[1] what
+    ESM compares, unless descriptor is False, for values of no meaningful scale. Appends 16 rows of
+    the CSV, and returns the mean spectral.spectrum_distribution (16,).
     """
     n, power, shares = 0, 0, 0
     for x in batches:
@@ -244,56 +248,49 @@ def draw_curve(axes, rows, name, batches, gamma=0.0, descriptor=True, remove_dc=
     return shares
 
 
-def draw_published(ax, rows, data):
-    """The curves that the authors print for "celeba" or "imagenet", and the KL of each."""
-    printed = CURVES[data]
-    for i, (name, shares) in enumerate(printed.items()):
-        label = f"{name}, published"
-        ax.plot(range(1, 17), shares, ls=":", lw=2, color=f"C{9 - i}", label=label)
-        rows.extend((label, ring, "", "", share) for ring, share in enumerate(shares, 1))
-        if name not in ("image", TARGET):
-            kl = divergence(printed[TARGET], shares)
-            print(f"published, {data}, {name}: KL(target || curve) {kl:.4f}")
-
-
 @torch.no_grad()
 def spectrum_figure(args, device):
     """
     Figs. 4, 5, 7, 8: radial power of the images (at the latents' size), of their flattened target,
-    and of the latents of every autoencoder: figure and CSV.
-
-    With --encoder also DINOv2's features, unit length per token; then autoencoders are not needed.
-    With --published the authors' printed curves lie over yours, all in the paper's own form:
-    log(1 + power), DC kept, features as the encoder scales them; they may be drawn alone.
+    and of the latents of every autoencoder: figure and CSV. With --encoder also DINOv2's features,
+    unit length per token; then autoencoders are not needed. With --published the authors' printed
+    curves lie over yours, all in the paper's own form: log(1 + power), DC kept, features as the
+    encoder scales them; they may be drawn alone.
     """
     run.need(args.encoder or not args.encoder_source,
              f"--encoder_source {args.encoder_source}: needs --encoder, the name of the model")
-    models, published = autoencoders(args, device), bool(args.published)
+    models, published, rows, sizes = (), bool(args.published), [], set()
     if args.encoder:
-        encoder, encoder_name = open_encoder(args, device)
-    if (args.encoder or published) and not autoencoder_files(args):
-        models = [("", None, held_out_images(args, {}, device)[0])] if args.encoder else []
+        encoder = repa.load_encoder(args.encoder, args.encoder_source).to(device)
+    if autoencoder_files(args) or not (args.encoder or published):
+        models = autoencoders(args, device)
+    elif args.encoder:
+        models = [("", None, held_out_images(args, {}, device)[0])]
     panels = 2 if models else 1
     figure, (axes,) = subplots(1, panels, (6 * panels, 4.8))
-    rows, sizes = [], set()
     draw = partial(draw_curve, axes, rows, remove_dc=not published)
-    if published:
-        draw_published(axes[-1], rows, args.published)
+    printed = CURVES.get(args.published, {})
+    for i, (name, shares) in enumerate(printed.items()):
+        curve = f"{name}, published"
+        axes[-1].plot(range(1, 17), shares, ls=":", lw=2, color=f"C{9 - i}", label=curve)
+        rows += [(curve, ring, "", "", share) for ring, share in enumerate(shares, 1)]
+        if name not in ("image", TARGET):
+            kl = divergence(printed[TARGET], shares)
+            print(f"published, {args.published}, {name}: KL(target || curve) {kl:.4f}")
     for i, (label, ae, images) in enumerate(models):
         grid = tuple(ae.latent_shape(images)[-2:] if ae else (s // 16 for s in images.shape[-2:]))
-        small = spectral.match_resolution(images, grid)
-        curves = {}                                    # name: descriptor, of features and latents
+        small, curves = spectral.match_resolution(images, grid), {}
         if grid not in sizes:
             at = f", {grid[0]}x{grid[1]}" if sizes else ""
             sizes.add(grid)
             draw(f"images{at}", [small], color="black", lw=2)
             draw(f"target, gamma {args.gamma:g}{at}", [small], args.gamma, color="black", ls="--")
             if args.encoder:
-                name = encoder_name + at
                 tokens = (encoder(x, grid) for x in images.split(args.batch_size))
                 features = (x.mT.unflatten(2, grid) for x in tokens)      # (b, D, h, w)
                 if not published:
                     features = (F.normalize(x, dim=1) for x in features)
+                name = encoder_name(args) + at
                 curves[name] = draw(name, features, descriptor=published, color="gray", ls="-.")
         if ae:
             latents = encode_all(ae, images, args.batch_size, args.seed)
@@ -305,14 +302,13 @@ def spectrum_figure(args, device):
                 yield (dict(kl_from_target=divergence(target.mean(0).cpu(), curve)),
                        dict(curve=name, **settings, rings=16, dc="kept", published=args.published))
         elif ae:
-            values = dict(alpha=psd_exponent(latents), alpha_images=psd_exponent(small),
-                          esm=esm_loss(images, latents, args.gamma).item(),
-                          rmsc=spectral.rmsc(latents.flatten(2).mT).mean().item(),
-                          std=latents.std().item())
-            shape = "x".join(map(str, latents.shape[1:]))
-            yield values, dict(autoencoder=label, **settings, latent=shape)
-    axes[0].set(title="Radial power, each curve scaled to sum 1", ylabel="share of power")
+            yield dict(alpha=psd_exponent(latents), alpha_images=psd_exponent(small),
+                       esm=esm_loss(images, latents, args.gamma).item(),
+                       rmsc=spectral.rmsc(latents.flatten(2).mT).mean().item(),
+                       std=latents.std().item()), \
+                dict(autoencoder=label, **settings, latent="x".join(map(str, latents.shape[1:])))
     form = "The paper's form, DC kept" if published else "What ESM compares"
+    axes[0].set(title="Radial power, each curve scaled to sum 1", ylabel="share of power")
     axes[-1].set(title=f"{form}: log(1 + power), scaled to sum 1", ylabel="", ylim=(0, None))
     for ax in axes:
         ax.set_xlabel("ring (1 = low frequency)")
@@ -320,19 +316,20 @@ def spectrum_figure(args, device):
     write_table(args, figure, ("curve", "ring", "power", "share", "descriptor"), rows)
 
 
-# --------------------------------------------------------------------------------------------------
-# Bands, latents, similarity
+# ----------------------------------------------------------------------- bands, latents, similarity
 
-def decode_lowpassed(ae, latents, n, batch_size):
-    """decode(lowpass(z, n)) of latents (N, C, h, w): images (N, 3, H, W)."""
-    return torch.cat([ae.decode(spectral.lowpass(z, n)) for z in latents.split(batch_size)])
+def decode_lowpassed(ae, latents, masks, batch_size):
+    """{n: decode(lowpass(z, n))}, images (N, 3, H, W), for each n of masks."""
+    h, w = latents.shape[-2:]
+    run.need(h % 8 == w % 8 == 0, f"--image_size: latents of {h}x{w} do not tile into 8x8 blocks")
+    return {n: torch.cat([ae.decode(spectral.lowpass(z, n)) for z in latents.split(batch_size)])
+            for n in masks}
 
 
 def band_matrix(decoded):
     """
-    The share of each band (anti-diagonal of 8x8 blocks) of the image in what a latent's band adds.
-    decoded  {n: decode(lowpass(z, n))} for n = 0 .. 14, each (N, 3, H, W)
-    returns  (14, 15): latent bands 1 .. 14 by image bands 0 .. 14; rows sum to 1
+    The share of each band (anti-diagonal of 8x8 blocks) of the image in what a latent's band adds:
+    decode_lowpassed with all n = 0 .. 14 -> (14, 15), latent bands 1 .. 14 by image bands 0 .. 14.
     """
     diagonal = (torch.arange(8)[:, None] + torch.arange(8)).flatten()  # of each coefficient
     matrix = torch.zeros(14, 15)
@@ -346,16 +343,15 @@ def band_matrix(decoded):
 @torch.no_grad()
 def bands_figure(args, device):
     """
-    DSM made visible, for each autoencoder.
-
-    Left: PSNR of decode(lowpass(z, n)) against lowpass(x, n) for every n. Right: what the k-th
-    anti-diagonal of the latent's 8x8 blocks adds to those of the decoded image's blocks.
+    DSM made visible, for each autoencoder. Left: PSNR of decode(lowpass(z, n)) against
+    lowpass(x, n) for every n. Right: what the k-th anti-diagonal of the latent's 8x8 blocks adds to
+    those of the decoded image's blocks.
     """
     columns = len(autoencoder_files(args))
     figure, ((left, *others),) = subplots(1, 1 + columns, (4.6 + 3.6 * columns, 4))
-    for ax, (label, ae, images) in zip(others, autoencoders(args, device, block=8)):
+    for ax, (label, ae, images) in zip(others, autoencoders(args, device)):
         latents = encode_all(ae, images, args.batch_size)
-        decoded = {n: decode_lowpassed(ae, latents, n, args.batch_size) for n in range(15)}
+        decoded = decode_lowpassed(ae, latents, range(15), args.batch_size)
         scores = [psnr(decoded[n], spectral.lowpass(images, n)).mean().item() for n in decoded]
         matrix = band_matrix(decoded)
         left.plot(range(15), scores, "o-", ms=3, label=label)
@@ -369,8 +365,8 @@ def bands_figure(args, device):
     left.set(title="Does a low-passed latent decode\nto the low-passed image?",
              xlabel="n, anti-diagonals cut", ylabel="PSNR, dB")
     left.legend(fontsize=8)
-    save_figure(figure, out_path(args))
-    print(f"wrote {out_path(args)}")
+    save_figure(figure, args.out)
+    print(f"wrote {args.out}")
 
 
 def latents_figure(args, device):
@@ -380,8 +376,8 @@ def latents_figure(args, device):
         shown = images if shown is None else shown     # the same ones for all
         rows["image"] = shown * 0.5 + 0.5
         rows[label] = pca_rgb(encode_all(ae, shown, args.batch_size))
-    figure_rows(rows, out_path(args))
-    print(f"wrote {out_path(args)}")
+    figure_rows(rows, args.out)
+    print(f"wrote {args.out}")
     return ()                                          # nothing is measured
 
 
@@ -403,37 +399,36 @@ def similarity_figure(args, device):
     """
     size, side = args.image_size, args.image_size // 14
     run.need(size % 14 == 0, f"--image_size {size}: must be a multiple of 14, the encoder's patch")
+    token = side * side // 2 + side // 2 if args.token is None else args.token
+    run.need(0 <= token < side * side, f"--token {token}: there are {side * side} tokens, numbered "
+             "row by row from 0")
     if args.image:
         images = image_file(args.image, size, device)
     else:
         images, _, _ = held_out_images(args, {}, device)
-    token = side * side // 2 + side // 2 if args.token is None else args.token
-    run.need(0 <= token < side * side, f"--token {token}: there are {side * side} tokens, numbered "
-             "row by row from 0")
-    encoder, name = open_encoder(args, device)
+    encoder = repa.load_encoder(args.encoder, args.encoder_source).to(device)
     # (N, T, D)
     tokens = torch.cat([encoder(x, (side, side)) for x in images.split(args.batch_size)])
-    marked = images * 0.5 + 0.5
+    rows, values = {"image, token in red": images * 0.5 + 0.5}, {}
     y, x = 14 * (token // side), 14 * (token % side)
-    marked[:, :, y:y + 14, x:x + 14] = torch.tensor([1.0, 0.2, 0.2], device=device)[:, None, None]
-    rows, values = {"image, token in red": marked}, {}
+    red = torch.tensor([1.0, 0.2, 0.2], device=device)
+    rows["image, token in red"][:, :, y:y + 14, x:x + 14] = red[:, None, None]
     for kind, label in dict(none="raw", spnorm="spnorm", dog="dog").items():
         target = F.normalize(repa.filter_target(tokens, kind, (side, side)), dim=-1)
         # (N, 1, h, w) in [-1, 1]
         cosine = (target @ target[:, token, :, None])[..., 0].view(-1, 1, side, side)
         contrast = values[f"rmsc_{kind}"] = spectral.rmsc(target).mean().item()
         rows[f"{label}\nRMSC {contrast:.2f}"] = (cosine * 0.5 + 0.5).expand(-1, 3, -1, -1)
-    yield values, dict(encoder=name, n=len(images), token=token)
-    figure_rows(rows, out_path(args))
-    print(f"wrote {out_path(args)} (black = opposite, white = equal)")
+    yield values, dict(encoder=encoder_name(args), n=len(images), token=token)
+    figure_rows(rows, args.out)
+    print(f"wrote {args.out} (black = opposite, white = equal)")
 
 
-# What a line of log.jsonl may hold, and the title of its panel
-PANELS = dict(
-    loss="loss", l1="L1", lpips="LPIPS", kl="KL", esm="ESM divergence",
-    align="alignment", gan="GAN", disc="discriminator", grad_norm="gradient norm",
-    disc_grad_norm="gradient norm, discriminator", val_psnr="validation PSNR, dB",
-    val_ssim="validation SSIM", val_esm="validation ESM divergence")
+# -------------------------------------------------------------------------- logs of training runs
+
+# What is drawn of a line of log.jsonl
+PANELS = ("loss", "l1", "lpips", "kl", "esm", "align", "gan", "disc", "grad_norm", "disc_grad_norm",
+          "val_psnr", "val_ssim", "val_esm")
 
 
 def read_log(path):
@@ -452,6 +447,7 @@ def curves_figure(args, device):
     The log.jsonl of training runs in one figure, one colour per run: losses, gradient norms, PSNR
     and ESM divergence of held-out images, over steps. Runs may be going on.
     """
+    from matplotlib import colormaps
     paths = [pathlib.Path(path) for path in dict.fromkeys(args.runs)]
     paths = [path.parent if path.name == "log.jsonl" else path for path in paths]
     names = unique_names(paths)
@@ -463,23 +459,21 @@ def curves_figure(args, device):
     logged = {key for log in logs.values() for entry in log for key in entry}
     shown = [panel for panel in PANELS if panel in logged]
     run.need(shown, f"{args.runs[0]}: no line of a log yet; try again later")
-    columns = min(3, len(shown))
-    lines = -(-len(shown) // columns)
+    columns, lines = min(3, len(shown)), -(-len(shown) // 3)
     figure, axes = subplots(lines, columns, (4.4 * columns, 3 * lines + 0.5))
-    from matplotlib import colormaps
     colors = colormaps["tab10" if len(logs) <= 10 else "turbo"].resampled(max(10, len(logs)))
     for ax in axes.flat[len(shown):]:
         ax.set_axis_off()
     for panel, ax in zip(shown, axes.flat):
         positive = not panel.endswith(("psnr", "ssim"))
         for i, log in enumerate(logs.values()):
-            steps = [entry["step"] for entry in log if panel in entry]
-            values = [entry[panel] for entry in log if panel in entry]
+            points = [(entry["step"], entry[panel]) for entry in log if panel in entry]
+            steps, values = zip(*points) if points else ((), ())
             ax.plot(steps, values, color=colors(i), lw=1)
             positive = positive and not any(value <= 0 for value in values)
-        ax.set(title=PANELS[panel], xlabel="step", yscale="log" if positive else "linear")
+        ax.set(title=panel, xlabel="step", yscale="log" if positive else "linear")
     figure.legend(axes[0, 0].lines, list(logs), loc="outside lower center", fontsize=8,
                   ncols=min(4, len(logs)))
-    save_figure(figure, out_path(args))
-    print(f"wrote {out_path(args)}")
+    save_figure(figure, args.out)
+    print(f"wrote {args.out}")
     return ()                                          # nothing is measured

@@ -3,15 +3,12 @@ The paper in two figures, drawn from one image.
 
     python -m analysis.ideas --plot assets/ideas.png --pipeline assets/pipeline.png
 
-    --plot       an image without its magnitudes, Fig. 2; its power law; the targets of ESM; what
-                 a denoiser can learn, Prop. 3.1; the masks of DSM, Fig. 10; downsampling as a
-                 low-pass, Fig. 9; the DoG of Eq. 6
+    --plot       what the paper's figures and equations say, each on this image
     --pipeline   where ESM and DSM enter the training of an autoencoder, Fig. 1. Its latent is a
                  stand-in, the image made 4 times smaller, so that nothing has to be trained
 """
 import argparse
 import math
-import os
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +26,11 @@ GREEN, BLUE, PURPLE = "#2e7d32", "#1f5fa8", "#7b1fa2"      # ESM, DSM, Fig. 9
 
 
 def show(ax, image, title=""):
-    """An image (3, H, W) in [-1, 1] without ticks."""
-    ax.imshow((image.permute(1, 2, 0) * 0.5 + 0.5).clamp(0, 1))
-    ax.set(title=title, xticks=[], yticks=[])
-
-
-def show_mask(ax, n, title=""):
-    """DSM's mask on an 8x8 block: dark coefficients are kept."""
-    ax.imshow(spectral.triangle_mask(n), cmap="Blues", vmin=0, vmax=1.4)
+    """An image (3, H, W) in [-1, 1], or DSM's mask (8, 8), dark where it keeps; no ticks."""
+    if image.ndim == 2:
+        ax.imshow(image, cmap="Blues", vmin=0, vmax=1.4)
+    else:
+        ax.imshow((image.permute(1, 2, 0) * 0.5 + 0.5).clamp(0, 1))
     ax.set(title=title, xticks=[], yticks=[])
 
 
@@ -49,44 +43,31 @@ def crop_face(image):
 def plot_spectra(axes, image):
     """Three panels: the image's power law, ESM's flattened targets, the power one can learn."""
     law, targets, learnable = axes
-    frequency = (torch.arange(32) + 0.5) / 32              # 1 = the corner of the DCT grid
+    frequency = (torch.arange(32) + 0.5)[1:] / 32          # 1 = the corner; without DC's ring
     power = spectral.radial_profile(spectral.power_spectrum(image), 32)[0]
-    alpha = spectral.fit_power_law(power).item()
+    alpha, power = spectral.fit_power_law(power).item(), power[1:]
     fit = frequency ** -alpha
-    fit = fit * torch.exp((power[1:].log() - fit[1:].log()).mean())
     law.loglog(frequency, power, "o-", ms=3, label="radial PSD of the image")
-    law.loglog(frequency[1:], fit[1:], "k--", label=f"fit: $f^{{-{alpha:.2f}}}$")
-    law.set(title="Images follow a power law", xlabel="frequency (1 = corner of the DCT grid)",
-            ylabel="power")
-
+    law.loglog(frequency, fit * (power / fit).log().mean().exp(), "k--",
+               label=f"fit: $f^{{-{alpha:.2f}}}$")
     small = spectral.match_resolution(image, [side // 8 for side in image.shape[-2:]])
     for gamma in (0.0, 0.6, 1.0, 1.4):
         target = spectral.spectrum_distribution(small, 16, gamma)[0]
         targets.plot(range(1, 17), target, "o-", ms=3, label=f"$\\gamma$ = {gamma}")
     targets.axhline(1 / 16, color="gray", ls=":", label="white")
-    targets.set(title="ESM: the target, flattened by $\\gamma$", xlabel="ring (1 = low frequency)",
-                ylabel="share of log(1 + power)", ylim=(0, None))
-
-    S = power / power[1:].mean()                           # power 1 on average, as a latent's
+    S = power / power.mean()                               # power 1 on average, as a latent's
     for alpha_bar in (0.999, 0.9, 0.5, 0.1, 0.01):
-        learnable.loglog(frequency[1:], spectral.learnable_power(S, alpha_bar)[1:],
+        learnable.loglog(frequency, spectral.learnable_power(S, alpha_bar),
                          label=f"$\\bar\\alpha_t$ = {alpha_bar}")
-    learnable.loglog(frequency[1:], S[1:], "k--", label="all the power there is")
-    learnable.set(title="Prop. 3.1: power a denoiser can learn", xlabel="frequency",
-                  ylabel="learnable power")
-    for ax in axes:
+    learnable.loglog(frequency, S, "k--", label="all the power there is")
+    for ax, title, xlabel, ylabel in (
+            (law, "Images follow a power law", "frequency (1 = corner of the DCT grid)", "power"),
+            (targets, "ESM: the target, flattened by $\\gamma$", "ring (1 = low frequency)",
+             "share of log(1 + power)"),
+            (learnable, "Prop. 3.1: power a denoiser can learn", "frequency", "learnable power")):
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
         ax.legend(fontsize=8)
-
-
-def plot_quarter(axes, image):
-    """Fig. 9: the DCT of the whole image, its top-left quarter framed; and what that quarter is."""
-    H, W = image.shape[-2:]
-    power = spectral.dct2(image)[0].square().mean(0).log()                 # (H, W)
-    axes[0].imshow(power, cmap="gray", vmin=power.quantile(0.02), vmax=power.quantile(0.998))
-    axes[0].add_patch(Rectangle((0, 0), W / 2, H / 2, lw=3, ec=PURPLE, fc=PURPLE + "60"))
-    axes[0].set(title="Fig. 9: of the image's DCT\nthe top-left quarter ...", xticks=[], yticks=[])
-    show(axes[1], spectral.downsample_dct(image, 2)[0], "... is the image at half its size")
-    axes[1].spines[:].set(color=PURPLE, lw=3)
+    targets.set_ylim(0)
 
 
 def plot_dog(ax):
@@ -105,20 +86,29 @@ def plot_dog(ax):
 
 def plot(image):
     """The figure of --plot. image (1, 3, H, W) in [-1, 1], H and W multiples of 8."""
+    H, W = image.shape[-2:]
     figure = Figure((18, 9.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1)
-    axes = top.subplots(1, 5)
-    show(axes[0], image[0], "{} x {} pixels".format(*image.shape[-2:]))
-    show(axes[1], F.normalize(image[0], dim=0),            # every pixel, as a vector, of length 1
+    whole, directions, *spectra = top.subplots(1, 5)
+    show(whole, image[0], f"{H} x {W} pixels")
+    # every pixel, as a vector, of length 1
+    show(directions, F.normalize(image[0], dim=0),
          "Fig. 2: without magnitudes\nthe layout is still there")
-    plot_spectra(axes[2:], image)
+    plot_spectra(spectra, image)
     masks, quarter, dog = bottom.subfigures(1, 3, width_ratios=(3, 0.9, 1.1))
     masks.suptitle("DSM (Fig. 10): cut the n last anti-diagonals of every 8x8 DCT block, "
                    "in the image and in the latent (dark = kept)")
     for n, column in zip(DSM_MASKS, masks.subplots(2, 4, height_ratios=(1, 2.2)).T):
-        show_mask(column[0], n, f"n = {n}: {spectral.triangle_mask(n).sum()} of 64 kept")
+        mask = spectral.triangle_mask(n)
+        show(column[0], mask, f"n = {n}: {mask.sum()} of 64 kept")
         show(column[1], crop_face(spectral.lowpass(image, n))[0])
-    plot_quarter(quarter.subplots(2, 1, height_ratios=(2, 1)), image)
+    dct, half = quarter.subplots(2, 1, height_ratios=(2, 1))
+    power = spectral.dct2(image)[0].square().mean(0).log()                 # (H, W)
+    dct.imshow(power, cmap="gray", vmin=power.quantile(0.02), vmax=power.quantile(0.998))
+    dct.add_patch(Rectangle((0, 0), W / 2, H / 2, lw=3, ec=PURPLE, fc=PURPLE + "60"))
+    dct.set(title="Fig. 9: of the image's DCT\nthe top-left quarter ...", xticks=[], yticks=[])
+    show(half, spectral.downsample_dct(image, 2)[0], "... is the image at half its size")
+    half.spines[:].set(color=PURPLE, lw=3)
     plot_dog(dog.subplots())
     return figure
 
@@ -135,36 +125,37 @@ def pipeline(image, n=12):
         return board.inset_axes((x - width / 2, y - height / 2, width, height),
                                 transform=board.transData)
 
-    def write(x, y, text, **style):
-        board.text(x, y, text, ha="center", va="center", **dict(fontsize=13) | style)
-
-    def arrow(x1, y1, x2, y2, color="black"):
-        board.annotate("", (x2, y2), (x1, y1), arrowprops=dict(
-            arrowstyle="-|>", lw=2, color=color, mutation_scale=18, shrinkA=0, shrinkB=0))
-
     # upper row, y = 6.3: image and masked image; lower row, y = 1.75: encoder to reconstruction
-    show(panel(1.2, 6.3), image[0], "image $x$")
-    show(panel(14.4, 6.3), spectral.lowpass(image, n)[0], "masked image")
-    show(panel(4.3, 1.75), latent[0], "latent $z$")
-    show(panel(10.4, 1.75), spectral.lowpass(latent, n)[0], "masked latent")
+    for x, y, shown, title in ((1.2, 6.3, image, "image $x$"), (4.3, 1.75, latent, "latent $z$"),
+                               (14.4, 6.3, spectral.lowpass(image, n), "masked image"),
+                               (10.4, 1.75, spectral.lowpass(latent, n), "masked latent")):
+        show(panel(x, y), shown[0], title)
     for x, y, text, color in (
             (1.2, 1.75, "Encoder", "#eeeeee"), (12.4, 1.75, "Decoder", "#eeeeee"),
             (14.4, 1.75, "reconstruction\n$\\hat{x}$", "white"),
             (14.4, 4.05, "loss:\nL1 + LPIPS + GAN", "#fff3e0")):
-        write(x, y, text, bbox=dict(boxstyle="round,pad=0.8", fc=color, lw=1.6))
-    for x1, x2 in ((2.08, 7.75), (8.25, 13.52)):
-        arrow(x1, 6.3, x2, 6.3)
-    for x1, x2 in ((1.75, 3.42), (5.18, 7.75), (8.25, 9.52), (11.28, 11.85), (12.95, 13.58)):
-        arrow(x1, 1.75, x2, 1.75)
-    for x, y1, y2 in ((1.2, 5.42, 2.03), (14.4, 5.42, 4.45), (14.4, 2.15, 3.65)):
-        arrow(x, y1, x, y2)
-    write(2.6, 1.95, "sample", fontsize=11)
-    write(7.8, 7.65, "Fig. 1: how an autoencoder is trained with ESM, with DSM, or with both",
-          fontsize=15)
-    write(7.8, 0.2, "Afterwards a diffusion model learns the latents. No network was trained here: "
-          "the latent is the image at a quarter of its size.", fontsize=10, color="gray")
+        board.text(x, y, text, ha="center", va="center", fontsize=13,
+                   bbox=dict(boxstyle="round,pad=0.8", fc=color, lw=1.6))
+    for x, y, text, size, color in (
+            (2.6, 1.95, "sample", 11, "black"),
+            (8, 6.3, r"$\odot$", 26, BLUE), (8, 1.75, r"$\odot$", 26, BLUE),
+            (7.8, 7.65, "Fig. 1: how an autoencoder is trained with ESM, with DSM, or with both",
+             15, "black"),
+            (7.8, 0.2, "Afterwards a diffusion model learns the latents. No network was trained "
+             "here: the latent is the image at a quarter of its size.", 10, "gray")):
+        board.text(x, y, text, ha="center", va="center", fontsize=size, color=color)
+    for color, *arrows in (                                # from (x, y) to (x, y)
+            ("black", (2.08, 6.3, 7.75, 6.3), (8.25, 6.3, 13.52, 6.3), (1.75, 1.75, 3.42, 1.75),
+             (5.18, 1.75, 7.75, 1.75), (8.25, 1.75, 9.52, 1.75), (11.28, 1.75, 11.85, 1.75),
+             (12.95, 1.75, 13.58, 1.75), (1.2, 5.42, 1.2, 2.03), (14.4, 5.42, 14.4, 4.45),
+             (14.4, 2.15, 14.4, 3.65)),
+            (GREEN, (2.08, 5.75, 2.75, 5.42), (4.3, 2.9, 4.3, 3.15)),
+            (BLUE, (8, 5.2, 8, 6.05), (8, 2.9, 8, 2.0))):
+        for x1, y1, x2, y2 in arrows:
+            board.annotate("", (x2, y2), (x1, y1), arrowprops=dict(
+                arrowstyle="-|>", lw=2, color=color, mutation_scale=18, shrinkA=0, shrinkB=0))
 
-    esm = panel(4.3, 4.25, 3.6, 1.7)
+    esm, dsm = panel(4.3, 4.25, 3.6, 1.7), panel(8, 4, 1.3, 1.3)
     target = spectral.match_resolution(image, latent.shape[-2:])
     target = spectral.spectrum_distribution(target, gamma=1.0)[0]
     current = spectral.spectrum_distribution(latent)[0]
@@ -175,16 +166,9 @@ def pipeline(image, n=12):
     esm.set(xticks=[], yticks=[], xlabel="frequency", ylabel="power", facecolor="#e8f5e9")
     esm.set_title("ESM (Alg. 1): match the spectra", color=GREEN, weight="bold")
     esm.legend(fontsize=10)
-    arrow(2.08, 5.75, 2.75, 5.42, GREEN)
-    arrow(4.3, 2.9, 4.3, 3.15, GREEN)
-
-    dsm = panel(8, 4, 1.3, 1.3)
-    show_mask(dsm, n)
+    show(dsm, spectral.triangle_mask(n))
     dsm.set_title("DSM (Alg. 2):\none mask for both", color=BLUE, weight="bold")
     dsm.set_xlabel(f"DCT; n = {n}, drawn\nfrom {{{', '.join(map(str, DSM_MASKS))}}}")
-    for y, start, end in ((6.3, 5.2, 6.05), (1.75, 2.9, 2.0)):
-        write(8, y, r"$\odot$", fontsize=26, color=BLUE)
-        arrow(8, start, 8, end, BLUE)
     return figure
 
 
@@ -199,22 +183,19 @@ def main():
     add("--size", type=int, default=256, help="pixels a side after a centre crop, a multiple of "
         "8, for --pipeline of 64")
     args = run.parse_args(parser, {})
-    figures = [(name, draw, getattr(args, name)) for name, draw in
-               dict(plot=plot, pipeline=pipeline).items() if getattr(args, name)]
-    run.need(figures, "nothing to draw: give --plot OUT.png or --pipeline OUT.png")
-    for name, _, path in figures:
-        run.need(os.path.isdir(os.path.dirname(path) or "."),
-                 f"--{name} {path}: no such folder; make it first")
-        run.need(path.endswith((".png", ".pdf", ".svg")),
-                 f"--{name} {path}: must end in .png, .pdf or .svg")
+    run.need(args.plot or args.pipeline, "nothing to draw: give --plot OUT.png or --pipeline "
+             "OUT.png")
+    for path in filter(None, (args.plot, args.pipeline)):
+        run.need(path.endswith((".png", ".pdf", ".svg")), f"{path}: must end in .png, .pdf or .svg")
     multiple = 64 if args.pipeline else 8                  # its latent, 1/8 of it, has 8x8 blocks
     run.need(64 <= args.size <= 4096 and args.size % multiple == 0,
              f"--size {args.size}: must be a multiple of {multiple} in 64..4096")
     file = args.image or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
     image = image_file(file, args.size, "cpu")             # (1, 3, size, size) in [-1, 1]
-    for _, draw, path in figures:
-        save_figure(draw(image), path, dpi=80)
-        print(f"wrote {path}")
+    for draw, path in ((plot, args.plot), (pipeline, args.pipeline)):
+        if path:
+            save_figure(draw(image), path, dpi=80)
+            print(f"wrote {path}")
     print(f"the image's power falls as f^-{psd_exponent(image, 32):.2f}")
 
 

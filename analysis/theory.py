@@ -1,13 +1,9 @@
 """
-The paper's argument, measured on trained models: evaluate.py's denoise, trajectory, diffusability.
-
-Prop. 3.1: of a frequency of power S, the best denoiser of Gaussian data with independent
-frequencies saves S * SNR / (1 + SNR) of the squared error over predicting 0. The rest, the bound,
-is S / (1 + SNR). A network may get below it: it also sees how frequencies, channels and places
-depend on one another, their means and the class.
-
-Latents (N, C, h, w) normalised to std 1; t from 0 = data to 1 = noise; R rings as in
-spectral.radial_profile, at most 16. The commands' functions are as in figures.py.
+The paper's argument, measured on trained models; commands as in figures.py. Prop. 3.1: of a
+frequency of power S, the best denoiser of Gaussian data with independent frequencies saves
+S * SNR / (1 + SNR) of the squared error over predicting 0. The rest, S / (1 + SNR), is the bound. A
+network may get below it: it also sees means, the class, and how frequencies depend on one another.
+Latents (N, C, h, w) normalised to std 1; t from 0 = data to 1 = noise; R rings, at most 16.
 """
 from types import SimpleNamespace
 
@@ -23,6 +19,7 @@ from losses import DSM_MASKS, esm_loss
 
 TIMES = [(i + 0.5) / 20 for i in range(20)]                # uniform, as training draws them
 SHOWN = (3, 7, 11, 15)                                     # of TIMES: t = .175, .375, .575, .775
+RING = "ring (1 = low frequency)"
 
 
 def ring_profile(P):
@@ -30,20 +27,13 @@ def ring_profile(P):
     return spectral.radial_profile(P, min(16, *P.shape[-2:]))
 
 
-def ring_power(latents):
-    """Mean power of each ring over latents (N, C, h, w) -> (R,), float64 on the CPU."""
-    return ring_profile(spectral.power_spectrum(latents)).double().mean(0).cpu()
-
-
 @torch.no_grad()
 def denoised_power(model, process, latents, labels=None, times=TIMES, seed=0, batch_size=64):
     """
-    Prop. 3.1 and a network, by ring and time.
+    Prop. 3.1 and a network, by ring and time, in float64 means per coefficient: power (R,) of the
+    latents; learnable (T, R) by Prop. 3.1; error (T, R), squared, of the predicted clean latent.
     latents  (N, C, h, w) normalised, on the model's device; labels (N,) or None
     times    T of them in (0, 1); the noise of a latent depends on (seed, its number) alone
-    returns  power (R,) of the latents; learnable (T, R), Prop. 3.1 on every channel and
-             coefficient; error (T, R), squared, of the predicted clean latent; all float64 means
-             per coefficient
     """
     N = len(latents)
     S = spectral.dct2(latents.double()).square().mean(0)   # (C, h, w)
@@ -54,8 +44,7 @@ def denoised_power(model, process, latents, labels=None, times=TIMES, seed=0, ba
         error = torch.zeros_like(S)
         for rows in torch.arange(N, device=latents.device).split(batch_size):
             z = latents[rows]
-            eps = NoiseStream(seed, rows.tolist())(z.shape).to(z)
-            z_t = process.noisy(z, eps, t)
+            z_t = process.noisy(z, NoiseStream(seed, rows.tolist())(z.shape).to(z), t)
             time = z.new_full((len(z),), process.time(t))
             output = model(z_t, time, None if labels is None else labels[rows])
             clean = process.clean(z_t.double(), output.double(), t)
@@ -67,9 +56,8 @@ def denoised_power(model, process, latents, labels=None, times=TIMES, seed=0, ba
 
 def fraction_learned(found, weights):
     """
-    The fraction of the learnable power in found (denoised_power) that the network saves, over all
-    times: above 1 where it beats the bound, below 0 where it is worse than predicting 0.
-    weights (R,) coefficients per ring -> of each ring (R,); of all of them, a float
+    The fraction of the learnable power in found (denoised_power) that the network saves, below 0
+    where it is worse than predicting 0: of each ring (R,); of all, with weights (R,), a float.
     """
     saved, learnable = (found.power - found.error).sum(0), found.learnable.sum(0)
     return saved / learnable, float((weights * saved).sum() / (weights * learnable).sum())
@@ -83,8 +71,8 @@ def ring_sizes(h, w):
 
 def held_out_latents(file, args, device):
     """
-    A run of train_diffusion.py with held-out images of its data: model, process, normalised latents
-    (N, C, h, w), labels (N,) or None, and the settings of the result.
+    Of a run of train_diffusion.py: model, process, normalised latents (N, C, h, w) of held-out
+    images, labels (N,) or None, and the settings of the result.
     """
     model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
     data, classes = args.data or checkpoint["data"], model.num_classes
@@ -107,12 +95,11 @@ def held_out_latents(file, args, device):
 
 def denoise_figure(args, device):
     """
-    Prop. 3.1 on trained networks: by radial frequency the power of held-out latents, the network's
-    denoising error, and the least error of a denoiser of Gaussian latents; one panel for each of
-    four times, one colour per run. Above the noise there is something to learn.
-
-    Printed: the fraction of the learnable power that was learned, over twenty times spread evenly,
-    as training draws them; of all frequencies, and ring by ring. Above 1: better than the bound.
+    Prop. 3.1 on trained networks, one colour per run: by radial frequency, at four times, the power
+    of held-out latents, the network's denoising error, and the least error of a denoiser of
+    Gaussian latents. Above the noise there is something to learn. Printed: the fraction of the
+    learnable power that was learned, over twenty times spread evenly, as training draws them; of
+    all frequencies, and ring by ring. Above 1: better than the bound.
     """
     figure, (axes,) = figures.subplots(1, len(SHOWN), (4 * len(SHOWN), 4.4), sharey=True)
     rows, files = [], checkpoint_files(args)
@@ -126,13 +113,12 @@ def denoise_figure(args, device):
         for ax, k in zip(axes, SHOWN):
             alpha_bar, color = float(process.alpha_bar_at(TIMES[k])), f"C{i}"
             ax.semilogy(rings, found.power, color=color, lw=5, alpha=0.25)
-            ax.semilogy(rings, found.power - found.learnable[k], color=color, ls="--", lw=1)
-            ax.semilogy(rings, found.error[k], color=color, marker="o", ms=3, label=name)
+            ax.semilogy(rings, found.power - found.learnable[k], "--", color=color, lw=1)
+            ax.semilogy(rings, found.error[k], "o-", color=color, ms=3, label=name)
             ax.axhline((1 - alpha_bar) / alpha_bar, color=color, lw=1, ls=":")
-            ax.set(title=f"t = {TIMES[k]:.3g}", xlabel="ring (1 = low frequency)")
-        for k, t in enumerate(TIMES):
-            columns = (rings, found.power, found.learnable[k], found.error[k])
-            rows += [(name, t, *line) for line in zip(*(column.tolist() for column in columns))]
+            ax.set(title=f"t = {TIMES[k]:.3g}", xlabel=RING)
+        for t, *lines in zip(TIMES, found.learnable.tolist(), found.error.tolist()):
+            rows += [(name, t, *line) for line in zip(rings.tolist(), found.power.tolist(), *lines)]
         fractions, total = fraction_learned(found, ring_sizes(*latents.shape[-2:]))
         by_ring = " ".join(f"{fraction:.2f}" for fraction in fractions.tolist())
         yield dict(fraction_learned=total, by_ring=by_ring), settings
@@ -144,13 +130,11 @@ def denoise_figure(args, device):
     figures.write_table(args, figure, columns, rows)
 
 
-# --------------------------------------------------------------------------------------------------
-# In which order sampling brings the frequencies in
+# ------------------------------------------------ in which order sampling brings the frequencies in
 
 def follow_sampling(model, process, shape, steps, seed=0, labels=None, keep=1):
     """
-    The predicted clean latents while N samples of shape (N, C, h, w) are drawn, as `evaluate.py
-    gen` does by default: Euler-Maruyama for SiT, DDIM for U-ViT, no guidance.
+    Draw N samples of shape (N, C, h, w) without guidance, and watch the predicted clean latents.
     returns  times (T,), falling to 0; power (T, R) of the predictions, the last row that of the
              samples; predictions, T tensors (keep, C, h, w), float32
     """
@@ -158,36 +142,29 @@ def follow_sampling(model, process, shape, steps, seed=0, labels=None, keep=1):
 
     def watch(t, clean):
         times.append(t)
-        power.append(ring_power(clean))
+        rings = ring_profile(spectral.power_spectrum(clean))
+        power.append(rings.double().mean(0).cpu())
         kept.append(clean[:keep].float())
-    samples = process.sample(model, shape, steps, labels, noise=NoiseStream(seed, range(shape[0])),
-                             watch=watch)
-    watch(0.0, samples)
+    noise = NoiseStream(seed, range(shape[0]))
+    watch(0.0, process.sample(model, shape, steps, labels, noise=noise, watch=watch))
     return torch.tensor(times), torch.stack(power), kept
 
 
 def half_times(times, power):
-    """
-    When each ring has reached half of its final power for good: (R,) t, linear between two steps.
-    times (T,) falling; power (T, R), the last row the final one
-    """
+    """When each ring of power (T, R) has reached half of its last row for good: t, linear, (R,)."""
     half = []
     for share in (power / power[-1]).T:                    # (T,) of a ring
-        below = (share < 0.5).nonzero().flatten()
-        if not len(below):
+        k = max((share < 0.5).nonzero().flatten().tolist(), default=None)  # the last step below
+        if k is None:
             half.append(times[0])
-            continue
-        k = int(below[-1])                                 # the last step below half
-        part = (0.5 - share[k]) / (share[k + 1] - share[k])
-        half.append(times[k] + part * (times[k + 1] - times[k]))
+        else:
+            part = (0.5 - share[k]) / (share[k + 1] - share[k])
+            half.append(times[k] + part * (times[k + 1] - times[k]))
     return torch.stack(half)
 
 
 def wiener_half_times(power, process):
-    """
-    The same for the best denoiser of Gaussian latents: it predicts the power S * SNR / (1 + SNR),
-    so half of S where SNR = 1. On a grid of 1000 times; power (R,) -> (R,) t.
-    """
+    """The same for the best denoiser of Gaussian latents of power (R,): t where SNR = 1."""
     t = torch.arange(1, 1000, dtype=torch.float64) / 1000
     alpha_bar = process.alpha_bar_at(t).double()
     noise = (1 - alpha_bar) / alpha_bar                    # (999,), rises with t
@@ -195,12 +172,9 @@ def wiener_half_times(power, process):
 
 
 def slope_per_octave(half):
-    """
-    By how much later, in t, a ring of twice the frequency reaches half its power: least squares on
-    log2 of a ring's middle. half (R,) t; ring 0 holds DC and is left out.
-    """
-    octave = (torch.arange(1, len(half), dtype=half.dtype) + 0.5).log2()
-    octave = octave - octave.mean()
+    """By how much later, in t, a ring of twice the frequency reaches half its power; half (R,)."""
+    octave = (torch.arange(1, len(half), dtype=half.dtype) + 0.5).log2()   # without ring 0, of DC
+    octave = octave - octave.mean()                        # least squares
     return -float((octave * half[1:]).sum() / octave.square().sum())
 
 
@@ -210,7 +184,6 @@ def trajectory_figure(args, device):
     Coarse to fine: while samples are drawn, the power of the predicted clean latent in each ring,
     right or wrong, as a share of its final power. White dots: half of it; dashed: half for the best
     denoiser of Gaussian latents, where SNR = 1. Below, what one sample's prediction decodes to.
-
     Printed: the slope of the diagonal, in t per octave, of the run and of that denoiser.
     """
     files, rows = checkpoint_files(args), []
@@ -219,7 +192,7 @@ def trajectory_figure(args, device):
     figure, axes = figures.subplots(2, len(files), (5.6 * len(files), 5), height_ratios=(5, 1))
     for (top, bottom), file, name in zip(axes.T, files, names):
         model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
-        labels, shape = None, (args.num_samples, model.in_channels, *model.input_size)
+        shape, labels = (args.num_samples, model.in_channels, *model.input_size), None
         if model.num_classes:
             classes = fid.sampled_classes(file, checkpoint)
             labels = fid.sample_labels(range(args.num_samples), classes).to(device)
@@ -233,8 +206,8 @@ def trajectory_figure(args, device):
         top.plot(half.tolist(), rings, "o", color="white", mec="gray", ms=4,
                  label="half of the final power")
         top.plot(ideal.tolist(), rings, "--", color="cyan", lw=1.5, label="SNR = 1")
-        top.set(title=f"{name}: {slope:.2f} in t per octave", xlabel="t (1 = noise)",
-                ylabel="ring (1 = low frequency)", xlim=(1, 0))
+        top.set(title=f"{name}: {slope:.2f} in t per octave", xlabel="t (1 = noise)", ylabel=RING,
+                xlim=(1, 0))
         top.legend(fontsize=8, loc="upper left")
         shown = [int((times - t).abs().argmin()) for t in torch.linspace(times[0], 0, 8)]
         frames = torch.cat([ae.decode(ae.denormalize(kept[k])) for k in shown])  # (8, 3, H, W)
@@ -243,21 +216,17 @@ def trajectory_figure(args, device):
         bottom.set_axis_off()
         for t, line in zip(times.tolist(), power.tolist()):
             rows += [(name, t, ring, value) for ring, value in enumerate(line, 1)]
-        sampler = "em" if isinstance(process, Interpolant) else "ddim"
         yield (dict(slope=slope, slope_where_snr_is_1=slope_per_octave(ideal)),
                dict(ckpt=file, step=checkpoint["step"], n=args.num_samples, steps=args.steps,
-                    sampler=sampler, cfg=1, seed=args.seed))
+                    sampler="em" if isinstance(process, Interpolant) else "ddim", cfg=1,
+                    seed=args.seed))
     figures.write_table(args, figure, ("run", "t", "ring", "power"), rows)
 
 
-# --------------------------------------------------------------------------------------------------
-# What an autoencoder's latents tell beforehand
+# -------------------------------------------------- what an autoencoder's latents tell beforehand
 
 def neighbour_correlation(latents):
-    """
-    Correlation of cells one step apart, rows and columns, over all channels of normalised latents
-    (N, C, h, w): 1 for constant latents, 0 for white ones.
-    """
+    """Of cells one step apart in normalised latents (N, C, h, w): 1 if constant, 0 if white."""
     z = latents - latents.mean((0, 2, 3), keepdim=True)
     products = [(z[..., 1:, :] * z[..., :-1, :]).mean(), (z[..., 1:] * z[..., :-1]).mean()]
     return float(sum(products) / 2 / z.square().mean())
@@ -266,32 +235,32 @@ def neighbour_correlation(latents):
 @torch.no_grad()
 def diffusability(ae, images, batch_size=100):
     """
-    What is known of an autoencoder before any diffusion (Table 1's observations as numbers).
-    images   (N, 3, H, W) in [-1, 1], on the autoencoder's device
-    returns  a dict:
-      esm         divergence of the latents from the flattened target, gamma 1 (Alg. 1), nats
-      esm_shape   the same of normalised latents at the best of scales from 1/8 to 54: log(1 + P)
-                  sees the latent's scale, and diffusion, which normalises, does not
-      alpha       exponent of the latents' PSD; Scale Equivariance finds SD-VAE's too small
-      neighbours  neighbour_correlation: over-smoothed latents (REPA-E) are near 1
-      high_band   dB of PSNR lost with the upper half of the latent's band, n = 8 (FreqWarm)
-      dsm         PSNR of decode(low-passed latent) against the low-passed image, dB, mean over the
-                  masks of DSM_MASKS that cut
-      psnr        of the reconstruction, dB
+    What is known of an autoencoder before any diffusion (Table 1's observations as numbers), of
+    images (N, 3, H, W) in [-1, 1] on its device: a dict of floats, each explained beside its line.
     """
     latents = figures.encode_all(ae, images, batch_size, seed=0)
     channels = dict(dim=(0, 2, 3), keepdim=True)
     normal = (latents - latents.mean(**channels)) / latents.std(**channels)
-    best = min(esm_loss(images, scale * normal).item() for scale in 2 ** torch.arange(-3, 6, 0.25))
     modes = figures.encode_all(ae, images, batch_size)
-    decoded = {n: figures.decode_lowpassed(ae, modes, n, batch_size) for n in DSM_MASKS}
+    decoded = figures.decode_lowpassed(ae, modes, DSM_MASKS, batch_size)
     plain = psnr(decoded[0], images).mean().item()
     dsm = [psnr(decoded[n], spectral.lowpass(images, n)).mean().item() for n in DSM_MASKS if n > 0]
+    scales = 2 ** torch.arange(-3, 6, 0.25)                # 1/8 to 54
     return dict(
-        esm=esm_loss(images, latents).item(), esm_shape=best,
-        alpha=figures.psd_exponent(latents), neighbours=neighbour_correlation(normal),
+        # divergence from the flattened target, gamma 1 (Alg. 1), nats
+        esm=esm_loss(images, latents).item(),
+        # the same of normalised latents at the best scale: log(1 + P) sees the latent's scale, and
+        # diffusion, which normalises, does not
+        esm_shape=min(esm_loss(images, scale * normal).item() for scale in scales),
+        # exponent of the latents' PSD; Scale Equivariance finds SD-VAE's too small
+        alpha=figures.psd_exponent(latents),
+        # over-smoothed latents (REPA-E) are near 1
+        neighbours=neighbour_correlation(normal),
+        # dB of PSNR lost with the upper half of the latent's band, n = 8 (FreqWarm)
         high_band=plain - psnr(decoded[8], images).mean().item(),
-        dsm=sum(dsm) / len(dsm), psnr=plain)
+        # PSNR of decode(low-passed latent) against the low-passed image, mean over masks that cut
+        dsm=sum(dsm) / len(dsm),
+        psnr=plain)                                        # of the reconstruction, dB
 
 
 def diffusability_rows(args, device):
@@ -300,5 +269,5 @@ def diffusability_rows(args, device):
     the flattened target, as it is and normalised; exponent of the spectrum; correlation of
     neighbouring cells; dB in the latent's high band; DSM's consistency; PSNR.
     """
-    for label, ae, images in figures.autoencoders(args, device, block=8):
+    for label, ae, images in figures.autoencoders(args, device):
         yield diffusability(ae, images, args.batch_size), dict(autoencoder=label, n=len(images))

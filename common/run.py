@@ -378,15 +378,16 @@ FREE = ("out resume overwrite preset device dtype compile grad_checkpoint grad_a
         "cfg").split()
 
 
-_locks = {}                            # folder: its open lock file, closed with the process
+_locks = {}                            # lock file: its open handle, the folders made for it
 
 
 def lock_folder(folder):
-    """Claim a folder for this process until it ends; ValueError if another one writes there."""
+    """Claim a folder until this process ends; ValueError if another one writes there."""
+    path, made = folder / ".lock", [place for place in (folder, *folder.parents)
+                                    if not place.exists()]
+    release_locks(path)                                # of an earlier run of the same process
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    _locks.pop(path, None)                             # of an earlier run of the same process
-    file = _locks[path] = open(path, "a+")
+    file = open(path, "a+")
     try:
         import fcntl  # not on Windows
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -400,6 +401,19 @@ def lock_folder(folder):
     file.truncate(0)
     file.write(f"{os.getpid()} on {platform.node()}")
     file.flush()
+    _locks[path] = file, made
+
+
+def release_locks(*paths):
+    """Give locks back, all of them if none is named, and leave no folder that stayed empty."""
+    for path in paths or [*_locks]:
+        file, made = _locks.pop(path, (None, []))
+        if file:
+            path.unlink(missing_ok=True)
+            file.close()
+        for place in made:
+            with contextlib.suppress(OSError):         # the run lives there
+                place.rmdir()
 
 
 def open_run(args, stage, identity):
@@ -749,11 +763,13 @@ def one_line_errors():
     except (ValueError, OSError) as error:
         place = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         root = Path(__file__).resolve().parents[1]
-        ours = place.is_relative_to(root) and "site-packages" not in place.parts
-        if not ours and not getattr(error, "filename", None):
+        of_project = place.is_relative_to(root) and "site-packages" not in place.parts
+        if not of_project and not getattr(error, "filename", None):
             raise
         if get_rank() > 0:
             time.sleep(5)                              # rank 0 most often says the same, and
         message = printable(" ".join(str(error).splitlines()))     # torchrun then ends us
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    finally:
+        release_locks()

@@ -26,8 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from analysis.figures import encode_all, figure_rows
-from analysis.published import divergence
+from analysis.figures import divergence, encode_all, figure_rows
 from analysis.theory import diffusability
 from common import run
 from common.data import open_data, take, train_batches, val_batches

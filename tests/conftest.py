@@ -36,7 +36,10 @@ def fixed_seed():
 def run_main(module, *flags, monkeypatch):
     """module.main() in this process, with these flags on its command line."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
-    module.main()
+    try:
+        module.main()
+    finally:
+        importlib.import_module("common.run").release_locks()     # as at the end of a process
 
 
 # A script in a process of its own, forked from a server that has imported everything: it starts in

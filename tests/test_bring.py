@@ -92,7 +92,7 @@ def test_slurms_local_rank_will_do(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.delenv("LOCAL_RANK")
     assert run.init_distributed("cpu")[:2] == (0, 1)
-    run.stop_processes()
+    run.dist.destroy_process_group()
     assert os.environ["LOCAL_RANK"] == "0"
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from analysis.published import CURVES, TARGET, divergence
+from analysis.figures import CURVES, TARGET, divergence
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()

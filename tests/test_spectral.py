@@ -283,3 +283,13 @@ def test_zigzag_is_jpegs_order():
     assert sorted(order) == list(range(15)) and order[-1] == 14
     sums = [k // 5 + k % 5 for k in order]
     assert sums == sorted(sums)
+
+
+def test_lowpass_of_a_whole_image_needs_no_matrix_of_its_pixels():
+    """block = 256: as scipy's DCT, masked; the cached matrix would take 34 GB."""
+    x = torch.randn(1, 2, 256, 256)
+    coefficients = scipy.fft.dctn(x.double().numpy(), axes=(2, 3), norm="ortho")
+    expected = scipy.fft.idctn(coefficients * triangle_mask(300, 256).numpy(), axes=(2, 3),
+                               norm="ortho")
+    torch.testing.assert_close(lowpass(x, 300, 256).double(), torch.from_numpy(expected),
+                               rtol=1e-4, atol=1e-4)

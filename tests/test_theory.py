@@ -101,8 +101,8 @@ def test_power_and_bound_are_those_of_the_spectrum():
     """power: the mean of a ring; learnable: Eq. 1 per channel and coefficient, then the mean."""
     latents, process = gaussian_latents(50), Interpolant()
     found = theory.denoised_power(wiener(process), process, latents, times=(0.4,))
-    torch.testing.assert_close(found.power, theory.ring_power(latents))
     S, alpha_bar = dct2(latents).square().mean(0), 0.36 / 0.52
+    torch.testing.assert_close(found.power, theory.ring_profile(S).mean(0))
     eq1 = S * (alpha_bar * S / (1 - alpha_bar)) / (1 + alpha_bar * S / (1 - alpha_bar))
     torch.testing.assert_close(found.learnable[0], radial_profile(eq1.mean(0)[None], 8)[0])
 
@@ -263,5 +263,5 @@ def test_diffusability_has_a_row_for_each_autoencoder(material, evaluated):
     results, _ = evaluated("diffusability", "--ae", ae, "--image_size", 32)
     assert [line["n"] for line in results] == [1]          # one of twelve is held out
     assert set(results[0]) >= {"esm", "esm_shape", "alpha", "neighbours", "high_band", "dsm"}
-    with pytest.raises(ValueError, match="ae.s latents of 12x12 do not tile"):
+    with pytest.raises(ValueError, match="--image_size: latents of 12x12 do not tile"):
         evaluated("diffusability", "--ae", ae, "--image_size", 24)

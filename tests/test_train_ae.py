@@ -279,6 +279,7 @@ def test_gan_alternates_on_two_processes(tmp_path):
 
 @pytest.mark.parametrize("flags, expected", [
     ([], dict(ae=[0, 1, 2, None, 3, None], disc=[None, None, None, 0, None, 1])),
+    (["--gan_weight", 0], dict(ae=[0, 1, 2, 3, 4, 5], disc=[])),
     (["--gan_every_step"], dict(ae=[0, 1, 2, 3, 4, 5], disc=[None, None, 0, 1, 2, 3]))])
 def test_the_warm_up_counts_the_updates_of_a_network(flags, expected, tmp_path, monkeypatch):
     """--gan_start 2: each network's rate after k of its own updates is lr (k + 1) / warm-up."""

@@ -2,6 +2,7 @@
 Stage 2 end to end on tiny material: train_ae -> train_diffusion -> evaluate, resuming, alignment,
 labels.
 """
+import dataclasses
 import json
 import urllib.error
 
@@ -14,8 +15,10 @@ import dit
 import evaluate
 import train_diffusion
 from common import run
+from common.builtin import BuiltInImages
 from common.weights import load_autoencoder
 from conftest import run_main, same
+from vae import CONFIGS, AutoencoderKL
 
 TINY = ("--preset quick --model SiT-tiny/4 --batch_size 4 --device cpu --log_every 1 "
         "--eval_every 100 --warmup_steps 2 --sample_steps 2 --encode_batch 8").split()
@@ -198,3 +201,18 @@ def test_the_checkpoint_knows_which_classes_had_an_image(material, tmp_path, mon
     flags[flags.index("--ae") + 1] = tmp_path / "ckpt.pt"
     run_main(train_diffusion, *flags, "--overwrite", monkeypatch=monkeypatch)
     assert "images have changed since" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*(untrained|UNTRAINED)")
+def test_alignment_on_built_in_images(tmp_path, monkeypatch):
+    """The quick preset with --repa: the images come from no file."""
+    monkeypatch.setattr(train_diffusion, "open_data", lambda *args, **options: (
+        BuiltInImages(16, 6, kind="discs"), None))
+    autoencoder = tmp_path / "ae.pt"
+    ae = AutoencoderKL(CONFIGS["f2d4-tiny"])
+    torch.save(dict(stage="ae", step=1, args={}, model=ae.state_dict(),
+                    ae_config=dataclasses.asdict(ae.config)), autoencoder)
+    run_main(train_diffusion, *TINY, "--ae", autoencoder, "--image_size", 16, "--steps", 1,
+             "--repa", "dog", "--encoder_source", "random", "--cache", tmp_path / "cache",
+             "--out", tmp_path / "run", monkeypatch=monkeypatch)
+    assert "align" in read_log(tmp_path / "run")[0]
