@@ -577,8 +577,10 @@ def test_a_full_disk_is_named(gen, monkeypatch, tmp_path):
     """While PNGs are written, and results.jsonl."""
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
-    with monkeypatch.context() as patch:
-        patch.setattr(Image.Image, "save", full)
+    save = Image.Image.save
+    with monkeypatch.context() as patch:               # a name, not write_atomic's open file
+        patch.setattr(Image.Image, "save", lambda self, file, *args, **options: full() if
+                      isinstance(file, Path) else save(self, file, *args, **options))
         with pytest.raises(OSError, match="^out: cannot be written .*No space left"):
             gen("--folder")
     monkeypatch.setattr(json, "dumps", full)
