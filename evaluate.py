@@ -20,7 +20,6 @@ Without the Inception weights there is no FID, only the metrics that need none.
 """
 import argparse
 import contextlib
-import functools
 import inspect
 import json
 import math
@@ -29,6 +28,7 @@ import platform
 import subprocess
 import sys
 import time
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ import torch
 from analysis import fid, figures, theory
 from common import metrics, run
 from common.data import LARGEST_SIDE, open_data, spread, val_batches
-from common.weights import checkpoint_files, load_autoencoder, load_diffusion
+from common.weights import checkpoint_files, compare_images, load_autoencoder, load_diffusion
 from dit import DDPM, Interpolant, NoiseStream
 from losses import PerceptualLoss
 
@@ -52,12 +52,15 @@ PRESETS = {
 
 
 def report(values, settings, results):
-    """Print a result with its settings, and append it to the file `results`; on rank 0."""
+    """Print a result, all finite, with its settings, and append it to `results`; on rank 0."""
+    bad = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
+    run.need(not bad, f"{next(iter(settings.values()), '')}: {', '.join(bad)} not finite, so "
+             "there is no result; the run has diverged, take an earlier checkpoint")
     if run.get_rank() > 0:
         return
     number = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
-    print("  ".join(f"{k} {number(v)}" for k, v in values.items()))
-    print("  with " + ", ".join(f"{k} {v}" for k, v in settings.items()), flush=True)
+    run.print0("  ".join(f"{k} {number(v)}" for k, v in values.items()))
+    run.print0("  with " + ", ".join(f"{k} {v}" for k, v in settings.items()))
     commit, hardware = "", f"{platform.machine()}, {os.cpu_count()} cores"
     with contextlib.suppress(OSError):                 # no git here
         commit = subprocess.run(
@@ -68,9 +71,10 @@ def report(values, settings, results):
     line = dict(values, **settings, command=" ".join(["evaluate.py", *sys.argv[1:]]),
                 commit=commit, hardware=hardware, torch=torch.__version__,
                 time=time.strftime("%Y-%m-%d %H:%M:%S"))
-    Path(results).parent.mkdir(parents=True, exist_ok=True)
-    with open(results, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    with fid.naming(results):
+        Path(results).parent.mkdir(parents=True, exist_ok=True)
+        with open(results, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def load_or_none(load, device):
@@ -111,6 +115,7 @@ def evaluate_recon(args, device):
     split = args.split or ("train" if authors else "val")
     train_set, images = open_data(data, size, val_images=args.val_images or 1000,
                                   seed=trained.get("seed", 0))
+    compare_images(args.ae, trained, data, train_set)
     if split == "train":
         images = spread(train_set, args.val_images or len(train_set))
     lpips = load_or_none(lambda: PerceptualLoss().to(device), device)
@@ -162,9 +167,11 @@ def evaluate_gen(args, device):
     run.need_one_node("gen: the file of samples")
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     load = lambda: load_or_none(lambda: metrics.load_inception(device), device)
-    inception = functools.cache(load)                  # when flags and checkpoint are known to fit
+    inception = cache(load)                            # when flags and checkpoint are known to fit
     files, results = checkpoint_files(args), []
-    for file, name in zip(files, figures.unique_names(files)):
+    names = figures.unique_names(files)
+    figures.print_differences(files, names, "images", "image_size")
+    for file, name in zip(files, names):
         out = Path(args.out or Path(file).parent / "samples")
         if len(files) > 1:
             out = out / name if args.out else out.with_name(f"samples-{Path(file).stem}")
@@ -176,11 +183,13 @@ def evaluate_gen(args, device):
 
 def best_line(results):
     """Which of [(values, settings)] has the smallest FID, or SWD of the finest level without it."""
+    if any(values.keys() != results[0][0].keys() for values, _ in results):
+        return "no best of these: they are not measured alike"
     key = next((key for key in results[0][0] if key.startswith(("FID", "SWD"))), None)
     if not key:
         return "no FID or SWD to compare"
     value, step, file = min((values[key], settings["step"], settings["ckpt"])
-                            for values, settings in results if key in values)
+                            for values, settings in results)
     return f"best of {len(results)}: {key} {value:.4g} at step {step}, {file}"
 
 
@@ -195,23 +204,30 @@ def evaluate_checkpoint(file, out, inception, args, device):
              "has no null class to guide away from; leave --cfg at 1")
     run.need(args.steps <= 1000 or not isinstance(process, DDPM), f"--steps {args.steps}: {file} "
              "has 1000 noise levels, so take at most 1000")
+    run.need(args.cfg == 1 or checkpoint["args"].get("label_dropout") != 0, f"--cfg {args.cfg}: "
+             f"{file} was trained with --label_dropout 0, so never without its label, which "
+             "guidance needs; leave --cfg at 1")
     size, n = checkpoint["image_size"], args.num_samples
-    training_set = fid.training_images(checkpoint, args)
+    classes = fid.sampled_classes(file, checkpoint)
+    figures.need_outside(out / "images", args.data or checkpoint["data"])
+    training_set = fid.training_images(file, checkpoint, args)
     if training_set is not None:
         fid.reference_statistics(training_set, None, args, device)     # if damaged, say it now
-    samples = fid.shared_array(out / "samples.npy", (n, size, size, 3))
     network, count, values, described = None, 0, {}, "none"
-    if training_set is not None:   # before hours of sampling: its images may prove unreadable
-        network = inception()
-        if network:
-            reference = fid.reference_statistics(training_set, network, args, device)
-        count = min(n, len(training_set), 2048)        # in memory, unlike all else here
-        batches = val_batches(spread(training_set, count), args.batch_size)
-        real = [images for images, _, _ in batches] if run.get_rank() == 0 else []
-        data = args.data or checkpoint["data"] or "built-in"
-        described = f"{len(training_set)} training images of {data} at {size} px"
-    draw = lambda indices: fid.sample_images(model, process, ae, indices, args, device)
-    seconds = fid.write_samples(draw, samples, out, args)
+    draw = partial(fid.sample_images, file, model, process, ae, classes, args=args, device=device)
+    with fid.folder_lock(out):
+        samples = fid.shared_array(out / "samples.npy", (n, size, size, 3))
+        if training_set is not None:   # before hours of sampling: images may prove unreadable
+            network = inception()
+            if network:
+                reference = fid.reference_statistics(training_set, network, args, device)
+            count = min(n, len(training_set), 2048)    # in memory, unlike all else here
+            batches = val_batches(spread(training_set, count), args.batch_size)
+            real = [images for images, _, _ in batches] if run.get_rank() == 0 else []
+            data = args.data or checkpoint["data"] or "built-in"
+            described = f"{len(training_set)} training images of {data} at {size} px"
+        with fid.naming(out):
+            seconds = fid.write_samples(draw, samples, out, args)
     if network:
         values = fid.inception_metrics(network, samples, reference, args, device)
     if count and run.get_rank() == 0:
@@ -394,8 +410,15 @@ def check_flags(args):
              "from 0 = data to 1 = noise")
     if hasattr(args, "results"):
         check_path("--results", args.results, "file")
+        held = Path(args.results).open("rb").read(1) if Path(args.results).exists() else b""
+        run.need(held in (b"", b"{"), f"--results {args.results}: holds something else, to which "
+                 "results would be appended; name another file")
     if getattr(args, "out", None):
         check_path("--out", args.out, "folder" if args.command == "gen" else "figure")
+        given = [getattr(args, name, None) or [] for name in ("ckpt", "ae", "image", "runs")]
+        given = (path for some in given for path in ([some] if type(some) is str else some))
+        run.need(Path(args.out).resolve() not in {Path(path).resolve() for path in given},
+                 f"--out {args.out}: is what is read; name another place")
 
 
 def main():

@@ -183,24 +183,28 @@ class PerceptualLoss(nn.Module):
     """
     LPIPS (VGG, v0.1; Zhang et al. 2018), frozen, float32 also under autocast. forward(a, b), images
     (B, 3, H, W) in [-1, 1] with sides of at least 16, -> scalar, batch mean. Its VGG-16 is
-    torchvision's file, downloaded once; FileNotFoundError without it and without a network.
+    torchvision's file, downloaded once; FileNotFoundError without it and without a network,
+    ValueError if it is damaged.
     """
 
     def __init__(self):
         super().__init__()
         import lpips
         from torchvision.models import VGG16_Weights
+        url = VGG16_Weights.IMAGENET1K_V1.url
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # lpips calls torchvision's older interface
                 self.lpips = lpips.LPIPS(net="vgg", version="0.1", verbose=False)
         except OSError as error:  # no network, or an interrupted download
-            url = VGG16_Weights.IMAGENET1K_V1.url
-            path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
             reason = getattr(error, "reason", error)
             raise FileNotFoundError(
                 f"LPIPS needs torchvision's VGG-16, and downloading it failed ({reason}): "
                 f"put {url} at {path}, or train without it: --lpips_weight 0") from None
+        except Exception as error:  # a damaged file breaks its reader in any way
+            raise ValueError(f"{path}: not torchvision's VGG-16 ({type(error).__name__}); remove "
+                             f"the file, it is fetched anew from {url}") from None
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):

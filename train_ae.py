@@ -356,7 +356,6 @@ def main():
     identity = dict(images=run.broadcast_from_rank0(lambda: images_hash(train_set)))
     checkpoint = run.open_run(args, "ae", identity)
     start_step = checkpoint["step"] if checkpoint else 0
-
     torch.manual_seed(args.seed)                           # the initial weights; nothing else
     ae = AutoencoderKL(config).to(device)
     disc = lpips = teacher = projection = None

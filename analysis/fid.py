@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +22,9 @@ from tqdm import tqdm
 from analysis.figures import image_grid
 from common import run
 from common.data import ImageSet, images_hash, open_data, open_source, spread, val_batches
-from common.latents import create_array
+from common.latents import create_array, file_lock
 from common.metrics import Moments, frechet_distance, jpeg_round_trip, to_uint8
+from common.weights import compare_images
 from dit import Interpolant, NoiseStream
 
 
@@ -32,28 +34,45 @@ def progress(batches, what):
 
 # ------------------------------------------------- samples: number i depends on (--seed, i) alone
 
-def sample_labels(indices, num_classes, args):
-    """Class of each sample (b,) int64: in turn, or at random from (--seed, index)."""
-    if args.labels == "turn":
-        return torch.as_tensor(indices) % num_classes
-    draws = (np.random.default_rng((args.seed, int(i))) for i in indices)
-    return torch.tensor([int(draw.integers(num_classes)) for draw in draws])
+def sampled_classes(file, checkpoint):
+    """The classes of a run that had a training image, ascending; a line if others had none."""
+    n = checkpoint["model_args"]["num_classes"]
+    seen = sorted(set(checkpoint.get("classes_seen") or range(n)) & set(range(n)))
+    if len(seen) < n:
+        run.print0(f"{file}: {n - len(seen)} of its {n} classes had no training image; they are "
+                   "not sampled")
+    return seen
+
+
+def sample_labels(indices, classes, seed=None):
+    """Class of each sample (b,) int64: classes (k,) in turn, or at random from (seed, index)."""
+    if seed is not None:
+        draws = (np.random.default_rng((seed, int(i))) for i in indices)
+        indices = [int(draw.integers(len(classes))) for draw in draws]
+    return torch.as_tensor(classes)[torch.as_tensor(indices) % len(classes)]
 
 
 @torch.no_grad()
-def sample_images(model, process, ae, indices, args, device):
-    """Samples number `indices`, whatever the batch or rank: (b, 3, H, W) uint8."""
+def sample_images(file, model, process, ae, classes, indices, args, device):
+    """
+    Samples number `indices` of the run at file, whatever the batch or rank: (b, 3, H, W) uint8, of
+    classes (k,) if it has any. ValueError if they are not finite.
+    """
     options = dict(steps=args.steps, noise=NoiseStream(args.seed, indices),
                    cfg_interval=tuple(args.cfg_interval))
     if isinstance(process, Interpolant):
         options["sampler"] = args.sampler
     if model.num_classes:
-        options["y"] = sample_labels(indices, model.num_classes, args).to(device)
+        seed = None if args.labels == "turn" else args.seed
+        options["y"] = sample_labels(indices, classes, seed).to(device)
         options["cfg"] = args.cfg
     shape = (len(indices), model.in_channels, *model.input_size)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
         z = process.sample(model, shape, **options)
-    images = to_uint8(ae.decode(ae.denormalize(z)))    # float32: bf16 is coarser than a grey level
+    images = ae.decode(ae.denormalize(z))              # float32: bf16 is coarser than a grey level
+    run.need(images.isfinite().all(), f"{file}: its samples are not finite, so there is no number "
+             "of them; take an earlier checkpoint, --dtype fp32 or a smaller --cfg")
+    images = to_uint8(images)
     return jpeg_round_trip(images) if args.jpeg else images
 
 
@@ -67,6 +86,28 @@ def shared_array(path, shape):
     if run.get_rank() == 0:
         path.unlink()                                  # so a killed run leaves nothing behind
     return array
+
+
+@contextlib.contextmanager
+def naming(path):
+    """An OSError while the file or folder path is written is one line with its name."""
+    try:
+        yield
+    except OSError as error:
+        if str(path) in str(error):
+            raise
+        raise OSError(f"{path}: cannot be written ({run.reason(error)}); make room, or name "
+                      "another place, then run again") from None
+
+
+@contextlib.contextmanager
+def folder_lock(out):
+    """The folder out belongs to this run, on all ranks; a second one waits until it is done."""
+    lock = file_lock(out / ".lock") if run.get_rank() == 0 else contextlib.nullcontext()
+    with lock:
+        run.barrier()
+        yield
+        run.barrier()                                  # others may still write
 
 
 def rank_batches(n, batch_size):
@@ -141,7 +182,7 @@ def inception_statistics(inception, batches, keep, device):
     return *moments.mean_cov(), features, logits
 
 
-def training_images(checkpoint, args):
+def training_images(file, checkpoint, args):
     """What the samples of a run are compared with; None, and a line, if it is not here."""
     data = args.data or checkpoint["data"]
     try:
@@ -154,6 +195,7 @@ def training_images(checkpoint, args):
         return None
     run.need(len(images) > 1, f"--data {data or 'built-in'}: has a single training image, and no "
              "Frechet distance to it; give two or more")
+    compare_images(file, checkpoint, data, images)
     return spread(images, args.reference_images or len(images))
 
 
@@ -209,6 +251,11 @@ def inception_metrics(inception, samples, reference, args, device):
 def read_npz(file, *names):
     """{name: array} of those names that a .npz holds, nothing unpickled; ValueError if damaged."""
     try:
+        run.need(Path(file).is_file(), "no file")      # a pipe would block
+        with zipfile.ZipFile(file) as archive:
+            size = sum(e.file_size for e in archive.infolist() if e.filename[:-4] in names)
+        room = max(2 ** 30, 100 * Path(file).stat().st_size)
+        run.need(size <= room, f"declares arrays of {size / 1e9:.3g} GB, 100 times its own size")
         with np.load(file) as archive:
             found = {name: archive[name] for name in names if name in archive.files}
         if {"mu", "sigma"} <= found.keys():

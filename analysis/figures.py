@@ -5,7 +5,9 @@ measures, and writes its figure to args.out at the end.
 
 What is drawn is in [0, 1], images for a network are in [-1, 1].
 """
+import contextlib
 import csv
+import io
 import json
 import pathlib
 from collections import Counter
@@ -20,7 +22,7 @@ import spectral
 from common import run
 from common.data import center_crop, open_data, open_image, to_rgb, val_batches
 from common.metrics import psnr
-from common.weights import load_autoencoder
+from common.weights import compare_images, load_autoencoder
 from losses import esm_loss
 
 
@@ -81,35 +83,69 @@ def figure_rows(rows, path):
 
 def write_table(args, figure, columns, rows):
     """A command's figure, and the numbers of its curves beside it as CSV."""
+    table, text = pathlib.Path(args.out).with_suffix(".csv"), io.StringIO(newline="")
     save_figure(figure, args.out)
-    table = pathlib.Path(args.out).with_suffix(".csv")
-    with open(table, "w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
+    csv.writer(text).writerows([columns, *rows])
+    run.write_atomic(table, lambda file: file.write(text.getvalue().encode()))
     print(f"wrote {args.out}, {table}")
 
 
-def held_out_images(args, trained, device):
+def need_outside(out, data):
+    """ValueError if the file or folder out would replace images of --data, or join them."""
+    out, images = pathlib.Path(out).resolve(), pathlib.Path(data or "leaves").resolve()
+    run.need(not images.exists() or images not in (out, *out.parents), f"--out {out}: lies in "
+             f"{data}, whose images are read; name another place")
+
+
+def print_differences(files, names, *keys):
+    """A line if the runs of one figure or table differ in what their checkpoints say of keys."""
+    runs, found = {}, []
+    for file, name in zip(map(pathlib.Path, files), names):
+        with contextlib.suppress(Exception):               # released weights, a log alone
+            saved = torch.load(file / "ckpt.pt" if file.is_dir() else file, map_location="cpu",
+                               mmap=True, weights_only=True)       # the tensors stay on the disk
+            runs[name] = saved["args"] | saved
+    for key in keys:
+        known = {name: saved[key] for name, saved in runs.items() if saved.get(key)}
+        if len(set(map(str, known.values()))) > 1:
+            shown = "data" if key == "images" else key     # a hash says nothing to a reader
+            values = (f"{name}: {runs[name].get(shown) or 'built-in'}" for name in known)
+            found.append(f"{shown} ({', '.join(values)})")
+    if found:
+        run.print0(f"these runs differ in {' and in '.join(found)}; compare them with care")
+
+
+def held_out_images(args, trained, device, file=None):
     """
     The first --val_images held-out images of --data, or of the data in a run's flags `trained`:
-    images (N, 3, H, W) in [-1, 1], labels (N,), both on device; the number of classes.
+    images (N, 3, H, W) in [-1, 1], labels (N,), both on device; the number of classes. A line if
+    that data has changed since the checkpoint `file` was trained on it.
     """
     size = getattr(args, "image_size", None) or trained.get("image_size", 256)
-    _, val_set = open_data(args.data or trained.get("data"), size, val_images=args.val_images,
-                           seed=trained.get("seed", 0))
+    data = args.data or trained.get("data")
+    if getattr(args, "out", None):
+        need_outside(args.out, data)
+    train_set, val_set = open_data(data, size, val_images=args.val_images,
+                                   seed=trained.get("seed", 0))
+    compare_images(file, trained, data, train_set)
     images, labels, _ = zip(*val_batches(val_set, args.batch_size, device=device))
     return torch.cat(images), torch.cat(labels), len(val_set.classes)
 
 
 def unique_names(files, taken=()):
-    """The run_name of each file, with as much of the path before it as tells them apart."""
+    """
+    The run_name of each file, with as much of the path before it as tells them apart, as matplotlib
+    may show it, which drops a label with _ at its front and takes $ for a formula.
+    """
     paths, names = [pathlib.Path(file).resolve() for file in files], {}
     for path in paths:                                 # short ones first, x.pt with its suffix last
         folder = path.parent.parent if path.name == "ckpt.pt" else path.parent
         ways = (*folder.parts, run.run_name(path)), path.parts
-        names[path] = ["/".join(way[-n:]) for way in ways for n in range(1, len(way) + 1)]
+        found = ["/".join(way[-n:]) for way in ways for n in range(1, len(way) + 1)]
+        names[path] = [run.printable(name).replace("$", r"\$") for name in found]
     count = Counter(name for found in names.values() for name in set(found))
-    return [next(name for name in names[path] if count[name] == 1 and name not in taken)
-            for path in paths]
+    fits = lambda name: count[name] == 1 and name not in taken and name[0] != "_"
+    return [next(filter(fits, names[path])) for path in paths]
 
 
 def autoencoder_files(args):
@@ -123,9 +159,12 @@ def autoencoders(args, device):
     files = autoencoder_files(args)
     run.need(files, f"no out/ae/{args.preset}-*/ckpt.pt here; --ae: train autoencoders with "
              "train_ae.py, or give files")
-    for file, label in zip(files, unique_names(files, taken=("image", "images"))):
+    labels = unique_names(files, taken=("image", "images"))
+    print_differences(files, labels, "images", "image_size")
+    for file, label in zip(files, labels):
         ae = load_autoencoder(file).to(device)
-        yield label, ae, held_out_images(args, run.checkpoint_args(file), device)[0]
+        images, _, _ = held_out_images(args, run.checkpoint_args(file), device, file)
+        yield label, ae, images
 
 
 @torch.no_grad()
@@ -411,7 +450,9 @@ def curves_figure(args, device):
     from matplotlib import colormaps
     paths = [pathlib.Path(path) for path in dict.fromkeys(args.runs)]
     paths = [path.parent if path.name == "log.jsonl" else path for path in paths]
-    logs = {name: read_log(path) for name, path in zip(unique_names(paths), paths)}
+    names = unique_names(paths)
+    logs = {name: read_log(path) for name, path in zip(names, paths)}
+    print_differences(paths, names, "stage", "images", "image_size", "batch_size")
     for name, log in logs.items():
         if not log:
             print(f"{name}: has nothing to draw yet")

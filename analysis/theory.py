@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 
 import spectral
-from analysis import figures
+from analysis import fid, figures
 from common import run
 from common.metrics import psnr
 from common.weights import checkpoint_files, load_diffusion
@@ -76,10 +76,17 @@ def held_out_latents(file, args, device):
     """
     model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
     data, classes = args.data or checkpoint["data"], model.num_classes
-    trained = dict(data=data, image_size=checkpoint["image_size"], seed=checkpoint["data_seed"])
-    images, labels, found = figures.held_out_images(args, trained, device)
-    run.need(classes in (0, found), f"--data {data}: has {found} classes, and {file} was trained "
-             f"with {classes}; give images of these classes")
+    trained = dict(data=checkpoint["data"], images=checkpoint.get("images"),
+                   image_size=checkpoint["image_size"], seed=checkpoint["data_seed"])
+    images, labels, found = figures.held_out_images(args, trained, device, file)
+    # an explicit --num_classes may be more than the data has
+    fits = checkpoint["args"].get("num_classes", -1) > 0 and labels.max() < classes
+    run.need(classes in (0, found) or fits, f"--data {data}: has {found} classes, and {file} was "
+             f"trained with {classes}; give images of these classes")
+    if classes:
+        known = torch.isin(labels.cpu(), torch.tensor(fid.sampled_classes(file, checkpoint)))
+        run.need(known.any(), f"--data {data}: no held-out image of a class that {file} saw")
+        images, labels = images[known], labels[known]
     latents = ae.normalize(figures.encode_all(ae, images, args.batch_size, seed=args.seed))
     settings = dict(ckpt=file, step=checkpoint["step"], n=len(latents),
                     model=checkpoint["model_name"], seed=args.seed)
@@ -96,7 +103,9 @@ def denoise_figure(args, device):
     """
     figure, (axes,) = figures.subplots(1, len(SHOWN), (4 * len(SHOWN), 4.4), sharey=True)
     rows, files = [], checkpoint_files(args)
-    for i, (file, name) in enumerate(zip(files, figures.unique_names(files))):
+    names = figures.unique_names(files)
+    figures.print_differences(files, names, "images", "image_size")
+    for i, (file, name) in enumerate(zip(files, names)):
         model, process, latents, labels, settings = held_out_latents(file, args, device)
         found = denoised_power(model, process, latents, labels, seed=args.seed,
                                batch_size=args.batch_size)
@@ -178,13 +187,18 @@ def trajectory_figure(args, device):
     Printed: the slope of the diagonal, in t per octave, of the run and of that denoiser.
     """
     files, rows = checkpoint_files(args), []
+    names = figures.unique_names(files)
+    figures.print_differences(files, names, "images", "image_size")
     figure, axes = figures.subplots(2, len(files), (5.6 * len(files), 5), height_ratios=(5, 1))
-    for (top, bottom), file, name in zip(axes.T, files, figures.unique_names(files)):
+    for (top, bottom), file, name in zip(axes.T, files, names):
         model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
         shape, labels = (args.num_samples, model.in_channels, *model.input_size), None
         if model.num_classes:
-            labels = torch.arange(args.num_samples, device=device) % model.num_classes
+            classes = fid.sampled_classes(file, checkpoint)
+            labels = fid.sample_labels(range(args.num_samples), classes).to(device)
         times, power, kept = follow_sampling(model, process, shape, args.steps, args.seed, labels)
+        run.need(power.isfinite().all(), f"{file}: its samples are not finite, so there is no "
+                 "result of them; take an earlier checkpoint")
         half, ideal = half_times(times, power), wiener_half_times(power[-1], process)
         slope, rings = slope_per_octave(half), range(1, power.shape[1] + 1)
         share = (power / power[-1]).clamp(0, 1)            # (T, R)

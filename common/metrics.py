@@ -9,7 +9,6 @@ and processes averages to the same number.
 import contextlib
 import io
 import os
-import pickle
 import sys
 
 import numpy as np
@@ -141,13 +140,13 @@ def load_inception(device):
         with contextlib.redirect_stdout(sys.stderr):
             network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat",
                                                            ["2048", "logits_unbiased"])
-    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError):
-        raise ValueError(f"{path}: not the Inception weights; remove the file, it is fetched anew "
-                         f"from {url}") from None
     except OSError as error:  # no network, or it broke off
         reason = getattr(error, "reason", error)
         raise FileNotFoundError("no FID: the Inception weights could not be downloaded "
                                 f"({reason}); fetch {url} and put it at {path}") from None
+    except Exception as error:  # a damaged file breaks its reader in any way
+        raise ValueError(f"{path}: not the Inception weights ({type(error).__name__}); remove the "
+                         f"file, it is fetched anew from {url}") from None
     network = network.to(device, memory_format=torch.channels_last)
 
     def features(images):

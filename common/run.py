@@ -75,10 +75,15 @@ def get_world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def printable(text):
+    """A text as a terminal may show it: control characters, which it would obey, as \\x1b, \\n."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def print0(text):
-    """Print on rank 0."""
+    """Print a line on rank 0."""
     if get_rank() == 0:
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
 
 def barrier():
@@ -763,7 +768,7 @@ def one_line_errors():
             raise
         if get_rank() > 0:
             time.sleep(5)                              # rank 0 most often says the same, and
-        message = " ".join(str(error).splitlines())    # torchrun then ends us
+        message = printable(" ".join(str(error).splitlines()))     # torchrun then ends us
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:

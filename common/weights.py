@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from common import run
-from common.data import read_bytes
+from common.data import images_hash, read_bytes
 from dit import DDPM, MODELS, Interpolant, SiT, UViT
 from vae import AEConfig, AutoencoderKL
 
@@ -335,6 +335,14 @@ def checkpoint_files(args):
     return list(dict.fromkeys(files))
 
 
+def compare_images(path, trained, spec, train_set):
+    """A line if the set spec is the one in trained, of a run, and its images have changed since."""
+    known, same = trained.get("images"), Path(str(trained.get("data"))) == Path(str(spec))
+    if run.get_rank() == 0 and known and same and images_hash(train_set) != known:
+        run.print0(f"{spec or 'built-in images'}: has changed since {path} was trained on it: "
+                   "held-out images may have been trained on")
+
+
 def load_diffusion(path, ae_path, device):
     """A run of train_diffusion.py -> (EMA model, process, autoencoder, checkpoint), to sample."""
     checkpoint = run.load_checkpoint(path, "diffusion")
@@ -342,16 +350,21 @@ def load_diffusion(path, ae_path, device):
         model = MODELS[checkpoint["model_name"]](**checkpoint["model_args"])
         fill(model, path, checkpoint["ema"])
         process = DDPM(checkpoint["args"]["schedule"]) if isinstance(model, UViT) else Interpolant()
-        ae_path = ae_path or checkpoint["ae"]
+        ae_path = Path(ae_path or checkpoint["ae"])
+        mean, std = checkpoint["latent_mean"], checkpoint["latent_std"]
+        kinds = dict(autoencoder=str, data=str | None, images=str | None, data_seed=int,
+                     image_size=int, classes_seen=list | None)
+        run.need(len(mean) == len(std) == model.in_channels and (0 < std).all() and all(
+            isinstance(checkpoint.get(key), kind) for key, kind in kinds.items()), "wrong fields")
     except Exception as error:                          # a foreign file breaks this in any way
         raise ValueError(f"--ckpt {path}: not what this version of train_diffusion.py writes "
                          f"({run.reason(error)})") from None
-    if not Path(ae_path).exists():
+    if not ae_path.exists():
         raise FileNotFoundError(f"--ckpt {path}: its autoencoder, {ae_path}, is not here; "
                                 "--ae names it")
     ae = load_autoencoder(ae_path)
     if autoencoder_hash(ae) != checkpoint["autoencoder"]:
         raise ValueError(f"--ae {ae_path}: not the autoencoder on whose latents {path} was trained")
-    ae.set_latent_stats(checkpoint["latent_mean"], checkpoint["latent_std"])
+    ae.set_latent_stats(mean, std)
     model = model.to(device).eval().requires_grad_(False)
     return model, process, ae.to(device).requires_grad_(False), checkpoint

@@ -26,6 +26,7 @@ import pytest
 import torch
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+from torchvision.models import VGG16_Weights
 
 import train_diffusion
 from common import run
@@ -72,8 +73,12 @@ FLAGS = {
         "gen --ae {bad}/other.pt -> other.pt not the autoencoder", "denoise -> --ckpt",
         "fid nowhere {images} -> nowhere", "fid {ae} {ae} -> ckpt.pt neither",
         "spectrum --gamma 1000", "spectrum --out x.txt", "spectrum --encoder_source random",
-        "latents --ae {ae} {run}/ckpt.pt -> stage", "similarity --image_size 225",
-        "similarity --token 4", "similarity --image {images}", "curves nowhere -> nowhere"],
+        "latents --ae {ae} {run}/ckpt.pt -> stage", "recon --results {ae}",
+        "gen --out {images}", "gen --out {images}/..", "gen --data {bad}/set --out {bad}/set/new",
+        "spectrum --out {images}/x.png", "denoise --ckpt {run} --out {images}/a/0.png -> --out",
+        "similarity --image {bad}/good.png --out {bad}/good.png -> --out good.png",
+        "similarity --image_size 225", "similarity --token 4", "similarity --image {images}",
+        "curves nowhere -> nowhere"],
     "common.data": [
         "pack --size 4", "pack --count 0", "pack --out x.tar", "pack --out {ae}/x.zip -> ckpt.pt",
         "pack --out {bad}/cut.zip -> cut.zip --overwrite", "pack --data nowhere"],
@@ -170,8 +175,12 @@ STATISTICS = {
     "nan.npz": npz(mu=np.full(3, np.nan), sigma=np.eye(3)),
     "dimensions.npz": npz(mu=np.zeros(4), sigma=np.eye(4)),
     "channels-first.npz": npz(arr_0=np.zeros((4, 3, 16, 16), np.uint8)),
+    "pipe.npz": os.mkfifo, "device.npz": lambda path: path.symlink_to("/dev/zero"),
 }
 ROWS += [f"evaluate fid {{bad}}/good.npz {{bad}}/{name} -> {name}" for name in STATISTICS]
+STATISTICS["bomb.npz"] = zipped({"mu.npy": npz(), "sigma.npy": npz()}, 24, "<I", 2 ** 32 - 2)
+ROWS.append("evaluate fid {bad}/good.npz {bad}/bomb.npz -> bomb.npz declares arrays of 4.29 GB")
+VGG = os.path.basename(VGG16_Weights.IMAGENET1K_V1.url)
 INCEPTION = os.path.basename(URL_INCEPTION_V3)             # weights whose download was cut short
 ROWS.append(f"evaluate fid {{images}} {{images}} -> {INCEPTION}")
 
@@ -193,6 +202,13 @@ CHECKPOINTS = {                                            # fault: a good one's
     "shape": spoilt(lambda part: {name: tensor[None] for name, tensor in part.items()}),
     "nan": spoilt(lambda part: {name: tensor * float("nan") for name, tensor in part.items()}),
 }
+FIELDS = {                                                 # of a diffusion run, of another kind
+    "ae": 3, "autoencoder": None, "data": [1], "image_size": "16", "data_seed": None,
+    "latent_mean": "0", "latent_std": torch.zeros(4), "model_args": [],
+}
+ROWS += [f"evaluate {command} --ckpt {{bad}}/{field}.pt --out x -> {field}.pt not what this version"
+         for field in FIELDS for command in ("gen", "denoise", "trajectory")]
+ROWS.append("evaluate recon --ae {bad}/pipe-run -> pipe-run")
 ROWS += [f"{command}-{fault} -> {fault}/ckpt.pt" for fault in CHECKPOINTS for command in (
     "train_diffusion --ae {bad}/ae", "train_ae --resume --steps 3 --out {bad}/ae",
     "evaluate gen --ckpt {bad}/run", "train_diffusion --resume --steps 1 --out {bad}/run")]
@@ -242,11 +258,14 @@ def made(material, tmp_path_factory):
     other = spoilt(lambda part: {name: 2 * tensor for name, tensor in part.items()})
     states = dict(ae=trained, run=torch.load(paths["run"] / "ckpt.pt", weights_only=True))
     files = {"good.npz": npz(**MOMENTS), "good.png": PNG, "set/a.png": PNG, "set/b.png": PNG,
+        "pipe-run/ckpt.pt": os.mkfifo,
         "bin/gs": b"#!/bin/sh\ntouch executed\n", "other.pt": other(trained)}
     for name, content in (files | IMAGES | SETS | STATISTICS | WEIGHTS).items():
         put(paths["bad"] / name, content)
     (paths["bad"] / "bin" / "gs").chmod(0o755)
     put(paths["home"] / "hub" / "checkpoints" / INCEPTION, half(saved({"a": torch.zeros(99)})))
+    for field, value in FIELDS.items():
+        put(paths["bad"] / f"{field}.pt", saved(states["run"] | {field: value}))
     for fault, change in CHECKPOINTS.items():
         for kind, state in states.items():
             put(paths["bad"] / f"{kind}-{fault}" / "ckpt.pt", change(state))
@@ -317,12 +336,24 @@ def test_three_processes_refuse_what_does_not_divide(row, refused, monkeypatch):
     refused(row)
 
 
+@pytest.mark.parametrize("content", [
+    b"", b"<!doctype html><title>404</title>", half(saved({"a": torch.zeros(99)})), saved([1]),
+    saved({"a": torch.zeros(99)}), pickle.dumps(3, protocol=2)])
+def test_downloaded_weights_that_are_none(content, made, refused):
+    """In the place of VGG-16's and Inception's: the file's name, and the way out."""
+    for name, command in ((VGG, "recon"), (INCEPTION, "fid {images} {images}")):
+        put(made["home"] / "hub" / "checkpoints" / name, content)
+        refused(f"evaluate {command} -> {name} remove the file")
+    (made["home"] / "hub" / "checkpoints" / VGG).unlink()
+
+
 def test_bad_reference_statistics_are_refused(made, refused):
-    """Those that evaluate gen keeps: damaged, or of another set; before it samples."""
+    """Those that evaluate gen keeps: damaged, or of another set, or a pipe; before it samples."""
     identity = json.loads((made["cache"] / "cache.json").read_text())["images"]
     path = f"out/reference/{identity}-16.npz"
     other = npz(**MOMENTS, features=np.zeros((4, 3)), how=json.dumps(dict(images="others")))
-    for content in (other, half(other)):
+    for content in (other, half(other), os.mkfifo):
+        pathlib.Path(path).unlink(missing_ok=True)
         put(pathlib.Path(path), content)
         refused(f"evaluate gen --out samples -> {path}")
 

@@ -115,7 +115,7 @@ def test_discs_have_a_steeper_spectrum_than_leaves(size):
         images = BuiltInImages(size, 40, kind=kind)
         images = torch.stack([images[i][0] for i in range(40)]) / 127.5 - 1
         return fit_power_law(radial_profile(power_spectrum(images)).mean(0)).item()
-    assert 2.8 < alpha("discs") < 3.6 and alpha("leaves") < alpha("discs") - 0.5
+    assert 2.8 < alpha("discs") < 3.6 and alpha("leaves") < alpha("discs") - 0.4
 
 
 def test_a_built_in_image_depends_on_seed_and_index_only():
@@ -409,7 +409,7 @@ def test_a_run_is_known_by_its_images_not_their_place(material, tmp_path, monkey
     replaced, other = images / "a" / "0.png", images / "b" / "1.png"       # both train
     replaced.write_bytes(other.read_bytes() + b"\0")
     for script, flags in stages.items():
-        with pytest.raises(ValueError, match="faces.* holds other |was made from images"):
+        with pytest.raises(ValueError, match="--resume: images: not what "):
             run_main(script, *flags, "--data", images, "--steps", 3, "--resume",
                      monkeypatch=monkeypatch)
 

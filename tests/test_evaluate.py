@@ -2,12 +2,14 @@
 The commands of evaluate.py on small material, with random Inception weights in the place of the
 real ones.
 """
+import contextlib
 import csv
+import errno
 import json
 import shutil
 import urllib.error
 from collections import Counter
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ import evaluate
 import spectral
 import train_diffusion
 from analysis import fid, figures
-from common import metrics
+from common import metrics, run
 from common.data import open_data
 from common.metrics import jpeg_round_trip, ssim, to_uint8
 from common.weights import load_autoencoder, load_diffusion
@@ -331,7 +333,7 @@ def test_a_folder_holds_one_sampling(gen, tmp_path, monkeypatch):
     for name in ("7.png", "notes.txt"):
         (folder / name).write_text("of a user")
     with monkeypatch.context() as patch:
-        patch.setattr(fid, "sample_images", lambda *args: 1 / 0)
+        patch.setattr(fid, "sample_images", lambda *args, **flags: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             gen("--folder", count=2)
     assert len(names()) == 7 and len(saved()) == 5
@@ -370,9 +372,10 @@ def test_a_single_training_image_is_refused_before_sampling(gen, tmp_path, monke
 
 def test_labels_in_turn_or_at_random():
     """At random: a function of (seed, index), whatever the batch; all classes come."""
-    def labels(seed, indices, how="random"):
-        return fid.sample_labels(np.array(indices), 5, SimpleNamespace(seed=seed, labels=how))
-    assert labels(0, [0, 6, 7], "turn").tolist() == [0, 1, 2]
+    def labels(seed, indices):
+        return fid.sample_labels(np.array(indices), range(5), seed)
+    assert labels(None, [0, 6, 7]).tolist() == [0, 1, 2]
+    assert fid.sample_labels(range(5), [1, 4]).tolist() == [1, 4, 1, 4, 1]
     whole = labels(3, range(40))
     assert whole.dtype == torch.int64 and set(whole.tolist()) == set(range(5))
     assert torch.equal(whole[10:13], labels(3, [10, 11, 12]))
@@ -413,6 +416,196 @@ def test_the_best_is_that_of_the_smallest_fid():
     scores = [run("a", 1, FID=3.0, SWD=1.0), run("b", 2, FID=2.0, SWD=4.0)]
     assert evaluate.best_line(scores) == "best of 2: FID 2 at step 2, b"
     assert evaluate.best_line([run("a", 1), run("b", 2)]) == "no FID or SWD to compare"
+    mixed = [run("a", 1, SWD_16px=1.0), run("b", 2, SWD_32px=4.0)]
+    assert evaluate.best_line(mixed) == "no best of these: they are not measured alike"
+
+
+# ---- nothing silently wrong
+
+@pytest.fixture
+def changed(diffusion):
+    """changed(name, **fields) saves the diffusion run with other fields, and returns its --ckpt."""
+    def changed(name, **fields):
+        torch.save(torch.load(diffusion / "ckpt.pt", weights_only=True) | fields, name)
+        return "--ckpt", name
+    return changed
+
+
+GEN = "--num_samples 3 --steps 2 --batch_size 2 --workers 0 --out out".split()
+
+
+def test_a_set_that_changed_is_named(material, ae, main, changed, monkeypatch, capsys):
+    """One training image is gone: recon, gen, denoise, latents say so, and measure; other --data
+    is no change, nor is the same set elsewhere."""
+    shutil.copytree(material / "images", "set")
+    trained = torch.load(ae[1], weights_only=True)
+    torch.save(trained | dict(args=dict(trained["args"], data="set")), "ae.pt")
+    run, ae = changed("run.pt", data="set"), ("--ae", "ae.pt")
+    commands = {"recon": [*ae, "--workers", 0], "gen": [*run, *GEN], "denoise": run,
+                "latents": [*ae, "--val_images", 1]}
+    train_set, _ = open_data("set", 16)
+    for gone in (False, True):
+        if gone:
+            (tmp := train_set.source.path / train_set.name(0)).unlink()
+            assert not tmp.exists()
+        for command, flags in commands.items():
+            for data in ([], ["--data", "set/"], ["--data", material / "images"]):
+                results = main(command, *flags, *data)
+                assert results or command == "latents"
+                printed = capsys.readouterr().out
+                expected = gone and data[1:] != [material / "images"]
+                assert printed.count(" has changed since ") == expected, (command, data, printed)
+                assert not expected or f"since {flags[1]} was trained on it" in printed
+
+
+def test_mixed_runs_are_said_to_be(ae, main, changed, capsys):
+    """Autoencoders, checkpoints and logs of different images, sizes or batches: one line each."""
+    trained = torch.load(ae[1], weights_only=True)
+    for name, images, size in (("A", "1", 16), ("B", "2", 32), ("C", "1", 16)):
+        args = dict(trained["args"], data=f"set{images}", image_size=size, batch_size=size)
+        torch.save(trained | dict(args=args, images=images), f"{name}.pt")
+        write_log(Path(name), {"step": 0, "loss": 1.0})
+        shutil.copy(f"{name}.pt", f"{name}/ckpt.pt")
+
+    def said(command, *flags):
+        main(command, *flags)
+        return [line.partition(";")[0] for line in capsys.readouterr().out.splitlines()
+                if line.startswith("these runs differ in ")]
+    line = "these runs differ in data (A: set1, B: set2) and in image_size (A: 16, B: 32)"
+    common = ["--data", "leaves", "--val_images", 1]
+    for command in ("diffusability", "spectrum", "bands", "latents"):
+        assert said(command, "--ae", "A.pt", "B.pt", *common) == [line]
+        assert said(command, "--ae", "A.pt", "C.pt", *common) == []
+    assert said("curves", "A", "B") == [f"{line} and in batch_size (A: 16, B: 32)"]
+    assert said("curves", "A", "C/log.jsonl") == []
+    run, _ = changed("A.pt")[1], changed("B.pt", images="2", data="leaves", data_seed=3,
+                                         model_args=None)
+    write_log(Path("D"), {"step": 0, "loss": 1.0})
+    shutil.copy(run, "D/ckpt.pt")
+    line, = said("curves", "C", "D")                       # an autoencoder and a diffusion run
+    assert line.startswith("these runs differ in stage (C: ae, D: diffusion) and in data (")
+    files = [changed("A.pt")[1], changed("B.pt", data=None, images="2")[1]]
+    for command, more in (("gen", GEN), ("trajectory", ["--num_samples", 2, "--steps", 3])):
+        line, = said(command, "--ckpt", *files, *more)
+        assert "built-in" in line
+
+
+def other_classes(diffusion, n):
+    """The fields of the diffusion run as a model of n classes, of --num_classes n."""
+    checkpoint = torch.load(diffusion / "ckpt.pt", weights_only=True)
+    model_args = dict(checkpoint["model_args"], num_classes=n)
+    return dict(model_args=model_args, args=dict(checkpoint["args"], num_classes=n),
+                ema=dit.MODELS["SiT-tiny/4"](**model_args).state_dict())
+
+
+def test_what_was_never_trained_is_not_sampled(diffusion, main, changed, monkeypatch, capsys):
+    """
+    Guidance without a trained null label is refused; classes without an image are left out, in
+    turn, at random, in trajectory, and of denoise's images, with one line.
+    """
+    args = torch.load(diffusion / "ckpt.pt", weights_only=True)["args"]
+    run = changed("run.pt", args=dict(args, label_dropout=0.0))
+    with pytest.raises(ValueError, match="--cfg 1.8: run.pt was trained with --label_dropout 0"):
+        main("gen", *run, *GEN, "--cfg", 1.8)
+    main("gen", *run, *GEN)
+    run = changed("run.pt", **other_classes(diffusion, 9), classes_seen=[0, 7])
+    drawn, sample = [], dit.Interpolant.sample
+
+    def spy(self, model, shape, steps, y=None, **options):
+        drawn.extend(y.tolist())
+        return sample(self, model, shape, steps, y, **options)
+    monkeypatch.setattr(dit.Interpolant, "sample", spy)
+    for command in ("gen", "gen --labels random", "trajectory"):
+        flags = GEN if command != "trajectory" else ["--num_samples", 3, "--steps", 3]
+        drawn.clear()
+        capsys.readouterr()
+        main(*command.split()[:1], *run, *flags, *command.split()[1:])
+        assert len(drawn) == 3 and set(drawn) <= {0, 7}
+        assert drawn == [0, 7, 0] or "random" in command
+        assert capsys.readouterr().out.count("run.pt: 7 of its 9 classes had no training") == 1
+    with pytest.raises(ValueError, match="no held-out image of a class that run.pt saw"):
+        main("denoise", *changed("run.pt", **other_classes(diffusion, 9), classes_seen=[7]))
+
+
+def test_denoise_takes_the_classes_that_gen_takes(diffusion, main, changed):
+    """--num_classes 5 for two class folders; but not a model of 5 folders on other data."""
+    fields = other_classes(diffusion, 5)
+    assert main("gen", *changed("run.pt", **fields), *GEN)
+    assert main("denoise", "--ckpt", "run.pt")
+    fields["args"]["num_classes"] = -1
+    with pytest.raises(ValueError, match="has 2 classes, and run.pt was trained with 5"):
+        main("denoise", *changed("run.pt", **fields))
+
+
+def test_what_is_not_finite_is_no_number(diffusion, ae, main, changed, tmp_path):
+    """Finite weights that overflow: a line that names the file, no samples, no result."""
+    ema = torch.load(diffusion / "ckpt.pt", weights_only=True)["ema"]
+    run = changed("wild.pt", ema={name: 1e25 * tensor for name, tensor in ema.items()})
+    with pytest.raises(ValueError, match="^wild.pt: its samples are not finite"):
+        main("gen", *run, *GEN)
+    assert not (tmp_path / "out" / "samples.npz").exists()
+    trained = torch.load(ae[1], weights_only=True)
+    model = {name: 1e25 * tensor for name, tensor in trained["model"].items()}
+    torch.save(trained | dict(model=model), "ae.pt")
+    for command, flags in (("denoise", run), ("recon", ["--ae", "ae.pt", "--workers", 0]),
+                           ("trajectory", [*run, "--num_samples", 2, "--steps", 2])):
+        words = f"^{flags[1]}: .* not finite, so there is no result"
+        with pytest.raises(ValueError, match=words):
+            main(command, *flags)
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_a_folder_of_samples_has_one_writer(gen, monkeypatch):
+    """Its lock is held from the first look to the last write."""
+    events = []
+
+    @contextlib.contextmanager
+    def lock(path):
+        events.append(str(path))
+        yield
+        events.append("released")
+    monkeypatch.setattr(fid, "file_lock", lock)
+    for name in ("shared_array", "write_samples"):
+        inner = getattr(fid, name)
+        monkeypatch.setattr(fid, name, lambda *args, name=name, inner=inner:
+                            (inner(*args), events.append(name))[0])
+    gen()
+    assert events == ["out/.lock", "shared_array", "write_samples", "released"]
+
+
+def test_a_full_disk_is_named(gen, monkeypatch, tmp_path):
+    """While PNGs are written, and results.jsonl."""
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    save = Image.Image.save
+    with monkeypatch.context() as patch:               # a name, not write_atomic's open file
+        patch.setattr(Image.Image, "save", lambda self, file, *args, **options: full() if
+                      isinstance(file, Path) else save(self, file, *args, **options))
+        with pytest.raises(OSError, match="^out: cannot be written .*No space left"):
+            gen("--folder")
+    monkeypatch.setattr(json, "dumps", full)
+    with pytest.raises(OSError, match="^results.jsonl: cannot be written .*No space left"):
+        evaluate.report({}, {}, "results.jsonl")
+
+
+def test_names_that_a_figure_or_terminal_would_obey(main, monkeypatch, capsys):
+    """_ at the front, $ twice, an escape sequence: all in the legend, none obeyed."""
+    names = ["_x", r"$\frac$", "\x1b[2Jz"]
+    for name in names:
+        write_log(Path("runs") / name, {"step": 0, "loss": 1.0})
+    legends, save = [], figures.save_figure
+
+    def spy(figure, path, **options):
+        save(figure, path, **options)
+        legends.extend(text.get_text() for text in figure.legends[0].get_texts())
+    monkeypatch.setattr(figures, "save_figure", spy)
+    main("curves", *(f"runs/{name}" for name in names))
+    assert legends == ["runs/_x", r"\$\frac\$", r"\x1b[2Jz"]
+    evaluate.report({}, dict(ckpt="\x1b]0;x\a"), "results.jsonl")
+    with pytest.raises(SystemExit), run.one_line_errors():
+        run.need(False, "\x1b[2J: bad")
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.out + printed.err and r"\x1b[2J: bad" in printed.err
 
 
 def test_uvit_is_sampled_with_its_schedule(diffusion, material, tmp_path):
