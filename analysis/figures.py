@@ -92,8 +92,8 @@ def write_table(args, figure, columns, rows):
 
 def need_outside(out, data):
     """ValueError if the file or folder out would replace images of --data, or join them."""
-    out, images = pathlib.Path(out).resolve(), pathlib.Path(data or "leaves").resolve()
-    run.need(not images.exists() or images not in (out, *out.parents), f"--out {out}: lies in "
+    place, images = pathlib.Path(out).resolve(), pathlib.Path(data or "leaves").resolve()
+    run.need(not images.exists() or images not in (place, *place.parents), f"--out {out}: lies in "
              f"{data}, whose images are read; name another place")
 
 
