@@ -74,7 +74,7 @@ FLAGS = {
         "fid nowhere {images} -> nowhere", "fid {ae} {ae} -> ckpt.pt neither",
         "spectrum --gamma 1000", "spectrum --out x.txt", "spectrum --encoder_source random",
         "latents --ae {ae} {run}/ckpt.pt -> stage", "recon --results {ae}",
-        "gen --out {images}", "gen --out {images}/.. -> --out",
+        "gen --out {images}", "gen --out {images}/.. -> images",
         "gen --data {bad}/set --out {bad}/set/new", "spectrum --out {images}/x.png",
         "denoise --ckpt {run} --out {images}/a/0.png -> --out",
         "similarity --image {bad}/good.png --out {bad}/good.png -> --out good.png",
