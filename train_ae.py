@@ -339,7 +339,8 @@ def summary(step, report, speed):
     """One line of held-out numbers; speed in images/s."""
     v = {name.removeprefix("val_"): value for name, value in report.items()}
     line = (f"step {step}: PSNR {v['psnr']:.2f} dB, SSIM {v['ssim']:.4f}, L1 {v['l1']:.4f}, "
-            f"ESM divergence {v['esm']:.4f}, latent PSD ~ f^-{v['alpha']:.2f}")
+            f"ESM divergence {v['esm']:.4f}, latents: std {v['latent_std']:.2f}, PSD ~ "
+            f"f^-{v['alpha']:.2f} (images of that size: f^-{v['alpha_image']:.2f})")
     return line + (f", {speed:.1f} images/s" if speed > 0 else "")
 
 
