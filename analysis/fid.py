@@ -22,7 +22,7 @@ from tqdm import tqdm
 from analysis.figures import image_grid
 from common import run
 from common.data import ImageSet, images_hash, open_data, open_source, spread, val_batches
-from common.latents import create_array, file_lock
+from common.latents import create_array
 from common.metrics import Moments, frechet_distance, jpeg_round_trip, to_uint8
 from common.weights import compare_images
 from dit import Interpolant, NoiseStream
@@ -103,7 +103,7 @@ def naming(path):
 @contextlib.contextmanager
 def folder_lock(out):
     """The folder out belongs to this run, on all ranks; a second one waits until it is done."""
-    lock = file_lock(out / ".lock") if run.get_rank() == 0 else contextlib.nullcontext()
+    lock = run.file_lock(out / ".lock") if run.get_rank() == 0 else contextlib.nullcontext()
     with lock:
         run.barrier()
         yield

@@ -12,7 +12,6 @@ or test/, or without; cifar10; or the built-in leaves or discs. Images are uint8
 to the device, then float32 in [-1, 1]; labels are 0 without classes. Only `pack` writes files.
 """
 import argparse
-import contextlib
 import glob
 import hashlib
 import io
@@ -57,39 +56,6 @@ def read_bytes(path):
     if path.stat().st_size > LARGEST_FILE or not path.is_file():
         raise ValueError(f"no file, or larger than {LARGEST_FILE:,} bytes")
     return path.read_bytes()
-
-
-@contextlib.contextmanager
-def file_lock(path):
-    """
-    Hold a lock, the file at path, once no other process does; it ends with its process. Yields
-    whether it is held: where there are no locks, a line says so and the block runs all the same.
-    """
-    with contextlib.suppress(FileExistsError):             # a file: open() says it better
-        path.parent.mkdir(parents=True, exist_ok=True)
-    held = False
-    while not held:
-        file = open(path, "a")
-        try:
-            import fcntl  # not on Windows
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{path}: another run holds this lock; waiting for it", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError) as error:
-            print(f"{path}: no file locks here ({error}); start no second run that writes the same",
-                  file=sys.stderr, flush=True)
-            break
-        # who held it has removed the file, and a third process may hold a new one
-        with contextlib.suppress(FileNotFoundError):
-            held = os.path.samestat(os.fstat(file.fileno()), path.stat())
-    try:
-        yield held
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -594,7 +560,7 @@ def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
                     dataset.report(faults)
                 else:
                     add(name, bmp)
-    with file_lock(out.with_name(f".{out.name}.lock")) as held:
+    with run.file_lock(out.with_name(f".{out.name}.lock")) as held:
         need(not out.exists() or overwrite and out.is_file(),
              f"--out {out}: exists already; choose another name or pass --overwrite")
         for left in out.parent.glob(f".{glob.escape(out.name)}.*.tmp") if held else ():

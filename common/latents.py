@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.data import file_lock, read_bytes, stream_entries, val_batches
-from common.run import all_sum, barrier, broadcast_from_rank0, need, reason
+from common.data import read_bytes, stream_entries, val_batches
+from common.run import all_sum, barrier, broadcast_from_rank0, file_lock, need, reason
 from vae import Posterior
 
 BLOCK, CHECKED = 1024, 2 ** 30             # images per checksum; bytes compared when opened

@@ -378,42 +378,51 @@ FREE = ("out resume overwrite preset device dtype compile grad_checkpoint grad_a
         "cfg").split()
 
 
-_locks = {}                            # lock file: its open handle, the folders made for it
-
-
-def lock_folder(folder):
-    """Claim a folder until this process ends; ValueError if another one writes there."""
-    path, made = folder / ".lock", [place for place in (folder, *folder.parents)
-                                    if not place.exists()]
-    release_locks(path)                                # of an earlier run of the same process
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+")
+@contextlib.contextmanager
+def file_lock(path, wait=True):
+    """
+    Hold the lock file at path once no other process does; it ends with its process. Yields whether
+    it is held: where there are no locks, a line says so and the block runs all the same.
+    wait     for the process that holds it; False: ValueError that names it
+    """
+    made = [folder for folder in path.parents if not folder.exists()]
+    with contextlib.suppress(FileExistsError):         # a file: open() says it better
+        path.parent.mkdir(parents=True, exist_ok=True)
+    held = False
+    while not held:
+        file = open(path, "a+")
+        try:
+            import fcntl  # not on Windows
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = f"process {file.read() or 'of another machine'}"
+                need(wait, f"--out {path.parent}: {holder} is writing there; wait for it, or name "
+                     "another folder")
+                print(f"{path}: {holder} holds this lock; waiting for it", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError) as error:
+            print(f"{path}: no file locks here ({reason(error)}); start no second run that writes "
+                  "the same", file=sys.stderr, flush=True)
+            break
+        # whoever held it has removed the file, and a third process may hold a new one
+        with contextlib.suppress(FileNotFoundError):
+            held = os.path.samestat(os.fstat(file.fileno()), path.stat())
+    if held:
+        file.truncate(0)
+        print(os.getpid(), "on", platform.node(), end="", file=file, flush=True)
     try:
-        import fcntl  # not on Windows
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise ValueError(f"--out {folder}: process {file.read() or 'of another machine'} is "
-                         "writing there; wait for it, or name another folder") from None
-    except (ImportError, OSError) as error:
-        print(f"{folder}: no file locks here ({reason(error)}); start no second run in it",
-              file=sys.stderr, flush=True)
-    file.truncate(0)
-    file.write(f"{os.getpid()} on {platform.node()}")
-    file.flush()
-    _locks[path] = file, made
+        yield held
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+        for folder in made:
+            with contextlib.suppress(OSError):         # not empty: something was written
+                folder.rmdir()
 
 
-def release_locks(*paths):
-    """Give locks back, all of them if none is named, and leave no folder that stayed empty."""
-    for path in paths or [*_locks]:
-        file, made = _locks.pop(path, (None, []))
-        if file:
-            path.unlink(missing_ok=True)
-            file.close()
-        for place in made:
-            with contextlib.suppress(OSError):         # the run lives there
-                place.rmdir()
+locks = contextlib.ExitStack()         # of this process' run, until it ends
 
 
 def open_run(args, stage, identity):
@@ -429,7 +438,8 @@ def open_run(args, stage, identity):
     need(args.resume or args.overwrite or not (path.exists() or kept), f"--out {args.out}: holds a "
          "run already; --resume continues it, --overwrite replaces it")
     if get_rank() == 0:
-        lock_folder(folder)
+        locks.close()                                  # of an earlier run of the same process
+        locks.enter_context(file_lock(folder / ".lock", wait=False))
     need(not args.resume or path.exists() or not kept, f"--resume: {path} is not there, but "
          f"{len(kept)} kept ones are; copy one of them to ckpt.pt")
     checkpoint, step = None, 0
@@ -772,4 +782,4 @@ def one_line_errors():
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
-        release_locks()
+        locks.close()

@@ -39,7 +39,7 @@ def run_main(module, *flags, monkeypatch):
     try:
         module.main()
     finally:
-        importlib.import_module("common.run").release_locks()     # as at the end of a process
+        importlib.import_module("common.run").locks.close()     # as at the end of a process
 
 
 # A script in a process of its own, forked from a server that has imported everything: it starts in

@@ -23,11 +23,10 @@ from scipy.fft import dctn
 
 import train_ae
 import train_diffusion
-from common import data
+from common import data, run
 from common.builtin import BuiltInImages
 from common.data import (
     center_crop,
-    file_lock,
     open_data,
     pack,
     spread,
@@ -707,7 +706,7 @@ def test_a_pack_that_is_stopped_leaves_nothing_for_ever(flat, tmp_path, name, wo
 def test_a_second_pack_to_the_same_name_waits(flat, tmp_path, capsys):
     """And then finds the zip there; it does not replace what the first one writes."""
     lock = tmp_path / ".x.zip.lock"
-    with file_lock(lock):
+    with run.file_lock(lock):
         second = threading.Thread(target=lambda: errors.append(
             pytest.raises(ValueError, pack, flat, 8, tmp_path / "x.zip").value), daemon=True)
         errors = []

@@ -564,7 +564,7 @@ def test_a_folder_of_samples_has_one_writer(gen, monkeypatch):
         events.append(str(path))
         yield
         events.append("released")
-    monkeypatch.setattr(fid, "file_lock", lock)
+    monkeypatch.setattr(run, "file_lock", lock)
     for name in ("shared_array", "write_samples"):
         inner = getattr(fid, name)
         monkeypatch.setattr(fid, name, lambda *args, name=name, inner=inner:

@@ -324,16 +324,19 @@ def test_a_second_process_in_one_out_is_refused(tmp_path):
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import pathlib, time
 from common import run
-run.lock_folder(pathlib.Path({str(tmp_path)!r}))
+run.locks.enter_context(run.file_lock(pathlib.Path({str(tmp_path)!r}) / ".lock", wait=False))
 print("held", flush=True)
 time.sleep(60)"""], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(ValueError, match=f"--out .*process {holder.pid} on .* is writing there"):
-        run.lock_folder(tmp_path)
+        run.locks.enter_context(run.file_lock(tmp_path / ".lock", wait=False))
     holder.kill()
     holder.wait()
-    run.lock_folder(tmp_path)
-    run.lock_folder(tmp_path)                              # the same process again
+    with run.file_lock(tmp_path / "run" / ".lock", wait=False) as held:
+        assert held and (tmp_path / "run").is_dir()
+    assert not (tmp_path / "run").exists()                 # nothing was written there
+    with run.file_lock(tmp_path / ".lock", wait=False) as held:
+        assert held
 
 
 def test_what_is_not_finite_takes_no_checkpoints_place(tmp_path, capsys):
