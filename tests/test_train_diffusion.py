@@ -182,9 +182,9 @@ def test_guidance_without_a_null_class_is_refused(material, tmp_path, monkeypatc
 def test_refused_before_anything_is_lost(flags, words, material, tmp_path, monkeypatch):
     """Guidance without a trained null label; an --out that holds the autoencoder."""
     before = (material / "ae" / "ckpt.pt").read_bytes()
+    out = material / "ae" if "--overwrite" in flags else tmp_path
     with pytest.raises(ValueError, match=words):
-        run_main(train_diffusion, *flags_of(material, material / "ae", *flags),
-                 monkeypatch=monkeypatch)
+        run_main(train_diffusion, *flags_of(material, out, *flags), monkeypatch=monkeypatch)
     assert (material / "ae" / "ckpt.pt").read_bytes() == before
 
 
