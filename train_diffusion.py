@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from analysis.fid import sample_labels
 from analysis.figures import image_grid
 from common import run
 from common.data import images_hash, open_data, take, train_batches
 from common.latents import LatentCache, build_cache
-from common.weights import autoencoder_hash, load_autoencoder
+from common.weights import autoencoder_hash, compare_images, load_autoencoder
 from dit import DDPM, MODELS, Interpolant, NoiseStream, SiTBlock, UViTBlock
 from repa import DOG_SIGMAS, REPA_KINDS, Projector, alignment_loss, filter_target, load_encoder
 
@@ -198,9 +199,7 @@ def sample_grid(args, model, classes, process, ae, autocast, device, count=16):
     The first samples of --seed, decoded: (count, 3, H, W) in [0, 1]; in turn of the classes that
     have an image.
     """
-    y = None
-    if model.num_classes:
-        y = torch.tensor(classes, device=device)[torch.arange(count) % len(classes)]
+    y = sample_labels(range(count), classes).to(device) if model.num_classes else None
     with autocast:
         z = process.sample(model, (count, model.in_channels, *model.input_size), y=y, cfg=args.cfg,
                            steps=args.sample_steps, noise=NoiseStream(args.seed, range(count)))
@@ -224,9 +223,7 @@ def main():
     train_set, _ = open_data(origin["data"], size, seed=origin["data_seed"])
     identity = dict(autoencoder=autoencoder_hash(ae),
                     images=run.broadcast_from_rank0(lambda: images_hash(train_set)))
-    if trained.get("images") not in (None, identity["images"]) and not args.data:
-        run.print0(f"{args.ae}: its images have changed since; what was held out then may be "
-                   "trained on now, and the other way round")
+    compare_images(args.ae, trained, origin["data"], train_set)
     checkpoint = run.open_run(args, "diffusion", identity)
     start_step = checkpoint["step"] if checkpoint else 0
 

@@ -193,14 +193,14 @@ def test_the_checkpoint_knows_which_classes_had_an_image(material, tmp_path, mon
     flags = flags_of(material, tmp_path / "run", "--steps", 1, "--num_classes", 5)
     run_main(train_diffusion, *flags, monkeypatch=monkeypatch)
     assert run.load_checkpoint(tmp_path / "run" / "ckpt.pt", "diffusion")["classes_seen"] == [0, 1]
-    assert "images have changed" not in capsys.readouterr().out
+    assert "has changed since" not in capsys.readouterr().out
     trained = torch.load(material / "ae" / "ckpt.pt", weights_only=True)
     torch.save(trained | dict(images="others"), tmp_path / "ckpt.pt")
     at = flags.index("--data")
     flags = flags[:at] + flags[at + 2:]
     flags[flags.index("--ae") + 1] = tmp_path / "ckpt.pt"
     run_main(train_diffusion, *flags, "--overwrite", monkeypatch=monkeypatch)
-    assert "images have changed since" in capsys.readouterr().out
+    assert "has changed since" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:.*(untrained|UNTRAINED)")
