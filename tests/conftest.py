@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pathlib
 import resource
+import signal
 import socket
 import sys
 import time
@@ -56,6 +57,7 @@ def _child(module, argv, cwd, output, environment, largest_file, patch):
     os.dup2(sys.stdout.fileno(), 1)
     os.dup2(sys.stdout.fileno(), 2)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)            # the suite may run under nohup
     if largest_file:                                        # writing more fails as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     from common import run
