@@ -646,12 +646,13 @@ class Log:
 # --------------------------------------------------------------------------------------------------
 # Command lines
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class Help(argparse.RawDescriptionHelpFormatter):
     """--help with every default; a flag without one says in its own words what happens."""
 
     def _get_help_string(self, action):
-        own = action.default is None or action.default is False or "(default" in action.help
-        return action.help if own else super()._get_help_string(action)
+        if action.default in (None, argparse.SUPPRESS) or action.default is False:
+            return action.help
+        return action.help.partition(" (default")[0] + " (default: %(default)s)"
 
 
 def add_run_flags(parser):
@@ -660,7 +661,8 @@ def add_run_flags(parser):
     add("--resume", action="store_true", help="continue the run in --out, or start it")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--seed", type=int, default=0, help="of weights, data order and every draw, >= 0")
-    add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is a GPU)")
+    add("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda if there "
+        "is a GPU)")
     add("--dtype", choices=("fp32", "bf16"), help="of the trained networks (default: bf16 on cuda, "
         "fp32 on cpu)")
     add("--compile", choices=("on", "off"), help="torch.compile the networks (default: on on cuda, "

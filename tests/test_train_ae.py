@@ -335,3 +335,6 @@ def test_help_shows_every_default(script, monkeypatch, capsys):
              for flags in (["--preset", "quick"], ["--preset", "one-gpu"])}
     assert "600)" in steps["quick"] or "3000)" in steps["quick"]
     assert "20000)" in steps["one-gpu"]
+    if script is train_ae:                                 # in the words of the flag, or the preset
+        assert [e.split("default: ")[1] for e in (*shown(), *shown("--preset", "quick"))
+                if e.startswith("data ")] == ["leaves)", "discs)"]
