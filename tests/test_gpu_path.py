@@ -115,7 +115,7 @@ def test_compiled_training_is_eager_training(reg, tmp_path, monkeypatch, request
         logs[name] = [json.loads(line) for line in lines]
     assert logs["cold"] == logs["warm"]
     for eager, cold in zip(logs["eager"], logs["cold"], strict=True):
-        assert eager == pytest.approx(cold, rel=1e-4, abs=1e-5)
+        assert eager == pytest.approx(cold, rel=5e-4, abs=1e-5)    # of the ratios, too
 
 
 @pytest.mark.parametrize("reg, flags, compiled", [
