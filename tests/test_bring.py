@@ -97,8 +97,10 @@ def test_slurms_local_rank_will_do(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*untrained")
-def test_one_gpu_preset_runs(tmp_path, monkeypatch):
+def test_one_gpu_preset_runs(tmp_path, monkeypatch, request):
     """--preset one-gpu in both training scripts, GAN included: two steps on the CPU."""
+    if not request.config.getoption("--long"):
+        pytest.skip("--long runs it")
     small = ["--batch_size", 2, "--device", "cpu", "--workers", 0, "--log_every", 1]
     run_main(train_ae, "--preset", "one-gpu", "--reg", "dsm", *small, "--steps", 2,
         "--gan_start", 0, "--val_images", 2, "--lpips_weight", 0,

@@ -204,7 +204,7 @@ def test_a_dying_process_ends_the_run_with_its_error(how, tmp_path, request):
     One of two processes fails in a step: torchrun ends the other one within a minute, and the
     reason is on the screen.
     """
-    if how == "is killed" and not request.config.getoption("--long"):
+    if not request.config.getoption("--long"):
         pytest.skip("--long runs it")
     script = tmp_path / "dying.py"
     script.write_text(f"""

@@ -62,6 +62,8 @@ def test_diffusion_on_any_number_of_processes(repa, material, tmp_path, request)
     train_diffusion.py, encoding included: the losses of one process on 2 and 4, and with two parts
     of the batch.
     """
+    if repa == "repa" and not request.config.getoption("--long"):
+        pytest.skip("--long runs it")
     runs = {"one": (1, []), "two_parts": (2, ["--grad_accum", 2])}
     if request.config.getoption("--long"):
         runs |= {"four": (4, [])}

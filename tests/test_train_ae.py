@@ -263,8 +263,10 @@ def test_resuming_equals_never_stopping(flags, tmp_path, monkeypatch):
     assert ("projection" in a) == ("vf" in flags) and ("disc" in a) == ("dsm" in flags)
 
 
-def test_gan_alternates_on_two_processes(tmp_path):
+def test_gan_alternates_on_two_processes(tmp_path, request):
     """From gan_start on, even steps train the autoencoder and odd ones the discriminator."""
+    if not request.config.getoption("--long"):
+        pytest.skip("--long; the warm-up's test sees it on one process")
     run_ranks(2, "train_ae", *TINY, "--reg", "kl", "--gan_weight", 0.5, "--gan_start", 2,
               "--steps", 7, "--out", tmp_path / "run", cwd=tmp_path, output=tmp_path / "output")
     log = read_log(tmp_path / "run")
