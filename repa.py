@@ -127,7 +127,7 @@ def load_encoder(name="dinov2_vitb14", source=None, resize="bicubic", imagenet=T
     try:
         network = torch.hub.load(source, name, source="local")
     except (RuntimeError, ImportError, SyntaxError) as error:
-        raise ValueError(f"--encoder {name} --encoder_source {source}: {one_line(error)}") from None
+        raise ValueError(f"--encoder {name} --encoder_source {source}: {_one_line(error)}") from None
     return Encoder(network)
 
 
@@ -152,11 +152,11 @@ def load_dinov2(name, source):
     except (RuntimeError, TypeError, pickle.UnpicklingError, EOFError, ImportError,
             SyntaxError) as error:                         # code without this name, other weights
         raise ValueError(f"{name} from {source or REPOSITORY} with {file}: "
-                         f"{one_line(error)}") from None
+                         f"{_one_line(error)}") from None
     return network
 
 
-def one_line(error):
+def _one_line(error):
     return " ".join(str(error).split())[:300]
 
 
