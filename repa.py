@@ -127,7 +127,8 @@ def load_encoder(name="dinov2_vitb14", source=None, resize="bicubic", imagenet=T
     try:
         network = torch.hub.load(source, name, source="local")
     except (RuntimeError, ImportError, SyntaxError) as error:
-        raise ValueError(f"--encoder {name} --encoder_source {source}: {_one_line(error)}") from None
+        raise ValueError(f"--encoder {name} --encoder_source {source}: "
+                         f"{_one_line(error)}") from None
     return Encoder(network)
 
 

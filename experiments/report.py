@@ -158,10 +158,10 @@ def scatter():
                   "steps")
             correlations.append(f"{rho:+.2f} ({steps:,} steps)")
             for i, name in enumerate(AUTOENCODERS):
-                of_method = [k for k, result in enumerate(found)
+                rows = [k for k, result in enumerate(found)
                         if result["name"].removesuffix("-long") == name]
-                if of_method:
-                    ax.plot([x[k] for k in of_method], [y[k] for k in of_method], "o^"[i // 10], ms=6,
+                if rows:
+                    ax.plot([x[k] for k in rows], [y[k] for k in rows], "o^"[i // 10], ms=6,
                             color=f"C{i % 10}", mfc=None if steps == SIT_STEPS else "none",
                             label=name if steps == SIT_STEPS else f"{name}, {steps:,} steps")
         ax.set(xlabel=words, title=", ".join(correlations))
