@@ -407,6 +407,8 @@ def main():
             if rank == 0:
                 progress.write(summary(step, report, speed), file=sys.stdout)
                 draw_reconstructions(ae, val_set, f"{args.out}/reconstructions.png", device)
+        if step == args.steps:
+            run.print0(f"wrote {args.out}/ckpt.pt, log.jsonl, reconstructions.png")
         return step, time.perf_counter()
 
     batches = run.save_on_error(
@@ -485,7 +487,6 @@ def main():
         if step % args.log_every == 0:
             progress.set_postfix(log.write(step))
     progress.close()
-    run.print0(f"wrote {args.out}/ckpt.pt, log.jsonl, reconstructions.png")
 
 
 if __name__ == "__main__":

@@ -299,6 +299,7 @@ def main():
                 image_grid(sample_grid(args, averaged, seen, process, ae, autocast, device),
                              f"{args.out}/samples.png")
         if last_step:
+            run.print0(f"wrote {args.out}/ckpt.pt, log.jsonl, samples.png")
             break
 
         # every draw is a function of (seed, step): any number of processes, any restart, the same
@@ -345,7 +346,6 @@ def main():
             if rank == 0 and step % (10 * args.log_every) == 0:
                 progress.write(f"step {step}: loss {means.get('loss', np.nan):.4f}", sys.stdout)
     progress.close()
-    run.print0(f"wrote {args.out}/ckpt.pt, log.jsonl, samples.png")
 
 
 if __name__ == "__main__":
