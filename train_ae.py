@@ -414,8 +414,7 @@ def main():
     batches = run.save_on_error(
         train_batches(train_set, args.batch_size, start_step, args.seed, rank, world, args.workers,
                       device), start_step, save)
-    since, accum = (start_step, time.perf_counter()), args.grad_accum
-    interrupt = run.Interrupt()
+    since, accum, interrupt = (start_step, time.perf_counter()), args.grad_accum, run.Interrupt()
     for step in range(start_step, args.steps + 1):
         if interrupt.asked(step):                          # save and stop, without validating
             save(step)
