@@ -186,8 +186,7 @@ class Interrupt:
 
     def message(self, step, args):
         return (f"{self.name or 'a signal to another process'}: stopped before step {step} of "
-                f"{args.steps}, {args.out}/ckpt.pt is written; the same command with --resume "
-                "continues")
+                f"{args.steps}; the same command with --resume continues from {args.out}/ckpt.pt")
 
 
 # --------------------------------------------------------------------------------------------------
