@@ -36,7 +36,7 @@ import torch
 from analysis import fid, figures, theory
 from common import metrics, run
 from common.data import LARGEST_SIDE, open_data, spread, val_batches
-from common.weights import checkpoint_files, compare_images, load_autoencoder, load_diffusion
+from common.weights import compare_images, load_autoencoder, load_diffusion
 from dit import DDPM, Interpolant, NoiseStream
 from losses import PerceptualLoss
 
@@ -63,9 +63,8 @@ def report(values, settings, results):
     run.print0("  with " + ", ".join(f"{k} {v}" for k, v in settings.items()))
     commit, hardware = "", f"{platform.machine()}, {os.cpu_count()} cores"
     with contextlib.suppress(OSError):                 # no git here
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
-            capture_output=True, text=True).stdout.strip()
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     if torch.cuda.is_available():
         hardware = torch.cuda.get_device_name()
     line = dict(values, **settings, command=" ".join(["evaluate.py", *sys.argv[1:]]),
@@ -109,9 +108,9 @@ def evaluate_recon(args, device):
     trained = run.checkpoint_args(args.ae)
     data = args.data or trained.get("data")
     size = args.image_size or trained.get("image_size", 256)
-    run.need(size >= 11 and size % ae.config.reduction == 0,
-             f"--image_size {size}: must be at least 11, SSIM's window, and a multiple of "
-             f"{ae.config.reduction}, the reduction of {args.ae}")
+    f = ae.config.reduction
+    run.need(size >= 11 and size % f == 0, f"--image_size {size}: must be at least 11, SSIM's "
+             f"window, and a multiple of {f}, the reduction of {args.ae}")
     split = args.split or ("train" if authors else "val")
     train_set, images = open_data(data, size, val_images=args.val_images or 1000,
                                   seed=trained.get("seed", 0))
@@ -168,26 +167,22 @@ def evaluate_gen(args, device):
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     load = lambda: load_or_none(lambda: metrics.load_inception(device), device)
     inception = cache(load)                            # when flags and checkpoint are known to fit
-    files, results = checkpoint_files(args), []
-    names = figures.unique_names(files)
-    figures.print_differences(files, names, "images", "image_size")
-    for file, name in zip(files, names):
+    checkpoints, results = figures.named_checkpoints(args), []
+    for file, name in checkpoints:
         out = Path(args.out or Path(file).parent / "samples")
-        if len(files) > 1:
+        if len(checkpoints) > 1:
             out = out / name if args.out else out.with_name(f"samples-{Path(file).stem}")
         results.append(evaluate_checkpoint(file, out, inception, args, device))
         yield results[-1]
-    if len(files) > 1:
+    if len(checkpoints) > 1:
         run.print0(best_line(results))
 
 
 def best_line(results):
     """Which of [(values, settings)] has the smallest FID, or SWD of the finest level without it."""
-    if any(values.keys() != results[0][0].keys() for values, _ in results):
-        return "no best of these: they are not measured alike"
     key = next((key for key in results[0][0] if key.startswith(("FID", "SWD"))), None)
-    if not key:
-        return "no FID or SWD to compare"
+    if not all(key in values for values, _ in results):
+        return "no best of these: they have no FID or SWD in common"
     value, step, file = min((values[key], settings["step"], settings["ckpt"])
                             for values, settings in results)
     return f"best of {len(results)}: {key} {value:.4g} at step {step}, {file}"
@@ -200,23 +195,20 @@ def evaluate_checkpoint(file, out, inception, args, device):
     returns    values (all of them on rank 0 only), settings
     """
     model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
-    run.need(args.cfg == 1 or model.num_classes, f"--cfg {args.cfg}: {file} is unconditional, it "
+    run.need(args.cfg == 1 or model.num_classes and checkpoint["args"].get("label_dropout") != 0,
+             f"--cfg {args.cfg}: {file} was trained without classes or with --label_dropout 0, and "
              "has no null class to guide away from; leave --cfg at 1")
-    run.need(args.steps <= 1000 or not isinstance(process, DDPM), f"--steps {args.steps}: {file} "
-             "has 1000 noise levels, so take at most 1000")
-    run.need(args.cfg == 1 or checkpoint["args"].get("label_dropout") != 0, f"--cfg {args.cfg}: "
-             f"{file} was trained with --label_dropout 0, so never without its label, which "
-             "guidance needs; leave --cfg at 1")
-    size, n = checkpoint["image_size"], args.num_samples
+    run.need(args.steps <= 1000 or not isinstance(process, DDPM),
+             f"--steps {args.steps}: {file} has 1000 noise levels, so take at most 1000")
+    size, n, data = checkpoint["image_size"], args.num_samples, args.data or checkpoint["data"]
     classes = fid.sampled_classes(file, checkpoint)
-    figures.need_outside(out / "images", args.data or checkpoint["data"])
+    figures.need_outside(out / "images", data)
     training_set = fid.training_images(file, checkpoint, args)
     if training_set is not None:
         fid.reference_statistics(training_set, None, args, device)     # if damaged, say it now
     network, count, values, described = None, 0, {}, "none"
     draw = partial(fid.sample_images, file, model, process, ae, classes, args=args, device=device)
-    with fid.folder_lock(out):
-        samples = fid.shared_array(out / "samples.npy", (n, size, size, 3))
+    with fid.shared_samples(out, (n, size, size, 3)) as samples:
         if training_set is not None:   # before hours of sampling: images may prove unreadable
             network = inception()
             if network:
@@ -224,10 +216,8 @@ def evaluate_checkpoint(file, out, inception, args, device):
             count = min(n, len(training_set), 2048)    # in memory, unlike all else here
             batches = val_batches(spread(training_set, count), args.batch_size)
             real = [images for images, _, _ in batches] if run.get_rank() == 0 else []
-            data = args.data or checkpoint["data"] or "built-in"
-            described = f"{len(training_set)} training images of {data} at {size} px"
-        with fid.naming(out):
-            seconds = fid.write_samples(draw, samples, out, args)
+            described = f"{len(training_set)} training images of {data or 'built-in'} at {size} px"
+        seconds = fid.write_samples(draw, samples, out, args)
     if network:
         values = fid.inception_metrics(network, samples, reference, args, device)
     if count and run.get_rank() == 0:
@@ -253,20 +243,17 @@ def evaluate_fid(args, device):
     Images are compared at one size: --image_size, else that of the npz, else that of all images of
     the folders and zips, else 256. Larger and smaller ones are cropped and resized as ADM does.
     """
-    try:
-        a, b = sets = [fid.open_set(spec) for spec in (args.a, args.b)]
-        dims = [len(entry.moments[0]) if entry.moments else 2048 for entry in sets]
-        run.need(dims[0] == dims[1], f"{a.spec} and {b.spec}: features of {dims[0]} and {dims[1]} "
-                 "dimensions cannot be compared; make both with one network")
-        size = fid.common_resolution(sets, args.image_size)
-        inception = metrics.load_inception(device) if a.images or b.images else None
-        for entry in sets:
-            if entry.images:
-                entry.images.size = size
-                found = fid.set_statistics(inception, entry.images, [], 0, args, device)
-                entry.n, *entry.moments = found[:3]
-    except (ValueError, FileNotFoundError) as error:   # common.data names a flag that nobody gave
-        raise type(error)(str(error).removeprefix("--data ")) from None
+    a, b = sets = [fid.open_set(spec) for spec in (args.a, args.b)]
+    dims = [len(entry.moments[0]) if entry.moments else 2048 for entry in sets]
+    run.need(dims[0] == dims[1], f"{a.spec} and {b.spec}: features of {dims[0]} and {dims[1]} "
+             "dimensions; make both with one network")
+    size = fid.common_resolution(sets, args.image_size)
+    inception = metrics.load_inception(device) if a.images or b.images else None
+    for entry in sets:
+        if entry.images:
+            entry.images.size = size
+            found = fid.set_statistics(inception, entry.images, [], 0, args, device)
+            entry.n, *entry.moments = found[:3]
     known = [entry.n for entry in sets if entry.n]
     name = fid.fid_at(min(known)) if known else "FID"
     yield {name: metrics.frechet_distance(*a.moments, *b.moments)}, dict(
@@ -282,101 +269,89 @@ COMMANDS = {                                           # name: (function, flags 
     "recon": (evaluate_recon, f"{IMAGES} ae workers seed protocol split"),
     "gen": (evaluate_gen, "ckpt every ae data out batch_size workers seed num_samples steps "
             "sampler cfg cfg_interval labels jpeg dtype reference_images folder"),
-    "fid": (evaluate_fid, "image_size batch_size"),
+    "fid": (evaluate_fid, "a b image_size batch_size"),
     "spectrum": (figures.spectrum_figure,
                  f"{IMAGES} ae out seed gamma published encoder encoder_source"),
     "bands": (figures.bands_figure, f"{IMAGES} ae out"),
     "latents": (figures.latents_figure, f"{IMAGES} ae out"),
     "similarity": (figures.similarity_figure, f"{IMAGES} out image token encoder encoder_source"),
-    "curves": (figures.curves_figure, "out"),
+    "curves": (figures.curves_figure, "runs out"),     # reads logs and measures nothing
     "denoise": (theory.denoise_figure, "ckpt every ae data out batch_size val_images seed"),
     "trajectory": (theory.trajectory_figure, "ckpt every ae out seed num_samples steps"),
     "diffusability": (theory.diffusability_rows, f"{IMAGES} ae"),
 }
+# where a command's default is another one
+DEFAULTS = {"similarity": dict(data="leaves", image_size=224, val_images=8,
+                               encoder="dinov2_vitb14"),
+            "latents": dict(val_images=8), "recon": dict(val_images=None),
+            "trajectory": dict(num_samples=64), "gen": dict(out=None)}
 
 
 def get_args():
-    """A command, then its flags: the parser gets those that it takes, and refuses all others."""
-    command = sys.argv[1] if len(sys.argv) > 1 else None
+    """A command, then its flags: the parser has those that it takes, and refuses all others."""
+    command = sys.argv[1] if sys.argv[1:] and sys.argv[1] in COMMANDS else None
     function, takes = COMMANDS.get(command, (None, ""))
-    takes = takes.split()
+    takes = takes.split() + ["preset", "device", "results"] * (command != "curves")
     parser = argparse.ArgumentParser(
-        prog=f"evaluate.py {command}" if function else "evaluate.py", allow_abbrev=False,
+        prog=f"evaluate.py {command or ''}".strip(), allow_abbrev=False,
         description=inspect.getdoc(function) if function else __doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=COMMANDS, metavar=command if function else "COMMAND",
+        formatter_class=run.Help)
+    parser.add_argument("command", choices=COMMANDS, metavar=command or "COMMAND",
                         help=argparse.SUPPRESS)
-    if command == "fid":
-        kinds = "folder or .zip of images, .npz of images or of mu and sigma, or cifar10"
-        parser.add_argument("a", help=kinds)
-        parser.add_argument("b", help=kinds)
-    if command == "curves":
-        parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its log")
-    elif function:                                     # curves reads logs and measures nothing
-        takes += ["preset", "device", "results"]
 
-    def add(name, default, help, **options):
-        if default is False:
-            options["action"] = "store_true"
-        elif default is not None:
-            options.setdefault("type", type(default))
-            help += f" (default: {default})"
-        if name in takes:
-            parser.add_argument(f"--{name}", default=default, help=help, **options)
+    def add(flag, default=None, **options):
+        name = flag.strip("-")
+        if command and name in takes:
+            if name != flag:
+                options["default"] = DEFAULTS.get(command, {}).get(name, default)
+            parser.add_argument(flag, **options)
 
-    similarity, few = command == "similarity", command in ("latents", "similarity")
+    kinds = "folder or .zip of images, .npz of images or of mu and sigma, or cifar10"
+    add("a", help=kinds)
+    add("b", help=kinds)
+    add("runs", nargs="+", metavar="RUN", help="a run's folder, or its log.jsonl")
+    add("--preset", "celeba-f16d16", choices=PRESETS, help="defaults by name; explicit flags win")
     several = command in ("spectrum", "bands", "latents", "diffusability")
-    # what is measured
-    add("preset", "celeba-f16d16", "named group of defaults; explicit flags win", choices=PRESETS)
-    add("ae", None, "ckpt.pt or released weights (default: what --ckpt was trained on, or the "
-        "newest of out/ae/<preset>-*/ckpt.pt; where several can be given, all of them)",
-        nargs="+" if several else None)
-    add("ckpt", None, "run(s) of train_diffusion.py or their ckpt.pt (default: the newest "
-        "out/diffusion/<preset>-*/ckpt.pt)", nargs="+")
-    add("every", False, "all ckpt_<step>.pt that the run kept, in order")
-    add("data", "leaves" if similarity else None, "folder, .zip, cifar10, leaves or discs; "
-        "without it what was trained on")
-    add("image_size", 224 if similarity else None, "pixels a side; without it as in training, for "
-        "fid as above", type=int)
-    add("val_images", 8 if few else None if command == "recon" else 1000, "held-out images to use; "
-        "of recon without it 1000 or all training images", type=int)
-    add("batch_size", 50, "images per network call and process")
-    add("workers", 4, "loader processes")
-    add("seed", 0, "of every draw")
-    # recon
-    add("protocol", "plain", "how to measure, see above", choices=("plain", "authors"))
-    add("split", None, "training or held-out images (default: val; with --protocol authors: train)",
-        choices=("train", "val"))
+    add("--ae", nargs="+" if several else None, help="ckpt.pt or released weights (default: what "
+        "--ckpt was trained on, or the newest of out/ae/<preset>-*/ckpt.pt; where several can be "
+        "given, all of them)")
+    add("--ckpt", nargs="+", help="run(s) of train_diffusion.py or their ckpt.pt (default: the "
+        "newest out/diffusion/<preset>-*/ckpt.pt)")
+    add("--every", False, action="store_true", help="all ckpt_<step>.pt of the run, in order")
+    add("--data", help="folder, .zip, cifar10, leaves or discs; without it what was trained on")
+    add("--image_size", type=int, help="pixels a side; without it as in training, for fid as above")
+    add("--val_images", 1000, type=int, help="held-out images to use; of recon without it 1000 or "
+        "all training images")
+    add("--batch_size", 50, type=int, help="images per network call and process")
+    add("--workers", 4, type=int, help="loader processes")
+    add("--seed", 0, type=int, help="of every draw")
+    add("--protocol", "plain", choices=("plain", "authors"), help="how to measure, see above")
+    add("--split", choices=("train", "val"), help="training or held-out images (default: val; with "
+        "--protocol authors: train)")
     # gen and trajectory
-    add("num_samples", 64 if command == "trajectory" else 50_000, "images to sample")
-    add("steps", 100, "network calls per sample")
-    add("sampler", "em", "SiT: Euler-Maruyama or Euler ODE; U-ViT: always DDIM",
-        choices=("em", "ode"))
-    add("cfg", 1.0, "guidance scale; 1 = off (paper: 1.8 on ImageNet)")
-    add("cfg_interval", (0.0, 1.0), "times between which guidance acts, 0 = data", type=float,
-        nargs=2)
-    add("labels", "turn", "of a conditional model: classes in turn, or at random",
-        choices=("turn", "random"))
-    add("jpeg", False, "store and score samples after a JPEG round trip, quality 75")
-    add("dtype", None, "of the transformer (default: bf16 on cuda, fp32 on cpu)",
-        choices=("fp32", "bf16"))
-    add("reference_images", 0, "training images to compare with; 0 = all")
-    add("folder", False, "also write every sample as a PNG")
+    add("--num_samples", 50_000, type=int, help="images to sample")
+    add("--steps", 100, type=int, help="network calls per sample")
+    add("--sampler", "em", choices=("em", "ode"), help="SiT: Euler-Maruyama or Euler ODE")
+    add("--cfg", 1.0, type=float, help="guidance scale; 1 = off (paper: 1.8 on ImageNet)")
+    add("--cfg_interval", (0.0, 1.0), type=float, nargs=2, help="times of guidance, 0 = data")
+    add("--labels", "turn", choices=("turn", "random"), help="classes in turn, or at random")
+    add("--jpeg", False, action="store_true", help="samples through JPEG, quality 75")
+    add("--dtype", choices=("fp32", "bf16"), help="of the transformer (default: bf16 on cuda)")
+    add("--reference_images", 0, type=int, help="training images to compare with; 0 = all")
+    add("--folder", False, action="store_true", help="also write every sample as a PNG")
     # spectrum and similarity
-    add("gamma", 1.0, "flattening exponent of the target")
-    add("published", None, "the authors' curves beside yours, in their form",
-        choices=figures.CURVES)
-    add("encoder", "dinov2_vitb14" if similarity else None, "DINOv2 model")
-    add("encoder_source", None, "a local clone of facebookresearch/dinov2, or random (for tests)")
-    add("image", None, "an image file (default: the first --val_images held-out ones of --data)")
-    add("token", None, "number of the token, row by row from 0 (default: the middle)", type=int)
-    # where
-    add("out", None if command == "gen" else f"out/{command}.png", "the figure to write; of gen: a "
-        "folder (default: beside the checkpoint)")
-    add("device", None, "default: cuda when there is a GPU", choices=("cpu", "cuda"))
-    add("results", "results.jsonl", "every result is appended here")
-    applies = [] if few else takes                     # few images are for the eye
-    return run.parse_args(parser, {name: {k: v for k, v in values.items() if k in applies}
+    add("--gamma", 1.0, type=float, help="flattening exponent of the target")
+    add("--published", choices=figures.CURVES, help="the authors' curves, all in their form")
+    add("--encoder", help="DINOv2 model")
+    add("--encoder_source", help="a local clone of facebookresearch/dinov2, or random (for tests)")
+    add("--image", help="an image file (default: the first --val_images held-out ones of --data)")
+    add("--token", type=int, help="number of the token, row by row from 0 (default: the middle)")
+    add("--out", f"out/{command}.png", help="the figure to write; of gen: a folder (default: "
+        "beside the checkpoint)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
+    add("--results", "results.jsonl", help="every result is appended here")
+    few = DEFAULTS.get(command, {}).get("val_images")  # for the eye: presets leave them alone
+    return run.parse_args(parser, {name: {k: v for k, v in values.items() if k in takes and not few}
                                    for name, values in PRESETS.items()})
 
 
@@ -387,11 +362,9 @@ def check_path(flag, path, kind):
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     fits = existing.is_dir() if kind == "folder" or existing != path else existing.is_file()
     if kind == "figure":
-        from matplotlib.backend_bases import FigureCanvasBase
-        fits = fits and path.suffix[1:] in {"", *FigureCanvasBase.filetypes}
-        kind = "file .png, .pdf or .svg"
+        fits = fits and path.suffix in ("", ".png", ".jpg", ".pdf", ".svg")
     run.need(fits and os.access(existing, os.W_OK),
-             f"{flag} {path}: cannot be written there; name a {kind}")
+             f"{flag} {path}: cannot be written there; name a {kind}, such as x.png for a figure")
 
 
 def check_flags(args):
@@ -403,11 +376,9 @@ def check_flags(args):
             ("gamma", 0, 10)):                         # 16^gamma is to fit float32
         if getattr(args, name, None) is not None:
             run.need_range(args, low, high, name)
-    run.need(getattr(args, "reference_images", 0) != 1,
-             "--reference_images 1: must be 0 for all, or at least 2")
+    run.need(getattr(args, "reference_images", 0) != 1, "--reference_images 1: must be 0 or >= 2")
     start, end = getattr(args, "cfg_interval", (0, 1))
-    run.need(0 <= start <= end <= 1, f"--cfg_interval {start} {end}: must be two times in order, "
-             "from 0 = data to 1 = noise")
+    run.need(0 <= start <= end <= 1, f"--cfg_interval {start} {end}: two times in order, in 0..1")
     if hasattr(args, "results"):
         check_path("--results", args.results, "file")
         held = Path(args.results).open("rb").read(1) if Path(args.results).exists() else b""

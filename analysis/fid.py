@@ -9,7 +9,6 @@ import json
 import math
 import sys
 import time
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,11 +25,6 @@ from common.latents import create_array
 from common.metrics import Moments, frechet_distance, jpeg_round_trip, to_uint8
 from common.weights import compare_images
 from dit import Interpolant, NoiseStream
-
-
-def progress(batches, what):
-    return tqdm(batches, what, disable=run.get_rank() > 0 or not sys.stderr.isatty())
-
 
 # ------------------------------------------------- samples: number i depends on (--seed, i) alone
 
@@ -54,10 +48,7 @@ def sample_labels(indices, classes, seed=None):
 
 @torch.no_grad()
 def sample_images(file, model, process, ae, classes, indices, args, device):
-    """
-    Samples number `indices` of the run at file, whatever the batch or rank: (b, 3, H, W) uint8, of
-    classes (k,) if it has any. ValueError if they are not finite.
-    """
+    """Samples number `indices` of a run, whatever the batch or rank: (b, 3, H, W) uint8."""
     options = dict(steps=args.steps, noise=NoiseStream(args.seed, indices),
                    cfg_interval=tuple(args.cfg_interval))
     if isinstance(process, Interpolant):
@@ -70,22 +61,10 @@ def sample_images(file, model, process, ae, classes, indices, args, device):
     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
         z = process.sample(model, shape, **options)
     images = ae.decode(ae.denormalize(z))              # float32: bf16 is coarser than a grey level
-    run.need(images.isfinite().all(), f"{file}: its samples are not finite, so there is no number "
-             "of them; take an earlier checkpoint, --dtype fp32 or a smaller --cfg")
+    run.need(images.isfinite().all(), f"{file}: its samples are not finite; take an earlier "
+             "checkpoint, --dtype fp32 or a smaller --cfg")
     images = to_uint8(images)
     return jpeg_round_trip(images) if args.jpeg else images
-
-
-def shared_array(path, shape):
-    """A memory-mapped uint8 array that all ranks write into: 50,000 images of 256 px are 10 GB."""
-    if run.get_rank() == 0:
-        create_array(f"{path} of {shape[0]:,} rows", path, np.uint8, shape)
-    run.barrier()
-    array = np.load(path, mmap_mode="r+")
-    run.barrier()
-    if run.get_rank() == 0:
-        path.unlink()                                  # so a killed run leaves nothing behind
-    return array
 
 
 @contextlib.contextmanager
@@ -96,17 +75,26 @@ def naming(path):
     except OSError as error:
         if str(path) in str(error):
             raise
-        raise OSError(f"{path}: cannot be written ({run.reason(error)}); make room, or name "
-                      "another place, then run again") from None
+        raise OSError(f"{path}: cannot be written ({run.reason(error)}); make room, then run "
+                      "again") from None
 
 
 @contextlib.contextmanager
-def folder_lock(out):
-    """The folder out belongs to this run, on all ranks; a second one waits until it is done."""
-    lock = run.file_lock(out / ".lock") if run.get_rank() == 0 else contextlib.nullcontext()
-    with lock:
+def shared_samples(out, shape):
+    """
+    A uint8 array in a memory map that all ranks write into: 50,000 images of 256 px are 10 GB. The
+    folder out belongs to this run until the end of the block; a second one waits.
+    """
+    path, first = out / "samples.npy", run.get_rank() == 0
+    with run.file_lock(out / ".lock") if first else contextlib.nullcontext():
+        if first:
+            create_array(f"{path} of {shape[0]:,} rows", path, np.uint8, shape)
         run.barrier()
-        yield
+        array = np.load(path, mmap_mode="r+")
+        run.barrier()
+        if first:
+            path.unlink()                              # so a killed run leaves nothing behind
+        yield array
         run.barrier()                                  # others may still write
 
 
@@ -121,22 +109,22 @@ def write_samples(draw, samples, out, args):
     All samples of draw(indices) into samples (N, H, W, 3); then, in the place of an earlier
     sampling's, out/grid.png, samples.npz for the ADM suite, and with --folder images/NNNNNN.png.
     """
-    start = time.perf_counter()
+    start, folder = time.perf_counter(), out / "images"
     for indices in progress(rank_batches(len(samples), args.batch_size), "sampling"):
         samples[indices] = draw(indices).movedim(1, -1).cpu().numpy()
     run.barrier()
-    seconds, folder = time.perf_counter() - start, out / "images"
+    seconds = time.perf_counter() - start
     if run.get_rank() == 0:
         image_grid(torch.from_numpy(samples[:64]).movedim(-1, 1) / 255, out / "grid.png")
         run.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
-        for path in list(folder.glob("??????*.png")):
-            if path.stem.isdecimal():                  # an earlier sampling's, not the user's
-                path.unlink()
+        for path in folder.glob("[0-9]" * 6 + ".png"):     # an earlier sampling's, not the user's
+            path.unlink()
         if args.folder:
             folder.mkdir(exist_ok=True)
     run.barrier()
-    for i in itertools.chain(*rank_batches(len(samples), 1000)) if args.folder else ():
-        Image.fromarray(samples[i]).save(folder / f"{i:06d}.png")
+    with naming(out):
+        for i in range(run.get_rank(), len(samples) * args.folder, run.get_world_size()):
+            Image.fromarray(samples[i]).save(folder / f"{i:06d}.png")
     run.print0(f"wrote {out}/grid.png, {out}/samples.npz" + f", {folder}/" * args.folder)
     return seconds
 
@@ -151,6 +139,10 @@ def fid_at(n):
     return f"FID@{n}"
 
 
+def progress(batches, what):
+    return tqdm(batches, what, disable=run.get_rank() > 0 or not sys.stderr.isatty())
+
+
 def set_statistics(inception, images, keep, workers, args, device):
     """inception_statistics of a set (ImageSet or built in), each rank a part of every batch."""
     rank, world = run.get_rank(), run.get_world_size()
@@ -161,9 +153,8 @@ def set_statistics(inception, images, keep, workers, args, device):
 
 def inception_statistics(inception, batches, keep, device):
     """
-    Stream this rank's batches of (uint8 images, row numbers) through Inception: n, mean, covariance
-    over all ranks; on rank 0 features (k, 2048) and logits (k, 1008) of the k rows in keep, else
-    None, None.
+    This rank's batches of (uint8 images, row numbers) through Inception: n, mean, covariance over
+    all ranks; on rank 0 features (k, 2048) and logits (k, 1008) of the k rows in keep, else None.
     """
     moments, kept = Moments(2048, device), []
     for images, rows in progress(batches, "Inception"):
@@ -171,15 +162,14 @@ def inception_statistics(inception, batches, keep, device):
         moments.add(features)
         wanted = np.isin(rows, keep)
         kept.append((rows[wanted], features.cpu().numpy()[wanted], logits.cpu().numpy()[wanted]))
-    parts = [kept] * run.get_world_size() if run.get_rank() == 0 else None
+    parts = [kept] * run.get_world_size()
     if dist.is_initialized():                          # 0.6 GB for 50,000 samples
-        dist.gather_object(kept, parts)
-    features = logits = None
-    if parts:
-        rows, features, logits = map(np.concatenate, zip(*itertools.chain(*parts)))
-        order = np.argsort(rows)
-        features, logits = (torch.from_numpy(x[order]) for x in (features, logits))
-    return *moments.mean_cov(), features, logits
+        dist.gather_object(kept, parts if run.get_rank() == 0 else None)
+    if run.get_rank() > 0:
+        return *moments.mean_cov(), None, None
+    rows, features, logits = map(np.concatenate, zip(*itertools.chain(*parts)))
+    order = np.argsort(rows)
+    return *moments.mean_cov(), torch.from_numpy(features[order]), torch.from_numpy(logits[order])
 
 
 def training_images(file, checkpoint, args):
@@ -252,21 +242,11 @@ def read_npz(file, *names):
     """{name: array} of those names that a .npz holds, nothing unpickled; ValueError if damaged."""
     try:
         run.need(Path(file).is_file(), "no file")      # a pipe would block
-        with zipfile.ZipFile(file) as archive:
-            size = sum(e.file_size for e in archive.infolist() if e.filename[:-4] in names)
-        room = max(2 ** 30, 100 * Path(file).stat().st_size)
-        run.need(size <= room, f"declares arrays of {size / 1e9:.3g} GB, 100 times its own size")
         with np.load(file) as archive:
-            found = {name: archive[name] for name in names if name in archive.files}
-        if {"mu", "sigma"} <= found.keys():
-            mu, sigma = found["mu"], found["sigma"]
-            finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
-            run.need(finite and mu.ndim == 1 and sigma.shape == 2 * mu.shape,
-                     "mu and sigma are no finite mean and covariance")
+            return {name: archive[name] for name in names if name in archive.files}
     except Exception as error:                         # a damaged file breaks its reader in any way
         raise ValueError(f"{file}: no usable .npz ({run.reason(error)}); remove it, or make it "
                          "anew") from None
-    return found
 
 
 def open_set(spec):
@@ -278,12 +258,13 @@ def open_set(spec):
     side = None
     if spec.lower().endswith(".npz") and Path(spec).is_file():
         stored = read_npz(spec, "mu", "sigma", "arr_0", "how")
-        pixels = stored.get("arr_0", np.empty(0))
         if {"mu", "sigma"} <= stored.keys():
             moments = stored["mu"], stored["sigma"]
-            with contextlib.suppress(Exception):       # of those in out/reference
-                side = json.loads(str(stored["how"]))["size"]
-            return SimpleNamespace(spec=spec, n=None, images=None, moments=moments, side=side)
+            run.need(all(np.isfinite(x).all() for x in moments), f"{spec}: is not finite")
+            how = json.loads(str(stored.get("how", "{}")))         # of those in out/reference
+            return SimpleNamespace(spec=spec, n=None, images=None, moments=moments,
+                                   side=how.get("size"))
+        pixels = stored.get("arr_0", np.empty(0))
         run.need(pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[-1] == 3,
                  f"{spec}: holds neither mu and sigma nor arr_0 (N, H, W, 3) uint8")
         side, names = min(pixels.shape[1:3]), np.arange(len(pixels)).astype(str)
@@ -301,18 +282,19 @@ def common_resolution(sets, asked=None):
     The pixels a side at which sets of open_set are compared: those asked for, else an npz's, else
     the shorter side of all images; 256, with a line, where there are several. None if unknown.
     """
-    sides = {asked} if asked else {entry.side for entry in sets} - {None}
-    unknown = [entry.images for entry in sets if entry.images and not sides]
-    for images, row in ((entry, row) for entry in unknown for row in entry.rows):
-        with contextlib.suppress(Exception):           # unreadable ones are named later
-            sides.add(min(images.source.image(row).size))
-        if len(sides) > 1:                             # without a look at a million others
-            break
+    sides, images = {entry.side for entry in sets} - {None}, [e.images for e in sets if e.images]
+    if asked:
+        sides = {asked}
+    elif not sides:
+        for source, row in ((x.source, row) for x in images for row in x.rows):
+            with contextlib.suppress(Exception):       # unreadable ones are named later
+                sides.add(min(source.image(row).size))
+            if len(sides) > 1:                         # without a look at a million others
+                break
+    if len(sides) > 1 or images and not sides:
+        print("the images have no common size and are compared at 256 px; see --image_size")
+        sides = {256}
     side = next(iter(sides), None)
-    if len(sides) > 1 or (unknown and not sides):
-        side = 256
-        print("the images have no common size and are compared at 256 px; --image_size says "
-              "another")
     for entry in sets:
         run.need(not entry.moments or entry.side in (None, side), f"{entry.spec}: statistics of "
                  f"images of {entry.side} px, not of {side}; compare at --image_size {entry.side}")

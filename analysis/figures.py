@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import pathlib
-from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -22,21 +21,19 @@ import spectral
 from common import run
 from common.data import center_crop, open_data, open_image, to_rgb, val_batches
 from common.metrics import psnr
-from common.weights import compare_images, load_autoencoder
+from common.weights import checkpoint_files, compare_images, load_autoencoder
 from losses import esm_loss
 
 
 def pca_rgb(latents):
     """
-    The first three principal components over all cells of all latents as colours (Fig. 3).
-    latents  (B, C, h, w), any C >= 1
-    returns  (B, 3, h, w) in [0, 1]; two standard deviations of a component span half the range
+    The first three principal components over all cells as colours (Fig. 3): (B, C, h, w), any C,
+    -> (B, 3, h, w) in [0, 1]; two standard deviations of a component span half the range.
     """
     B, C, h, w = latents.shape
     cells = latents.float().movedim(1, -1).reshape(-1, C)                   # (B*h*w, C)
     cells = cells - cells.mean(0)
-    with torch.autocast(latents.device.type, enabled=False):
-        _, directions = torch.linalg.eigh(cells.T @ cells)                  # ascending eigenvalues
+    _, directions = torch.linalg.eigh(cells.T @ cells)                      # ascending eigenvalues
     directions = directions[:, -3:].flip(-1)
     directions = directions * torch.where(directions.sum(0) < 0, -1.0, 1.0)  # one sign for all
     components = F.pad(cells @ directions, (0, 3 - min(C, 3)))              # (B*h*w, 3)
@@ -79,6 +76,16 @@ def figure_rows(rows, path):
     save_figure(figure, path, dpi=100, bbox_inches="tight")
 
 
+def image_file(path, size, device):
+    """One image, cropped, as (1, 3, size, size) on device; ValueError if it cannot be read."""
+    try:
+        pixels = np.array(center_crop(to_rgb(open_image(path)), size))
+    except Exception as error:                         # no such file, or what decoders raise
+        why = getattr(error, "strerror", None) or run.reason(error)
+        raise ValueError(f"--image {path}: {why}; give another file") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float().to(device) / 127.5 - 1
+
+
 # ------------------------------------------------------------------------- what the commands share
 
 def write_table(args, figure, columns, rows):
@@ -92,27 +99,46 @@ def write_table(args, figure, columns, rows):
 
 def need_outside(out, data):
     """ValueError if the file or folder out would replace images of --data, or join them."""
-    place, images = pathlib.Path(out).resolve(), pathlib.Path(data or "leaves").resolve()
-    run.need(not images.exists() or images not in (place, *place.parents), f"--out {out}: lies in "
-             f"{data}, whose images are read; name another place")
+    place, images = pathlib.Path(out or "/").resolve(), pathlib.Path(data or "leaves").resolve()
+    run.need(not images.exists() or images not in (place, *place.parents),
+             f"--out {out}: lies in {data}, whose images are read; name another place")
 
 
-def print_differences(files, names, *keys):
+def unique_names(files, taken=()):
+    """The run_name of each file, with as many folders before it as tell all of them apart."""
+    files = [pathlib.Path(file).resolve() for file in files]
+    folders = [file.parent.parent if file.name == "ckpt.pt" else file.parent for file in files]
+    paths = [(*folder.parts, run.run_name(file)) for folder, file in zip(folders, files)]
+    for n in range(1, 1 + max(map(len, paths))):
+        names = ["/".join(path[-n:]) for path in paths]
+        # matplotlib leaves a label with _ in front out of its legend
+        fit = not any(name in taken or name[0] == "_" for name in names)
+        if fit and len(set(names)) == len(set(files)):
+            break
+    else:                                              # x.pt beside x.ckpt
+        names = map(str, files)
+    return [run.printable(name).replace("$", r"\$") for name in names]    # $ begins a formula
+
+
+def print_differences(files, *keys):
     """A line if the runs of one figure or table differ in what their checkpoints say of keys."""
-    runs, found = {}, []
-    for file, name in zip(map(pathlib.Path, files), names):
-        with contextlib.suppress(Exception):               # released weights, a log alone
+    runs = []
+    for file in map(pathlib.Path, files):
+        with contextlib.suppress(Exception):           # released weights, a log alone
             saved = torch.load(file / "ckpt.pt" if file.is_dir() else file, map_location="cpu",
                                mmap=True, weights_only=True)       # the tensors stay on the disk
-            runs[name] = saved["args"] | saved
-    for key in keys:
-        known = {name: saved[key] for name, saved in runs.items() if saved.get(key)}
-        if len(set(map(str, known.values()))) > 1:
-            shown = "data" if key == "images" else key     # a hash says nothing to a reader
-            values = (f"{name}: {runs[name].get(shown) or 'built-in'}" for name in known)
-            found.append(f"{shown} ({', '.join(values)})")
-    if found:
-        run.print0(f"these runs differ in {' and in '.join(found)}; compare them with care")
+            runs.append(saved["args"] | saved)
+    differ = [key for key in keys
+              if len({str(saved[key]) for saved in runs if saved.get(key)}) > 1]
+    if differ:
+        run.print0(f"these runs differ in {' and '.join(differ)}; compare them with care")
+
+
+def named_checkpoints(args):
+    """[(file, name)] of the diffusion runs that a command reads."""
+    files = checkpoint_files(args)
+    print_differences(files, "images", "image_size")
+    return list(zip(files, unique_names(files)))
 
 
 def held_out_images(args, trained, device, file=None):
@@ -123,29 +149,12 @@ def held_out_images(args, trained, device, file=None):
     """
     size = getattr(args, "image_size", None) or trained.get("image_size", 256)
     data = args.data or trained.get("data")
-    if getattr(args, "out", None):
-        need_outside(args.out, data)
+    need_outside(getattr(args, "out", None), data)
     train_set, val_set = open_data(data, size, val_images=args.val_images,
                                    seed=trained.get("seed", 0))
     compare_images(file, trained, data, train_set)
     images, labels, _ = zip(*val_batches(val_set, args.batch_size, device=device))
     return torch.cat(images), torch.cat(labels), len(val_set.classes)
-
-
-def unique_names(files, taken=()):
-    """
-    The run_name of each file, with as much of the path before it as tells them apart, as matplotlib
-    may show it, which drops a label with _ at its front and takes $ for a formula.
-    """
-    paths, names = [pathlib.Path(file).resolve() for file in files], {}
-    for path in paths:                                 # short ones first, x.pt with its suffix last
-        folder = path.parent.parent if path.name == "ckpt.pt" else path.parent
-        ways = (*folder.parts, run.run_name(path)), path.parts
-        found = ["/".join(way[-n:]) for way in ways for n in range(1, len(way) + 1)]
-        names[path] = [run.printable(name).replace("$", r"\$") for name in found]
-    count = Counter(name for found in names.values() for name in set(found))
-    fits = lambda name: count[name] == 1 and name not in taken and name[0] != "_"
-    return [next(filter(fits, names[path])) for path in paths]
 
 
 def autoencoder_files(args):
@@ -160,7 +169,7 @@ def autoencoders(args, device):
     run.need(files, f"no out/ae/{args.preset}-*/ckpt.pt here; --ae: train autoencoders with "
              "train_ae.py, or give files")
     labels = unique_names(files, taken=("image", "images"))
-    print_differences(files, labels, "images", "image_size")
+    print_differences(files, "images", "image_size")
     for file, label in zip(files, labels):
         ae = load_autoencoder(file).to(device)
         images, _, _ = held_out_images(args, run.checkpoint_args(file), device, file)
@@ -180,30 +189,20 @@ def encode_all(ae, images, batch_size, seed=None):
 
 # ----------------------------------------------------------------------------------------- spectra
 
-def parse_curves(table):
-    """{name: 16 shares that sum to 1, up to their printed four digits}."""
-    lines = [line.split(":") for line in table.strip().splitlines()]
-    return {name: [int(share) / 1e4 for share in row.split()] for name, row in lines}
+def read_curves():
+    """
+    {data set: {curve: 16 shares}}, what the authors print for Figs. 4, 5, 7, 8 (latent_analysis.py
+    of forever208/SpectrumMatching, branch SM-DSM; 256 px): of log(1 + power) by ring, lowest
+    frequency first, DC kept as by spectrum_distribution(x, remove_dc=False).
+    """
+    curves = {}
+    with open(pathlib.Path(__file__).with_name("published.csv"), newline="") as file:
+        for data, name, *shares in csv.reader(file):
+            curves.setdefault(data, {})[name] = [float(share) for share in shares]
+    return curves
 
 
-# What the authors print for Figs. 4, 5, 7, 8 (latent_analysis.py of forever208/SpectrumMatching,
-# branch SM-DSM; CelebA and ImageNet at 256 px): shares of log(1 + power) in 16 rings, lowest
-# frequency first, in units of 1e-4, DC kept as by spectrum_distribution(x, remove_dc=False).
-# TARGET, what the latents are to match, is the image's spectrum with gamma 1.
-TARGET = "flattened by 1.0"
-CURVES = dict(celeba=parse_curves("""
-image:              4057 2333 1190 0835 0424 0317 0194 0142 0108 0091 0076 0060 0053 0044 0040 0035
-flattened by 1.0:   1961 1560 1099 0977 0677 0617 0472 0404 0358 0340 0313 0278 0266 0238 0229 0212
-SD-VAE:             1671 1312 0833 0710 0587 0538 0513 0476 0460 0455 0438 0419 0408 0398 0393 0389
-Scale Equivariance: 1666 1385 1134 0955 0789 0685 0620 0493 0438 0393 0283 0494 0175 0163 0159 0170
-DSM:                1638 1471 1202 1037 0774 0677 0529 0415 0377 0337 0290 0306 0258 0242 0230 0216
-ESM:                1658 1483 1130 0985 0754 0652 0531 0446 0387 0363 0329 0295 0260 0249 0246 0233
-"""), imagenet=parse_curves("""
-image:              4636 1917 1005 0668 0391 0266 0218 0163 0133 0124 0103 0096 0076 0069 0067 0068
-flattened by 1.0:   2158 1274 0928 0801 0607 0507 0486 0421 0391 0399 0371 0375 0322 0314 0320 0326
-VA-VAE:             1893 1489 1356 1029 0707 0551 0508 0414 0336 0325 0331 0257 0219 0205 0198 0181
-DINOv2-B features:  2288 1442 1042 0824 0629 0515 0458 0395 0353 0339 0335 0300 0281 0273 0268 0258
-"""))
+CURVES, TARGET = read_curves(), "flattened by 1.0"     # TARGET: the image's with gamma 1
 
 
 def divergence(target, curve):
@@ -225,19 +224,14 @@ def psd_exponent(x, rings=16):
 
 def draw_curve(axes, rows, name, batches, gamma=0.0, descriptor=True, remove_dc=True, **style):
     """
-    One curve of batches (b, C, h, w) on axes[0], radial power scaled to sum 1, and on axes[1] what
-    ESM compares, unless descriptor is False, for values of no meaningful scale. Appends 16 rows of
+    One curve of batches (b, C, h, w): on axes[0] radial power, on axes[1] what ESM compares, unless
+    descriptor is False, for values of no meaningful scale; both scaled to sum 1. Appends 16 rows of
     the CSV, and returns the mean spectral.spectrum_distribution (16,).
     """
-    n, power, shares = 0, 0, 0
-    for x in batches:
-        n += len(x)
-        P = spectral.power_spectrum(x - x.mean((-2, -1), keepdim=True))
-        power = power + spectral.radial_profile(P).sum(0).cpu()
-        distribution = spectral.spectrum_distribution(x, gamma=gamma, remove_dc=remove_dc)
-        shares = shares + distribution.sum(0).cpu()
-    rings = torch.arange(1, 17)
-    power, shares = power / n * rings ** gamma, shares / n
+    x, rings = torch.cat(list(batches)), torch.arange(1, 17)
+    P = spectral.power_spectrum(x - x.mean((-2, -1), keepdim=True))
+    power = spectral.radial_profile(P).mean(0).cpu() * rings ** gamma
+    shares = spectral.spectrum_distribution(x, gamma=gamma, remove_dc=remove_dc).mean(0).cpu()
     relative = power / power.sum()
     label = f"{name}: $f^{{-{spectral.fit_power_law(power):.2f}}}$"
     axes[0].loglog(rings, relative, marker="o", ms=3, label=label, **style)
@@ -257,56 +251,59 @@ def spectrum_figure(args, device):
     curves lie over yours, all in the paper's own form: log(1 + power), DC kept, features as the
     encoder scales them; they may be drawn alone.
     """
-    run.need(args.encoder or not args.encoder_source,
-             f"--encoder_source {args.encoder_source}: needs --encoder, the name of the model")
-    models, published, rows, sizes = (), bool(args.published), [], set()
+    run.need(args.encoder or not args.encoder_source, "--encoder_source: needs --encoder NAME")
+    published, rows, grids, sources = args.published, [], [], []
     if args.encoder:
         encoder = repa.load_encoder(args.encoder, args.encoder_source).to(device)
     if autoencoder_files(args) or not (args.encoder or published):
-        models = autoencoders(args, device)
-    elif args.encoder:
-        models = [("", None, held_out_images(args, {}, device)[0])]
-    panels = 2 if models else 1
+        sources = ((label, images, encode_all(ae, images, args.batch_size, args.seed))
+                   for label, ae, images in autoencoders(args, device))
+    elif args.encoder:                                 # no latents; the size of f16's
+        sources = [("", held_out_images(args, {}, device)[0], None)]
+    panels = 2 if sources else 1
     figure, (axes,) = subplots(1, panels, (6 * panels, 4.8))
-    draw = partial(draw_curve, axes, rows, remove_dc=not published)
-    printed = CURVES.get(args.published, {})
+    printed, rings = CURVES.get(published, {}), range(1, 17)
     for i, (name, shares) in enumerate(printed.items()):
         curve = f"{name}, published"
-        axes[-1].plot(range(1, 17), shares, ls=":", lw=2, color=f"C{9 - i}", label=curve)
-        rows += [(curve, ring, "", "", share) for ring, share in enumerate(shares, 1)]
+        axes[-1].plot(rings, shares, ls=":", lw=2, color=f"C{9 - i}", label=curve)
+        rows += [(curve, ring, "", "", share) for ring, share in zip(rings, shares)]
         if name not in ("image", TARGET):
             kl = divergence(printed[TARGET], shares)
-            print(f"published, {args.published}, {name}: KL(target || curve) {kl:.4f}")
-    for i, (label, ae, images) in enumerate(models):
-        grid = tuple(ae.latent_shape(images)[-2:] if ae else (s // 16 for s in images.shape[-2:]))
+            print(f"published, {published}, {name}: KL(target || curve) {kl:.4f}")
+    draw = partial(draw_curve, axes, rows, remove_dc=not published)
+    for i, (label, images, latents) in enumerate(sources):
+        grid = tuple(side // 16 for side in images.shape[2:])
+        if latents is not None:
+            grid = tuple(latents.shape[2:])
         small, curves = spectral.match_resolution(images, grid), {}
-        if grid not in sizes:
-            at = f", {grid[0]}x{grid[1]}" if sizes else ""
-            sizes.add(grid)
+        if grid not in grids:                          # once for all latents of one size
+            at = f", {grid[0]}x{grid[1]}" if grids else ""
+            grids.append(grid)
             draw(f"images{at}", [small], color="black", lw=2)
             draw(f"target, gamma {args.gamma:g}{at}", [small], args.gamma, color="black", ls="--")
             if args.encoder:
-                tokens = (encoder(x, grid) for x in images.split(args.batch_size))
-                features = (x.mT.unflatten(2, grid) for x in tokens)      # (b, D, h, w)
+                tokens = torch.cat([encoder(x, grid) for x in images.split(args.batch_size)])
+                features = tokens.mT.unflatten(2, grid)                   # (N, D, h, w)
                 if not published:
-                    features = (F.normalize(x, dim=1) for x in features)
+                    features = F.normalize(features, dim=1)
                 name = encoder_name(args) + at
-                curves[name] = draw(name, features, descriptor=published, color="gray", ls="-.")
-        if ae:
-            latents = encode_all(ae, images, args.batch_size, args.seed)
+                curves[name] = draw(name, [features], descriptor=bool(published), color="gray",
+                                    ls="-.")
+        if latents is not None:
             curves[label] = draw(label, [latents], color=f"C{i}")
         settings = dict(gamma=args.gamma, n=len(images), seed=args.seed)
         if published:
             target = spectral.spectrum_distribution(small, gamma=args.gamma, remove_dc=False)
             for name, curve in curves.items():
                 yield (dict(kl_from_target=divergence(target.mean(0).cpu(), curve)),
-                       dict(curve=name, **settings, rings=16, dc="kept", published=args.published))
-        elif ae:
-            yield dict(alpha=psd_exponent(latents), alpha_images=psd_exponent(small),
-                       esm=esm_loss(images, latents, args.gamma).item(),
-                       rmsc=spectral.rmsc(latents.flatten(2).mT).mean().item(),
-                       std=latents.std().item()), \
-                dict(autoencoder=label, **settings, latent="x".join(map(str, latents.shape[1:])))
+                       dict(curve=name, **settings, rings=16, dc="kept", published=published))
+        elif latents is not None:
+            values = dict(alpha=psd_exponent(latents), alpha_images=psd_exponent(small),
+                          esm=esm_loss(images, latents, args.gamma).item(),
+                          rmsc=spectral.rmsc(latents.flatten(2).mT).mean().item(),
+                          std=latents.std().item())
+            shape = "x".join(map(str, latents.shape[1:]))
+            yield values, dict(autoencoder=label, **settings, latent=shape)
     form = "The paper's form, DC kept" if published else "What ESM compares"
     axes[0].set(title="Radial power, each curve scaled to sum 1", ylabel="share of power")
     axes[-1].set(title=f"{form}: log(1 + power), scaled to sum 1", ylabel="", ylim=(0, None))
@@ -320,8 +317,6 @@ def spectrum_figure(args, device):
 
 def decode_lowpassed(ae, latents, masks, batch_size):
     """{n: decode(lowpass(z, n))}, images (N, 3, H, W), for each n of masks."""
-    h, w = latents.shape[-2:]
-    run.need(h % 8 == w % 8 == 0, f"--image_size: latents of {h}x{w} do not tile into 8x8 blocks")
     return {n: torch.cat([ae.decode(spectral.lowpass(z, n)) for z in latents.split(batch_size)])
             for n in masks}
 
@@ -381,16 +376,6 @@ def latents_figure(args, device):
     return ()                                          # nothing is measured
 
 
-def image_file(path, size, device):
-    """One image, cropped, as (1, 3, size, size) on device; ValueError if it cannot be read."""
-    try:
-        pixels = np.array(center_crop(to_rgb(open_image(path)), size))
-    except Exception as error:                         # no such file, or what decoders raise
-        why = getattr(error, "strerror", None) or run.reason(error)
-        raise ValueError(f"--image {path}: {why}; give another file") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float().to(device) / 127.5 - 1
-
-
 @torch.no_grad()
 def similarity_figure(args, device):
     """
@@ -400,8 +385,7 @@ def similarity_figure(args, device):
     size, side = args.image_size, args.image_size // 14
     run.need(size % 14 == 0, f"--image_size {size}: must be a multiple of 14, the encoder's patch")
     token = side * side // 2 + side // 2 if args.token is None else args.token
-    run.need(0 <= token < side * side, f"--token {token}: there are {side * side} tokens, numbered "
-             "row by row from 0")
+    run.need(0 <= token < side * side, f"--token {token}: must lie in 0..{side * side - 1}")
     if args.image:
         images = image_file(args.image, size, device)
     else:
@@ -409,10 +393,10 @@ def similarity_figure(args, device):
     encoder = repa.load_encoder(args.encoder, args.encoder_source).to(device)
     # (N, T, D)
     tokens = torch.cat([encoder(x, (side, side)) for x in images.split(args.batch_size)])
-    rows, values = {"image, token in red": images * 0.5 + 0.5}, {}
+    marked, values = images * 0.5 + 0.5, {}
     y, x = 14 * (token // side), 14 * (token % side)
-    red = torch.tensor([1.0, 0.2, 0.2], device=device)
-    rows["image, token in red"][:, :, y:y + 14, x:x + 14] = red[:, None, None]
+    marked[..., y:y + 14, x:x + 14] = torch.tensor([1.0, 0.2, 0.2], device=device)[:, None, None]
+    rows = {"image, token in red": marked}
     for kind, label in dict(none="raw", spnorm="spnorm", dog="dog").items():
         target = F.normalize(repa.filter_target(tokens, kind, (side, side)), dim=-1)
         # (N, 1, h, w) in [-1, 1]
@@ -431,48 +415,34 @@ PANELS = ("loss", "l1", "lpips", "kl", "esm", "align", "gan", "disc", "grad_norm
           "val_psnr", "val_ssim", "val_esm")
 
 
-def read_log(path):
-    """The lines of a run's log.jsonl as dicts; path is the run's folder or the log."""
-    path = path / "log.jsonl" if path.is_dir() else path
-    run.need(path.is_file(), f"{path}: no such log; give a run's folder or its log.jsonl")
-    lines = path.read_text(errors="replace").split("\n")[:-1]     # the last is being written
-    try:
-        return [dict(entry, step=entry["step"]) for entry in map(json.loads, lines)]
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{path}: not the log of a training run; give log.jsonl") from None
-
-
 def curves_figure(args, device):
     """
     The log.jsonl of training runs in one figure, one colour per run: losses, gradient norms, PSNR
     and ESM divergence of held-out images, over steps. Runs may be going on.
     """
-    from matplotlib import colormaps
     paths = [pathlib.Path(path) for path in dict.fromkeys(args.runs)]
     paths = [path.parent if path.name == "log.jsonl" else path for path in paths]
-    names = unique_names(paths)
-    logs = {name: read_log(path) for name, path in zip(names, paths)}
-    print_differences(paths, names, "stage", "images", "image_size", "batch_size")
-    for name, log in logs.items():
-        if not log:
-            print(f"{name}: has nothing to draw yet")
-    logged = {key for log in logs.values() for entry in log for key in entry}
-    shown = [panel for panel in PANELS if panel in logged]
+    print_differences(paths, "stage", "images", "image_size", "batch_size")
+    logs = []
+    for path in (path / "log.jsonl" for path in paths):
+        run.need(path.is_file(), f"{path}: no such log; give a run's folder or its log.jsonl")
+        lines = path.read_text(errors="replace").split("\n")[:-1]     # the last is being written
+        logs.append([json.loads(line) for line in lines])
+    shown = [panel for panel in PANELS if any(panel in entry for log in logs for entry in log)]
     run.need(shown, f"{args.runs[0]}: no line of a log yet; try again later")
     columns, lines = min(3, len(shown)), -(-len(shown) // 3)
     figure, axes = subplots(lines, columns, (4.4 * columns, 3 * lines + 0.5))
-    colors = colormaps["tab10" if len(logs) <= 10 else "turbo"].resampled(max(10, len(logs)))
     for ax in axes.flat[len(shown):]:
         ax.set_axis_off()
     for panel, ax in zip(shown, axes.flat):
-        positive = not panel.endswith(("psnr", "ssim"))
-        for i, log in enumerate(logs.values()):
-            points = [(entry["step"], entry[panel]) for entry in log if panel in entry]
-            steps, values = zip(*points) if points else ((), ())
-            ax.plot(steps, values, color=colors(i), lw=1)
-            positive = positive and not any(value <= 0 for value in values)
-        ax.set(title=panel, xlabel="step", yscale="log" if positive else "linear")
-    figure.legend(axes[0, 0].lines, list(logs), loc="outside lower center", fontsize=8,
+        for i, log in enumerate(logs):
+            entries = [entry for entry in log if panel in entry]
+            ax.plot([entry["step"] for entry in entries], [entry[panel] for entry in entries], lw=1,
+                    color=f"C{i % 10}", ls=("-", "--", ":", "-.")[i // 10 % 4])
+        positive = all(entry.get(panel, 1) > 0 for log in logs for entry in log)
+        logarithmic = positive and panel not in ("val_psnr", "val_ssim")
+        ax.set(title=panel, xlabel="step", yscale="log" if logarithmic else "linear")
+    figure.legend(axes[0, 0].lines, unique_names(paths), loc="outside lower center", fontsize=8,
                   ncols=min(4, len(logs)))
     save_figure(figure, args.out)
     print(f"wrote {args.out}")

@@ -13,7 +13,7 @@ import spectral
 from analysis import fid, figures
 from common import run
 from common.metrics import psnr
-from common.weights import checkpoint_files, load_diffusion
+from common.weights import load_diffusion
 from dit import Interpolant, NoiseStream
 from losses import DSM_MASKS, esm_loss
 
@@ -75,17 +75,15 @@ def held_out_latents(file, args, device):
     images, labels (N,) or None, and the settings of the result.
     """
     model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
-    data, classes = args.data or checkpoint["data"], model.num_classes
-    trained = dict(data=checkpoint["data"], images=checkpoint.get("images"),
-                   image_size=checkpoint["image_size"], seed=checkpoint["data_seed"])
+    trained, classes = checkpoint | dict(seed=checkpoint["data_seed"]), model.num_classes
     images, labels, found = figures.held_out_images(args, trained, device, file)
     # an explicit --num_classes may be more than the data has
     fits = checkpoint["args"].get("num_classes", -1) > 0 and labels.max() < classes
-    run.need(classes in (0, found) or fits, f"--data {data}: has {found} classes, and {file} was "
-             f"trained with {classes}; give images of these classes")
+    run.need(classes in (0, found) or fits,
+             f"--data: has {found} classes, and {file} was trained with {classes}")
     if classes:
         known = torch.isin(labels.cpu(), torch.tensor(fid.sampled_classes(file, checkpoint)))
-        run.need(known.any(), f"--data {data}: no held-out image of a class that {file} saw")
+        run.need(known.any(), f"--data: no held-out image of a class that {file} saw")
         images, labels = images[known], labels[known]
     latents = ae.normalize(figures.encode_all(ae, images, args.batch_size, seed=args.seed))
     settings = dict(ckpt=file, step=checkpoint["step"], n=len(latents),
@@ -95,30 +93,27 @@ def held_out_latents(file, args, device):
 
 def denoise_figure(args, device):
     """
-    Prop. 3.1 on trained networks, one colour per run: by radial frequency, at four times, the power
-    of held-out latents, the network's denoising error, and the least error of a denoiser of
-    Gaussian latents. Above the noise there is something to learn. Printed: the fraction of the
-    learnable power that was learned, over twenty times spread evenly, as training draws them; of
-    all frequencies, and ring by ring. Above 1: better than the bound.
+    Prop. 3.1 on trained networks: by radial frequency, at four times, the power of held-out
+    latents, the network's denoising error and the least error of a denoiser of Gaussian latents.
+    Printed: the fraction of the learnable power that was learned, over twenty times spread evenly;
+    of all frequencies, and ring by ring. Above 1: better than the bound.
     """
     figure, (axes,) = figures.subplots(1, len(SHOWN), (4 * len(SHOWN), 4.4), sharey=True)
-    rows, files = [], checkpoint_files(args)
-    names = figures.unique_names(files)
-    figures.print_differences(files, names, "images", "image_size")
-    for i, (file, name) in enumerate(zip(files, names)):
+    table = []
+    for i, (file, name) in enumerate(figures.named_checkpoints(args)):
         model, process, latents, labels, settings = held_out_latents(file, args, device)
         found = denoised_power(model, process, latents, labels, seed=args.seed,
                                batch_size=args.batch_size)
-        rings = torch.arange(1, len(found.power) + 1)
+        rings, color = range(1, len(found.power) + 1), f"C{i}"
         for ax, k in zip(axes, SHOWN):
-            alpha_bar, color = float(process.alpha_bar_at(TIMES[k])), f"C{i}"
+            alpha_bar = float(process.alpha_bar_at(TIMES[k]))
             ax.semilogy(rings, found.power, color=color, lw=5, alpha=0.25)
             ax.semilogy(rings, found.power - found.learnable[k], "--", color=color, lw=1)
             ax.semilogy(rings, found.error[k], "o-", color=color, ms=3, label=name)
             ax.axhline((1 - alpha_bar) / alpha_bar, color=color, lw=1, ls=":")
             ax.set(title=f"t = {TIMES[k]:.3g}", xlabel=RING)
         for t, *lines in zip(TIMES, found.learnable.tolist(), found.error.tolist()):
-            rows += [(name, t, *line) for line in zip(rings.tolist(), found.power.tolist(), *lines)]
+            table += [(name, t, *line) for line in zip(rings, found.power.tolist(), *lines)]
         fractions, total = fraction_learned(found, ring_sizes(*latents.shape[-2:]))
         by_ring = " ".join(f"{fraction:.2f}" for fraction in fractions.tolist())
         yield dict(fraction_learned=total, by_ring=by_ring), settings
@@ -127,7 +122,7 @@ def denoise_figure(args, device):
                                        "denoising error of the network", "noise"], fontsize=8)
     axes[-1].legend(fontsize=8)
     columns = ("run", "t", "ring", "power", "learnable", "denoising_error")
-    figures.write_table(args, figure, columns, rows)
+    figures.write_table(args, figure, columns, table)
 
 
 # ------------------------------------------------ in which order sampling brings the frequencies in
@@ -142,8 +137,7 @@ def follow_sampling(model, process, shape, steps, seed=0, labels=None, keep=1):
 
     def watch(t, clean):
         times.append(t)
-        rings = ring_profile(spectral.power_spectrum(clean))
-        power.append(rings.double().mean(0).cpu())
+        power.append(ring_profile(spectral.power_spectrum(clean)).double().mean(0).cpu())
         kept.append(clean[:keep].float())
     noise = NoiseStream(seed, range(shape[0]))
     watch(0.0, process.sample(model, shape, steps, labels, noise=noise, watch=watch))
@@ -155,11 +149,9 @@ def half_times(times, power):
     half = []
     for share in (power / power[-1]).T:                    # (T,) of a ring
         k = max((share < 0.5).nonzero().flatten().tolist(), default=None)  # the last step below
-        if k is None:
-            half.append(times[0])
-        else:
-            part = (0.5 - share[k]) / (share[k + 1] - share[k])
-            half.append(times[k] + part * (times[k + 1] - times[k]))
+        part = 0 if k is None else (0.5 - share[k]) / (share[k + 1] - share[k])
+        k = k or 0
+        half.append(times[k] + part * (times[k + 1] - times[k]))
     return torch.stack(half)
 
 
@@ -181,46 +173,42 @@ def slope_per_octave(half):
 @torch.no_grad()
 def trajectory_figure(args, device):
     """
-    Coarse to fine: while samples are drawn, the power of the predicted clean latent in each ring,
-    right or wrong, as a share of its final power. White dots: half of it; dashed: half for the best
-    denoiser of Gaussian latents, where SNR = 1. Below, what one sample's prediction decodes to.
-    Printed: the slope of the diagonal, in t per octave, of the run and of that denoiser.
+    Coarse to fine: while samples are drawn, the power of the predicted clean latent in each ring as
+    a share of its final power. White dots: half of it; dashed: half for the best denoiser of
+    Gaussian latents, where SNR = 1. Below, what one sample's prediction decodes to. Printed: the
+    slope of both, in t per octave.
     """
-    files, rows = checkpoint_files(args), []
-    names = figures.unique_names(files)
-    figures.print_differences(files, names, "images", "image_size")
-    figure, axes = figures.subplots(2, len(files), (5.6 * len(files), 5), height_ratios=(5, 1))
-    for (top, bottom), file, name in zip(axes.T, files, names):
+    runs, table = figures.named_checkpoints(args), []
+    figure, axes = figures.subplots(2, len(runs), (5.6 * len(runs), 5), height_ratios=(5, 1))
+    for (top, bottom), (file, name) in zip(axes.T, runs):
         model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
         shape, labels = (args.num_samples, model.in_channels, *model.input_size), None
         if model.num_classes:
             classes = fid.sampled_classes(file, checkpoint)
             labels = fid.sample_labels(range(args.num_samples), classes).to(device)
         times, power, kept = follow_sampling(model, process, shape, args.steps, args.seed, labels)
-        run.need(power.isfinite().all(), f"{file}: its samples are not finite, so there is no "
-                 "result of them; take an earlier checkpoint")
+        run.need(power.isfinite().all(), f"{file}: its samples are not finite: no result")
         half, ideal = half_times(times, power), wiener_half_times(power[-1], process)
         slope, rings = slope_per_octave(half), range(1, power.shape[1] + 1)
         share = (power / power[-1]).clamp(0, 1)            # (T, R)
         top.pcolormesh(times, rings, share.T, cmap="magma", vmin=0, vmax=1, shading="nearest")
-        top.plot(half.tolist(), rings, "o", color="white", mec="gray", ms=4,
-                 label="half of the final power")
-        top.plot(ideal.tolist(), rings, "--", color="cyan", lw=1.5, label="SNR = 1")
+        top.plot(half, rings, "o", color="white", mec="gray", ms=4, label="half of the final power")
+        top.plot(ideal, rings, "--", color="cyan", lw=1.5, label="SNR = 1")
         top.set(title=f"{name}: {slope:.2f} in t per octave", xlabel="t (1 = noise)", ylabel=RING,
                 xlim=(1, 0))
         top.legend(fontsize=8, loc="upper left")
         shown = [int((times - t).abs().argmin()) for t in torch.linspace(times[0], 0, 8)]
-        frames = torch.cat([ae.decode(ae.denormalize(kept[k])) for k in shown])  # (8, 3, H, W)
-        strip = torch.cat(list(frames.cpu() * 0.5 + 0.5), dim=2).clamp(0, 1)     # side by side
+        frames = [ae.decode(ae.denormalize(kept[k]))[0] for k in shown]  # (3, H, W) each
+        strip = (torch.cat(frames, dim=2).cpu() * 0.5 + 0.5).clamp(0, 1)         # side by side
         bottom.imshow(strip.movedim(0, -1).numpy())
         bottom.set_axis_off()
         for t, line in zip(times.tolist(), power.tolist()):
-            rows += [(name, t, ring, value) for ring, value in enumerate(line, 1)]
+            table += [(name, t, *pair) for pair in zip(rings, line)]
+        sampler = "em" if isinstance(process, Interpolant) else "ddim"
         yield (dict(slope=slope, slope_where_snr_is_1=slope_per_octave(ideal)),
                dict(ckpt=file, step=checkpoint["step"], n=args.num_samples, steps=args.steps,
-                    sampler="em" if isinstance(process, Interpolant) else "ddim", cfg=1,
-                    seed=args.seed))
-    figures.write_table(args, figure, ("run", "t", "ring", "power"), rows)
+                    sampler=sampler, cfg=1, seed=args.seed))
+    figures.write_table(args, figure, ("run", "t", "ring", "power"), table)
 
 
 # -------------------------------------------------- what an autoencoder's latents tell beforehand
@@ -247,19 +235,15 @@ def diffusability(ae, images, batch_size=100):
     dsm = [psnr(decoded[n], spectral.lowpass(images, n)).mean().item() for n in DSM_MASKS if n > 0]
     scales = 2 ** torch.arange(-3, 6, 0.25)                # 1/8 to 54
     return dict(
-        # divergence from the flattened target, gamma 1 (Alg. 1), nats
-        esm=esm_loss(images, latents).item(),
+        esm=esm_loss(images, latents).item(),              # from the target of gamma 1, nats
         # the same of normalised latents at the best scale: log(1 + P) sees the latent's scale, and
         # diffusion, which normalises, does not
         esm_shape=min(esm_loss(images, scale * normal).item() for scale in scales),
-        # exponent of the latents' PSD; Scale Equivariance finds SD-VAE's too small
-        alpha=figures.psd_exponent(latents),
-        # over-smoothed latents (REPA-E) are near 1
-        neighbours=neighbour_correlation(normal),
+        alpha=figures.psd_exponent(latents),               # Scale Equivariance: SD-VAE's is small
+        neighbours=neighbour_correlation(normal),          # over-smoothed (REPA-E) is near 1
         # dB of PSNR lost with the upper half of the latent's band, n = 8 (FreqWarm)
         high_band=plain - psnr(decoded[8], images).mean().item(),
-        # PSNR of decode(low-passed latent) against the low-passed image, mean over masks that cut
-        dsm=sum(dsm) / len(dsm),
+        dsm=sum(dsm) / len(dsm),       # PSNR of decode(cut latent) against the cut image, mean of n
         psnr=plain)                                        # of the reconstruction, dB
 
 
