@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import math
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,7 +109,8 @@ def write_samples(draw, samples, out, args):
     sampling's, out/grid.png, samples.npz for the ADM suite, and with --folder images/NNNNNN.png.
     """
     start, folder = time.perf_counter(), out / "images"
-    for indices in progress(rank_batches(len(samples), args.batch_size), "sampling"):
+    batches = rank_batches(len(samples), args.batch_size)
+    for indices in tqdm(batches, "sampling", disable=run.get_rank() > 0 or None):
         samples[indices] = draw(indices).movedim(1, -1).cpu().numpy()
     run.barrier()
     seconds = time.perf_counter() - start
@@ -139,10 +139,6 @@ def fid_at(n):
     return f"FID@{n}"
 
 
-def progress(batches, what):
-    return tqdm(batches, what, disable=run.get_rank() > 0 or not sys.stderr.isatty())
-
-
 def set_statistics(inception, images, keep, workers, args, device):
     """inception_statistics of a set (ImageSet or built in), each rank a part of every batch."""
     rank, world = run.get_rank(), run.get_world_size()
@@ -157,7 +153,7 @@ def inception_statistics(inception, batches, keep, device):
     all ranks; on rank 0 features (k, 2048) and logits (k, 1008) of the k rows in keep, else None.
     """
     moments, kept = Moments(2048, device), []
-    for images, rows in progress(batches, "Inception"):
+    for images, rows in tqdm(batches, "Inception", disable=run.get_rank() > 0 or None):
         features, logits = inception(images)
         moments.add(features)
         wanted = np.isin(rows, keep)
@@ -180,11 +176,8 @@ def training_images(file, checkpoint, args):
     except (FileNotFoundError, ValueError) as error:
         if args.data:
             raise
-        run.print0(f"{error}; the samples are compared with nothing unless --data names the "
-                   "training images")
+        run.print0(f"{error}; compared with nothing unless --data names the training images")
         return None
-    run.need(len(images) > 1, f"--data {data or 'built-in'}: has a single training image, and no "
-             "Frechet distance to it; give two or more")
     compare_images(file, checkpoint, data, images)
     return spread(images, args.reference_images or len(images))
 

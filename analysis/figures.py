@@ -81,8 +81,7 @@ def image_file(path, size, device):
     try:
         pixels = np.array(center_crop(to_rgb(open_image(path)), size))
     except Exception as error:                         # no such file, or what decoders raise
-        why = getattr(error, "strerror", None) or run.reason(error)
-        raise ValueError(f"--image {path}: {why}; give another file") from None
+        raise ValueError(f"--image {path}: {run.reason(error)}; give another file") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float().to(device) / 127.5 - 1
 
 
@@ -104,8 +103,11 @@ def need_outside(out, data):
              f"--out {out}: lies in {data}, whose images are read; name another place")
 
 
-def unique_names(files, taken=()):
-    """The run_name of each file, with as many folders before it as tell all of them apart."""
+def unique_names(files, taken=(), compared=("images", "image_size")):
+    """
+    The run_name of each file, with as many folders before it as tell all of them apart. A line if
+    their checkpoints differ in what is compared: they stand in one figure or table.
+    """
     files = [pathlib.Path(file).resolve() for file in files]
     folders = [file.parent.parent if file.name == "ckpt.pt" else file.parent for file in files]
     paths = [(*folder.parts, run.run_name(file)) for folder, file in zip(folders, files)]
@@ -117,27 +119,22 @@ def unique_names(files, taken=()):
             break
     else:                                              # x.pt beside x.ckpt
         names = map(str, files)
-    return [run.printable(name).replace("$", r"\$") for name in names]    # $ begins a formula
-
-
-def print_differences(files, *keys):
-    """A line if the runs of one figure or table differ in what their checkpoints say of keys."""
     runs = []
-    for file in map(pathlib.Path, files):
+    for file in files:
         with contextlib.suppress(Exception):           # released weights, a log alone
             saved = torch.load(file / "ckpt.pt" if file.is_dir() else file, map_location="cpu",
                                mmap=True, weights_only=True)       # the tensors stay on the disk
             runs.append(saved["args"] | saved)
-    differ = [key for key in keys
-              if len({str(saved[key]) for saved in runs if saved.get(key)}) > 1]
+    found = {key: {str(saved[key]) for saved in runs if saved.get(key)} for key in compared}
+    differ = [key for key in compared if len(found[key]) > 1]
     if differ:
         run.print0(f"these runs differ in {' and '.join(differ)}; compare them with care")
+    return [run.printable(name).replace("$", r"\$") for name in names]    # $ begins a formula
 
 
 def named_checkpoints(args):
     """[(file, name)] of the diffusion runs that a command reads."""
     files = checkpoint_files(args)
-    print_differences(files, "images", "image_size")
     return list(zip(files, unique_names(files)))
 
 
@@ -168,9 +165,7 @@ def autoencoders(args, device):
     files = autoencoder_files(args)
     run.need(files, f"no out/ae/{args.preset}-*/ckpt.pt here; --ae: train autoencoders with "
              "train_ae.py, or give files")
-    labels = unique_names(files, taken=("image", "images"))
-    print_differences(files, "images", "image_size")
-    for file, label in zip(files, labels):
+    for file, label in zip(files, unique_names(files, taken=("image", "images"))):
         ae = load_autoencoder(file).to(device)
         images, _, _ = held_out_images(args, run.checkpoint_args(file), device, file)
         yield label, ae, images
@@ -196,9 +191,9 @@ def read_curves():
     frequency first, DC kept as by spectrum_distribution(x, remove_dc=False).
     """
     curves = {}
-    with open(pathlib.Path(__file__).with_name("published.csv"), newline="") as file:
-        for data, name, *shares in csv.reader(file):
-            curves.setdefault(data, {})[name] = [float(share) for share in shares]
+    for line in pathlib.Path(__file__).with_name("published.csv").read_text().splitlines():
+        data, name, *shares = line.split(",")
+        curves.setdefault(data, {})[name] = list(map(float, shares))
     return curves
 
 
@@ -245,11 +240,10 @@ def draw_curve(axes, rows, name, batches, gamma=0.0, descriptor=True, remove_dc=
 @torch.no_grad()
 def spectrum_figure(args, device):
     """
-    Figs. 4, 5, 7, 8: radial power of the images (at the latents' size), of their flattened target,
+    Figs. 4, 5, 7, 8: radial power of the images (at the latents' size), of their flattened target
     and of the latents of every autoencoder: figure and CSV. With --encoder also DINOv2's features,
-    unit length per token; then autoencoders are not needed. With --published the authors' printed
-    curves lie over yours, all in the paper's own form: log(1 + power), DC kept, features as the
-    encoder scales them; they may be drawn alone.
+    unit length per token. With --published the authors' curves lie over yours, all in their form:
+    DC kept, features as the encoder scales them. Either may be drawn without autoencoders.
     """
     run.need(args.encoder or not args.encoder_source, "--encoder_source: needs --encoder NAME")
     published, rows, grids, sources = args.published, [], [], []
@@ -258,7 +252,7 @@ def spectrum_figure(args, device):
     if autoencoder_files(args) or not (args.encoder or published):
         sources = ((label, images, encode_all(ae, images, args.batch_size, args.seed))
                    for label, ae, images in autoencoders(args, device))
-    elif args.encoder:                                 # no latents; the size of f16's
+    elif args.encoder:                                 # features alone, as large as f16 latents
         sources = [("", held_out_images(args, {}, device)[0], None)]
     panels = 2 if sources else 1
     figure, (axes,) = subplots(1, panels, (6 * panels, 4.8))
@@ -272,9 +266,7 @@ def spectrum_figure(args, device):
             print(f"published, {published}, {name}: KL(target || curve) {kl:.4f}")
     draw = partial(draw_curve, axes, rows, remove_dc=not published)
     for i, (label, images, latents) in enumerate(sources):
-        grid = tuple(side // 16 for side in images.shape[2:])
-        if latents is not None:
-            grid = tuple(latents.shape[2:])
+        grid = tuple(s // 16 for s in images.shape[2:]) if latents is None else latents.shape[2:]
         small, curves = spectral.match_resolution(images, grid), {}
         if grid not in grids:                          # once for all latents of one size
             at = f", {grid[0]}x{grid[1]}" if grids else ""
@@ -286,9 +278,8 @@ def spectrum_figure(args, device):
                 features = tokens.mT.unflatten(2, grid)                   # (N, D, h, w)
                 if not published:
                     features = F.normalize(features, dim=1)
-                name = encoder_name(args) + at
-                curves[name] = draw(name, [features], descriptor=bool(published), color="gray",
-                                    ls="-.")
+                name, style = encoder_name(args) + at, dict(color="gray", ls="-.")
+                curves[name] = draw(name, [features], descriptor=bool(published), **style)
         if latents is not None:
             curves[label] = draw(label, [latents], color=f"C{i}")
         settings = dict(gamma=args.gamma, n=len(images), seed=args.seed)
@@ -338,9 +329,8 @@ def band_matrix(decoded):
 @torch.no_grad()
 def bands_figure(args, device):
     """
-    DSM made visible, for each autoencoder. Left: PSNR of decode(lowpass(z, n)) against
-    lowpass(x, n) for every n. Right: what the k-th anti-diagonal of the latent's 8x8 blocks adds to
-    those of the decoded image's blocks.
+    DSM made visible. Left: PSNR of decode(lowpass(z, n)) against lowpass(x, n) for every n. Right:
+    what an anti-diagonal of the latent's 8x8 blocks adds to those of the decoded image's blocks.
     """
     columns = len(autoencoder_files(args))
     figure, ((left, *others),) = subplots(1, 1 + columns, (4.6 + 3.6 * columns, 4))
@@ -378,10 +368,7 @@ def latents_figure(args, device):
 
 @torch.no_grad()
 def similarity_figure(args, device):
-    """
-    Fig. 6: cosine similarity of one token to all tokens of an image, for the raw, spnorm and DoG
-    targets, with the RMSC of each.
-    """
+    """Fig. 6: cosine similarity of a token to all others; raw, spnorm and DoG, with their RMSC."""
     size, side = args.image_size, args.image_size // 14
     run.need(size % 14 == 0, f"--image_size {size}: must be a multiple of 14, the encoder's patch")
     token = side * side // 2 + side // 2 if args.token is None else args.token
@@ -416,13 +403,10 @@ PANELS = ("loss", "l1", "lpips", "kl", "esm", "align", "gan", "disc", "grad_norm
 
 
 def curves_figure(args, device):
-    """
-    The log.jsonl of training runs in one figure, one colour per run: losses, gradient norms, PSNR
-    and ESM divergence of held-out images, over steps. Runs may be going on.
-    """
+    """The log.jsonl of training runs in one figure, one colour per run; they may be going on."""
     paths = [pathlib.Path(path) for path in dict.fromkeys(args.runs)]
     paths = [path.parent if path.name == "log.jsonl" else path for path in paths]
-    print_differences(paths, "stage", "images", "image_size", "batch_size")
+    names = unique_names(paths, compared=("stage", "images", "image_size", "batch_size"))
     logs = []
     for path in (path / "log.jsonl" for path in paths):
         run.need(path.is_file(), f"{path}: no such log; give a run's folder or its log.jsonl")
@@ -439,11 +423,10 @@ def curves_figure(args, device):
             entries = [entry for entry in log if panel in entry]
             ax.plot([entry["step"] for entry in entries], [entry[panel] for entry in entries], lw=1,
                     color=f"C{i % 10}", ls=("-", "--", ":", "-.")[i // 10 % 4])
-        positive = all(entry.get(panel, 1) > 0 for log in logs for entry in log)
-        logarithmic = positive and panel not in ("val_psnr", "val_ssim")
-        ax.set(title=panel, xlabel="step", yscale="log" if logarithmic else "linear")
-    figure.legend(axes[0, 0].lines, unique_names(paths), loc="outside lower center", fontsize=8,
-                  ncols=min(4, len(logs)))
+        linear = any(entry.get(panel, 1) <= 0 for log in logs for entry in log)
+        linear = linear or panel in ("val_psnr", "val_ssim")
+        ax.set(title=panel, xlabel="step", yscale="linear" if linear else "log")
+    figure.legend(axes[0, 0].lines, names, loc="outside lower center", fontsize=8, ncols=4)
     save_figure(figure, args.out)
     print(f"wrote {args.out}")
     return ()                                          # nothing is measured

@@ -31,11 +31,12 @@ def ring_profile(P):
 def denoised_power(model, process, latents, labels=None, times=TIMES, seed=0, batch_size=64):
     """
     Prop. 3.1 and a network, by ring and time, in float64 means per coefficient: power (R,) of the
-    latents; learnable (T, R) by Prop. 3.1; error (T, R), squared, of the predicted clean latent.
+    latents; learnable (T, R) by Prop. 3.1; error (T, R), squared, of the predicted clean latent;
+    sizes (R,), how many coefficients a ring has.
     latents  (N, C, h, w) normalised, on the model's device; labels (N,) or None
     times    T of them in (0, 1); the noise of a latent depends on (seed, its number) alone
     """
-    N = len(latents)
+    N, _, h, w = latents.shape
     S = spectral.dct2(latents.double()).square().mean(0)   # (C, h, w)
     ring_mean = lambda P: ring_profile(P.mean(0)[None])[0].cpu()
     learnable, errors = [], []
@@ -50,23 +51,19 @@ def denoised_power(model, process, latents, labels=None, times=TIMES, seed=0, ba
             clean = process.clean(z_t.double(), output.double(), t)
             error += spectral.dct2(clean - z).square().sum(0)
         errors.append(ring_mean(error / N))
+    each = torch.eye(h * w, dtype=torch.float64).view(-1, h, w)            # one coefficient each
+    sizes = (ring_profile(each) > 0).double().sum(0)
     return SimpleNamespace(power=ring_mean(S), learnable=torch.stack(learnable),
-                           error=torch.stack(errors))
+                           error=torch.stack(errors), sizes=sizes)
 
 
-def fraction_learned(found, weights):
+def fraction_learned(found):
     """
     The fraction of the learnable power in found (denoised_power) that the network saves, below 0
-    where it is worse than predicting 0: of each ring (R,); of all, with weights (R,), a float.
+    where it is worse than predicting 0: of each ring (R,); of all coefficients, a float.
     """
     saved, learnable = (found.power - found.error).sum(0), found.learnable.sum(0)
-    return saved / learnable, float((weights * saved).sum() / (weights * learnable).sum())
-
-
-def ring_sizes(h, w):
-    """How many coefficients of an (h, w) latent lie in each ring: (R,) float64."""
-    each = torch.eye(h * w, dtype=torch.float64).view(-1, h, w)
-    return (ring_profile(each) > 0).double().sum(0)
+    return saved / learnable, float((found.sizes * saved).sum() / (found.sizes * learnable).sum())
 
 
 def held_out_latents(file, args, device):
@@ -114,7 +111,7 @@ def denoise_figure(args, device):
             ax.set(title=f"t = {TIMES[k]:.3g}", xlabel=RING)
         for t, *lines in zip(TIMES, found.learnable.tolist(), found.error.tolist()):
             table += [(name, t, *line) for line in zip(rings, found.power.tolist(), *lines)]
-        fractions, total = fraction_learned(found, ring_sizes(*latents.shape[-2:]))
+        fractions, total = fraction_learned(found)
         by_ring = " ".join(f"{fraction:.2f}" for fraction in fractions.tolist())
         yield dict(fraction_learned=total, by_ring=by_ring), settings
     axes[0].set_ylabel("power per coefficient, normalised latents")
@@ -192,8 +189,9 @@ def trajectory_figure(args, device):
         slope, rings = slope_per_octave(half), range(1, power.shape[1] + 1)
         share = (power / power[-1]).clamp(0, 1)            # (T, R)
         top.pcolormesh(times, rings, share.T, cmap="magma", vmin=0, vmax=1, shading="nearest")
-        top.plot(half, rings, "o", color="white", mec="gray", ms=4, label="half of the final power")
-        top.plot(ideal, rings, "--", color="cyan", lw=1.5, label="SNR = 1")
+        top.plot(half.tolist(), rings, "o", color="white", mec="gray", ms=4,
+                 label="half of the final power")
+        top.plot(ideal.tolist(), rings, "--", color="cyan", lw=1.5, label="SNR = 1")
         top.set(title=f"{name}: {slope:.2f} in t per octave", xlabel="t (1 = noise)", ylabel=RING,
                 xlim=(1, 0))
         top.legend(fontsize=8, loc="upper left")
@@ -213,13 +211,6 @@ def trajectory_figure(args, device):
 
 # -------------------------------------------------- what an autoencoder's latents tell beforehand
 
-def neighbour_correlation(latents):
-    """Of cells one step apart in normalised latents (N, C, h, w): 1 if constant, 0 if white."""
-    z = latents - latents.mean((0, 2, 3), keepdim=True)
-    products = [(z[..., 1:, :] * z[..., :-1, :]).mean(), (z[..., 1:] * z[..., :-1]).mean()]
-    return float(sum(products) / 2 / z.square().mean())
-
-
 @torch.no_grad()
 def diffusability(ae, images, batch_size=100):
     """
@@ -229,6 +220,8 @@ def diffusability(ae, images, batch_size=100):
     latents = figures.encode_all(ae, images, batch_size, seed=0)
     channels = dict(dim=(0, 2, 3), keepdim=True)
     normal = (latents - latents.mean(**channels)) / latents.std(**channels)
+    z = normal - normal.mean(**channels)
+    products = [z[..., 1:, :] * z[..., :-1, :], z[..., 1:] * z[..., :-1]]  # of cells side by side
     modes = figures.encode_all(ae, images, batch_size)
     decoded = figures.decode_lowpassed(ae, modes, DSM_MASKS, batch_size)
     plain = psnr(decoded[0], images).mean().item()
@@ -240,7 +233,8 @@ def diffusability(ae, images, batch_size=100):
         # diffusion, which normalises, does not
         esm_shape=min(esm_loss(images, scale * normal).item() for scale in scales),
         alpha=figures.psd_exponent(latents),               # Scale Equivariance: SD-VAE's is small
-        neighbours=neighbour_correlation(normal),          # over-smoothed (REPA-E) is near 1
+        # correlation of cells one step apart; over-smoothed latents (REPA-E) are near 1
+        neighbours=float(sum(x.mean() for x in products) / 2 / z.square().mean()),
         # dB of PSNR lost with the upper half of the latent's band, n = 8 (FreqWarm)
         high_band=plain - psnr(decoded[8], images).mean().item(),
         dsm=sum(dsm) / len(dsm),       # PSNR of decode(cut latent) against the cut image, mean of n
@@ -249,9 +243,9 @@ def diffusability(ae, images, batch_size=100):
 
 def diffusability_rows(args, device):
     """
-    One row per autoencoder of what can be known before any diffusion is trained: divergence from
-    the flattened target, as it is and normalised; exponent of the spectrum; correlation of
-    neighbouring cells; dB in the latent's high band; DSM's consistency; PSNR.
+    A row per autoencoder of what can be known before any diffusion: divergence from the flattened
+    target, as it is and normalised; exponent of the spectrum; correlation of neighbouring cells; dB
+    in the latent's high band; DSM's consistency; PSNR.
     """
     for label, ae, images in figures.autoencoders(args, device):
         yield diffusability(ae, images, args.batch_size), dict(autoencoder=label, n=len(images))

@@ -21,7 +21,7 @@ def test_the_ideas_show_what_the_code_uses():
     for figure in ("Fig. 2", "Fig. 9", "Fig. 10", "Prop. 3.1", "Eq. 6", "ESM"):
         assert figure in found
     assert all(f"n = {n}:" in found for n in DSM_MASKS)
-    assert "= {}, {} (ours)".format(*DOG_SIGMAS) in found
+    assert "= {}, {} (default)".format(*DOG_SIGMAS) in found
 
 
 def test_the_pipeline_has_every_stage():

@@ -85,16 +85,16 @@ def test_the_exact_denoiser_meets_the_bound(process):
     Prop. 3.1: the Wiener filter leaves S / (1 + SNR) in every ring, at every time; a network that
     predicts 0 leaves all the power.
     """
-    latents, sizes = gaussian_latents(600), theory.ring_sizes(H, W)
+    latents = gaussian_latents(600)
     found = theory.denoised_power(wiener(process), process, latents, times=(0.15, 0.4, 0.7))
     torch.testing.assert_close(found.error, found.power - found.learnable, rtol=0.12, atol=0)
-    fractions, total = theory.fraction_learned(found, sizes)
+    fractions, total = theory.fraction_learned(found)
     assert total == pytest.approx(1, abs=0.03)
     torch.testing.assert_close(fractions, torch.ones_like(fractions), rtol=0.08, atol=0)
     zero = Denoiser(process, lambda alpha_bar: 0.0)
     found = theory.denoised_power(zero, process, latents[:40], times=(0.2, 0.8), batch_size=7)
     torch.testing.assert_close(found.error, found.power.expand(2, -1))
-    assert theory.fraction_learned(found, sizes)[1] == pytest.approx(0, abs=1e-9)
+    assert theory.fraction_learned(found)[1] == pytest.approx(0, abs=1e-9)
 
 
 def test_power_and_bound_are_those_of_the_spectrum():
@@ -108,9 +108,10 @@ def test_power_and_bound_are_those_of_the_spectrum():
 
 
 def test_ring_sizes_count_every_coefficient():
-    """No ring is empty, whatever the sides; DC is in the first."""
+    """No ring is empty, whatever the sides."""
     for h, w in ((8, 12), (2, 3), (4, 40), (16, 16), (5, 3)):
-        sizes = theory.ring_sizes(h, w)
+        latents = torch.ones(1, C, h, w)
+        sizes = theory.denoised_power(lambda z, t, y: z, Interpolant(), latents, times=(0.5,)).sizes
         assert sizes.sum() == h * w and (sizes > 0).all()
 
 
@@ -152,15 +153,6 @@ def test_watching_changes_no_sample(process):
     assert torch.equal(kept[-1], plain)
 
 
-def test_neighbour_correlation():
-    """White latents 0, constant ones 1, a checkerboard -1."""
-    assert abs(theory.neighbour_correlation(torch.randn(50, C, H, W))) < 0.02
-    constant = torch.randn(500, C, 1, 1).expand(-1, -1, H, W)
-    assert theory.neighbour_correlation(constant) == pytest.approx(1, abs=1e-4)
-    board = (-1.0) ** (torch.arange(H)[:, None] + torch.arange(W))
-    assert theory.neighbour_correlation(board.expand(3, C, H, W)) == pytest.approx(-1)
-
-
 def test_diffusability_without_the_scale():
     """Latents three times as large have another ESM divergence, and the same everything else."""
     ae = AutoencoderKL(AEConfig((1, 2), C, ch=8, num_res_blocks=1, norm_groups=2)).eval()
@@ -179,12 +171,18 @@ def test_diffusability_without_the_scale():
 def test_diffusability_of_a_perfect_pair():
     """
     A lossless autoencoder whose latent is the image: all of the high band is lost with it, and
-    low-passed latents decode to low-passed images exactly.
+    low-passed latents decode to low-passed images exactly. Cells are correlated by 0 in white
+    latents, 1 in constant ones, -1 in a checkerboard.
     """
     ae = SimpleNamespace(encode=lambda x: Posterior(x, torch.full_like(x, -30.0)),
                          decode=lambda z: z)
-    found = theory.diffusability(ae, torch.rand(3, 3, 16, 24) * 2 - 1)
+    found = theory.diffusability(ae, torch.rand(50, 3, 16, 24) * 2 - 1)
     assert found["psnr"] == 100 and found["dsm"] > 50 and found["high_band"] > 60
+    assert abs(found["neighbours"]) < 0.02
+    constant = torch.randn(500, 3, 1, 1).expand(-1, -1, 8, 16)
+    assert theory.diffusability(ae, constant)["neighbours"] == pytest.approx(1, abs=1e-4)
+    board = (-1.0) ** (torch.arange(8)[:, None] + torch.arange(16))
+    assert theory.diffusability(ae, board.expand(3, 3, 8, 16))["neighbours"] == pytest.approx(-1)
 
 
 def test_frechet_parts():
@@ -245,7 +243,7 @@ def test_held_out_latents_are_normalised_and_have_their_labels(runs):
     noise = difference / (0.5 * posterior.logvar).exp()
     assert abs(noise.mean()) < 0.2 and 0.8 < noise.std() < 1.2
     assert not torch.equal(held_out(seed=1)[2], latents)
-    with pytest.raises(ValueError, match="--data discs: has 0 classes, and .* trained with 2"):
+    with pytest.raises(ValueError, match="--data: has 0 classes, and .* trained with 2"):
         held_out(data="discs")
 
 
@@ -263,5 +261,5 @@ def test_diffusability_has_a_row_for_each_autoencoder(material, evaluated):
     results, _ = evaluated("diffusability", "--ae", ae, "--image_size", 32)
     assert [line["n"] for line in results] == [1]          # one of twelve is held out
     assert set(results[0]) >= {"esm", "esm_shape", "alpha", "neighbours", "high_band", "dsm"}
-    with pytest.raises(ValueError, match="--image_size: latents of 12x12 do not tile"):
+    with pytest.raises(ValueError, match="lowpass: 12x12 does not tile"):
         evaluated("diffusability", "--ae", ae, "--image_size", 24)
