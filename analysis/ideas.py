@@ -41,8 +41,22 @@ def crop_face(image):
     return image[..., H // 8:H * 5 // 8, W // 4:W * 3 // 4]
 
 
-def plot_curves(law, targets, learnable, dog, image):
-    """The image's power law, ESM's flattened targets, the power one can learn, the gain of DoG."""
+def plot_dog(ax):
+    """The gain of DoG filters over the frequencies of a 16x16 token grid, the default thick."""
+    omega = torch.arange(16) / 32                          # cycles per token of DCT row u
+    gain = lambda sigma: torch.exp(-2 * (math.pi * sigma * omega) ** 2)
+    for sigma1, sigma2 in ((0.5, 2.0), (1.0, 2.0), (1.0, 4.0), DOG_SIGMAS):
+        default = (sigma1, sigma2) == DOG_SIGMAS
+        ax.plot(gain(sigma1) - gain(sigma2), marker="o", ms=3, lw=3 if default else 1,
+                label=f"$\\sigma$ = {sigma1}, {sigma2}" + " (default)" * default)
+    ax.set(title="Eq. 6: DoG on a 16x16 token grid", xlabel="DCT frequency u (0 = DC)",
+           ylabel="gain")
+    ax.legend()
+
+
+def plot_spectra(axes, image):
+    """The image's power law, ESM's flattened targets, the power one can learn."""
+    law, targets, learnable = axes
     frequency = (torch.arange(32) + 0.5)[1:] / 32          # 1 = the corner; without DC's ring
     power = spectral.radial_profile(spectral.power_spectrum(image), 32)[0]
     alpha, power = spectral.fit_power_law(power).item(), power[1:]
@@ -60,18 +74,11 @@ def plot_curves(law, targets, learnable, dog, image):
         learnable.loglog(frequency, spectral.learnable_power(S, alpha_bar),
                          label=f"$\\bar\\alpha_t$ = {alpha_bar}")
     learnable.loglog(frequency, S, "k--", label="all the power there is")
-    omega = torch.arange(16) / 32                          # cycles per token of DCT row u of 16
-    gain = lambda sigma: torch.exp(-2 * (math.pi * sigma * omega) ** 2)
-    for sigma1, sigma2 in ((0.5, 2.0), (1.0, 2.0), (1.0, 4.0), DOG_SIGMAS):
-        default = (sigma1, sigma2) == DOG_SIGMAS
-        dog.plot(gain(sigma1) - gain(sigma2), marker="o", ms=3, lw=3 if default else 1,
-                 label=f"$\\sigma$ = {sigma1}, {sigma2}" + " (default)" * default)
     for ax, title, xlabel, ylabel in (
             (law, "Images follow a power law", "frequency (1 = corner of the DCT grid)", "power"),
             (targets, "ESM: the target, flattened by $\\gamma$", "ring (1 = low frequency)",
              "share of log(1 + power)"),
-            (learnable, "Prop. 3.1: power a denoiser can learn", "frequency", "learnable power"),
-            (dog, "Eq. 6: DoG on a 16x16 token grid", "DCT frequency u (0 = DC)", "gain")):
+            (learnable, "Prop. 3.1: power a denoiser can learn", "frequency", "learnable power")):
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
         ax.legend(fontsize=8)
 
@@ -81,13 +88,14 @@ def plot(image):
     H, W = image.shape[-2:]
     figure = Figure((18, 9.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1)
-    whole, directions, *curves = top.subplots(1, 5)
+    whole, directions, *spectra = top.subplots(1, 5)
     show(whole, image[0], f"{H} x {W} pixels")
     # every pixel, as a vector, of length 1
     show(directions, F.normalize(image[0], dim=0),
          "Fig. 2: without magnitudes\nthe layout is still there")
     masks, quarter, dog = bottom.subfigures(1, 3, width_ratios=(3, 0.9, 1.1))
-    plot_curves(*curves, dog.subplots(), image)
+    plot_spectra(spectra, image)
+    plot_dog(dog.subplots())
     masks.suptitle("DSM (Fig. 10): cut the n last anti-diagonals of every 8x8 DCT block, "
                    "in the image and in the latent (dark = kept)")
     for n, column in zip(DSM_MASKS, masks.subplots(2, 4, height_ratios=(1, 2.2)).T):

@@ -32,12 +32,9 @@ RIGHT = {
 }
 WRONG = [                                                  # and what the check says to it
     (1, "return 0.5", "for S = 0.1 you say alpha_bar = 0.5; there 9% is learnable"),
-    (1, "return 1 + S", "for S = 0.1 you say alpha_bar = 1.1, but it lies between 0 and 1"),
     (2, RIGHT[2].replace("mean()", "sum()"), "this is the sum over the batch"),
-    (2, RIGHT[2].replace("P * (P / Q)", "Q * (Q / P)"), "with gamma = 0.0 you get"),
     (2, RIGHT[2].replace("gamma=gamma", "gamma=0"), "with gamma = 1.0 you get"),
     (3, RIGHT[3].replace("(n)", "(n).logical_not()"), "a high-pass"),
-    (3, RIGHT[3].replace("(n)", "(n + 1)"), "with n = 8 you are off by up to"),
     (3, "return spectral.block_dct2(x)", "the answer has the shape (2, 3, 4, 4, 8, 8)"),
     (3, "return x.nothing", "your function stops with AttributeError"),
 ]
@@ -77,15 +74,15 @@ def test_it_runs_from_top_to_bottom(tmp_path):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     notebook = nbformat.read(FILE, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = []
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code:
+        cell.outputs = []
     NotebookClient(notebook, timeout=170, kernel_name="python3",
                    resources={"metadata": {"path": str(tmp_path / "experiments")}}).execute()
-    for cell in notebook.cells:
-        if cell.id in DRAWING:
-            assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell.id
-    assert notebook.cells[-1].outputs[0].text == "0 of 3 exercises solved\n"
+    drawn = {cell.id for cell in code
+             if any("image/png" in output.get("data", {}) for output in cell.outputs)}
+    assert drawn == set(DRAWING)
+    assert code[-1].outputs[0].text == "0 of 3 exercises solved\n"
 
 
 def test_the_first_cell_finds_the_project(tmp_path, monkeypatch):
@@ -100,17 +97,14 @@ def test_the_first_cell_finds_the_project(tmp_path, monkeypatch):
         execute(["setup"], {})
 
 
-def test_unsolved_exercises_say_so(prepared, capsys):
-    for number in RIGHT:
-        assert not answer(number, "raise NotImplementedError", prepared)
-        line, = capsys.readouterr().out.splitlines()
-        assert line.startswith(f"Exercise {number}: not solved yet: ")
-
-
-def test_a_right_answer_solves_it(prepared, capsys):
+def test_right_answers_solve_the_exercises(prepared, capsys):
+    """And an unsolved one says so."""
     for number, body in RIGHT.items():
+        assert not answer(number, "raise NotImplementedError", prepared)
         assert answer(number, body, prepared)
-        assert capsys.readouterr().out == f"Exercise {number}: solved\n"
+        unsolved, solved = capsys.readouterr().out.splitlines()
+        assert unsolved.startswith(f"Exercise {number}: not solved yet: ")
+        assert solved == f"Exercise {number}: solved"
 
 
 @pytest.mark.parametrize("number, body, said", WRONG)
@@ -132,7 +126,12 @@ def test_a_slider_without_ipywidgets_draws_three_values(monkeypatch):
 
 
 def test_the_kept_outputs_are_whole():
-    """One run in order; an image of each figure; no error, warning or widget, no home paths."""
+    """
+    One run in order; an image of each figure; no error, warning or widget, no home paths. An hour
+    has room for some forty cells; a cell fits on a screen; the clone stays light.
+    """
+    assert 30 <= len(NOTEBOOK.cells) <= 50 and FILE.stat().st_size < 2e6
+    assert all(len(cell.source.splitlines()) <= 40 for cell in NOTEBOOK.cells)
     cells = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert len(DRAWING) >= 12
@@ -149,15 +148,6 @@ def test_the_kept_outputs_are_whole():
                          "\n".join(words), re.M)
     assert set(NOTEBOOK.metadata) == {"kernelspec", "language_info"}
     assert NOTEBOOK.metadata.kernelspec.name == "python3"
-
-
-def test_it_is_small():
-    """An hour has room for some forty cells; a cell fits on a screen; the clone stays light."""
-    assert 30 <= len(NOTEBOOK.cells) <= 50
-    for cell in NOTEBOOK.cells:
-        assert len(cell.source.splitlines()) <= 40, cell.id
-    assert FILE.stat().st_size < 2e6
-    assert all(path.stat().st_size < 1e6 for path in WEIGHTS)
 
 
 def test_the_commands_made_these_weights():
@@ -177,9 +167,3 @@ def test_kl_is_the_whiter_of_the_pair(prepared):
         z = encode_all(load_autoencoder(path).requires_grad_(False), images, 32, seed=0)
         alpha.append(fit_power_law(radial_profile(power_spectrum(z)).mean(0)).item())
     assert alpha[0] < alpha[1] - 0.3
-
-
-def test_every_link_leads_somewhere():
-    text = "\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown")
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
-    assert len(links) >= 3 and all((FILE.parent / link).exists() for link in links)
