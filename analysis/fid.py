@@ -80,13 +80,10 @@ def naming(path):
 
 @contextlib.contextmanager
 def shared_samples(out, shape):
-    """
-    A uint8 array in a memory map that all ranks write into: 50,000 images of 256 px are 10 GB. The
-    folder out belongs to this run until the end of the block; a second one waits.
-    """
+    """A memory-mapped uint8 array for all ranks. The folder out is this run's; others wait."""
     path, first = out / "samples.npy", run.get_rank() == 0
     with run.file_lock(out / ".lock") if first else contextlib.nullcontext():
-        if first:
+        if first:                                      # 50,000 images of 256 px are 10 GB
             create_array(f"{path} of {shape[0]:,} rows", path, np.uint8, shape)
         run.barrier()
         array = np.load(path, mmap_mode="r+")
@@ -105,8 +102,8 @@ def rank_batches(n, batch_size):
 
 def write_samples(draw, samples, out, args):
     """
-    All samples of draw(indices) into samples (N, H, W, 3); then, in the place of an earlier
-    sampling's, out/grid.png, samples.npz for the ADM suite, and with --folder images/NNNNNN.png.
+    draw(indices) into samples (N, H, W, 3); then, in the place of an earlier sampling's, out/grid.
+    png, samples.npz for the ADM suite, and with --folder images/NNNNNN.png. Returns the seconds.
     """
     start, folder = time.perf_counter(), out / "images"
     batches = rank_batches(len(samples), args.batch_size)
@@ -161,11 +158,11 @@ def inception_statistics(inception, batches, keep, device):
     parts = [kept] * run.get_world_size()
     if dist.is_initialized():                          # 0.6 GB for 50,000 samples
         dist.gather_object(kept, parts if run.get_rank() == 0 else None)
+    found = moments.mean_cov()
     if run.get_rank() > 0:
-        return *moments.mean_cov(), None, None
-    rows, features, logits = map(np.concatenate, zip(*itertools.chain(*parts)))
-    order = np.argsort(rows)
-    return *moments.mean_cov(), torch.from_numpy(features[order]), torch.from_numpy(logits[order])
+        return *found, None, None
+    rows, *values = map(np.concatenate, zip(*itertools.chain(*parts)))
+    return *found, *(torch.from_numpy(x[np.argsort(rows)]) for x in values)
 
 
 def training_images(file, checkpoint, args):
@@ -184,8 +181,8 @@ def training_images(file, checkpoint, args):
 
 def reference_statistics(images, inception, args, device):
     """
-    mu, sigma and features of a set from out/reference, where the set's content names the file; else
-    made now and kept there. None on ranks above 0 if made, on all without inception.
+    mu, sigma, features of a set from out/reference, where the set's content names the file, or made
+    now and kept there. None on ranks above 0 if made, on all without inception.
     """
     identity = run.broadcast_from_rank0(lambda: images_hash(images))
     file = Path("out/reference") / f"{identity}-{images.size}.npz"
@@ -248,26 +245,27 @@ def open_set(spec):
     returns  spec; n; images, an ImageSet still without its size, and moments (mu, sigma), one of
              them None; side, the pixels of an npz's images if known, else None
     """
-    side = None
-    if spec.lower().endswith(".npz") and Path(spec).is_file():
-        stored = read_npz(spec, "mu", "sigma", "arr_0", "how")
-        if {"mu", "sigma"} <= stored.keys():
-            moments = stored["mu"], stored["sigma"]
-            run.need(all(np.isfinite(x).all() for x in moments), f"{spec}: is not finite")
-            how = json.loads(str(stored.get("how", "{}")))         # of those in out/reference
-            return SimpleNamespace(spec=spec, n=None, images=None, moments=moments,
-                                   side=how.get("size"))
+    found = SimpleNamespace(spec=spec, n=None, images=None, moments=None, side=None)
+    npz = spec.lower().endswith(".npz") and Path(spec).is_file()
+    stored = read_npz(spec, "mu", "sigma", "arr_0", "how") if npz else {}
+    if {"mu", "sigma"} <= stored.keys():
+        found.moments = stored["mu"], stored["sigma"]
+        run.need(all(np.isfinite(x).all() for x in found.moments), f"{spec}: is not finite")
+        found.side = json.loads(str(stored.get("how", "{}"))).get("size")  # of out/reference's
+        return found
+    if npz:
         pixels = stored.get("arr_0", np.empty(0))
         run.need(pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[-1] == 3,
                  f"{spec}: holds neither mu and sigma nor arr_0 (N, H, W, 3) uint8")
-        side, names = min(pixels.shape[1:3]), np.arange(len(pixels)).astype(str)
-        source = SimpleNamespace(names=names, image=lambda row: Image.fromarray(pixels[row]))
+        source = SimpleNamespace(names=np.arange(len(pixels)).astype(str),
+                                 image=lambda row: Image.fromarray(pixels[row]))
+        found.side = min(pixels.shape[1:3])
     else:
         source = open_source(spec)
-    n = len(source.names)
+    found.n = n = len(source.names)
     run.need(n > 1, f"{spec}: needs two images or more, holds {n}")
-    images = ImageSet(spec, source, np.arange(n), np.zeros(n, np.int64), [], None)
-    return SimpleNamespace(spec=spec, n=n, images=images, moments=None, side=side)
+    found.images = ImageSet(spec, source, np.arange(n), np.zeros(n, np.int64), [], None)
+    return found
 
 
 def common_resolution(sets, asked=None):

@@ -26,10 +26,7 @@ from losses import esm_loss
 
 
 def pca_rgb(latents):
-    """
-    The first three principal components over all cells as colours (Fig. 3): (B, C, h, w), any C,
-    -> (B, 3, h, w) in [0, 1]; two standard deviations of a component span half the range.
-    """
+    """Latents (B, C, h, w) as colours (B, 3, h, w) in [0, 1]: principal components (Fig. 3)."""
     B, C, h, w = latents.shape
     cells = latents.float().movedim(1, -1).reshape(-1, C)                   # (B*h*w, C)
     cells = cells - cells.mean(0)
@@ -37,6 +34,7 @@ def pca_rgb(latents):
     directions = directions[:, -3:].flip(-1)
     directions = directions * torch.where(directions.sum(0) < 0, -1.0, 1.0)  # one sign for all
     components = F.pad(cells @ directions, (0, 3 - min(C, 3)))              # (B*h*w, 3)
+    # two standard deviations of a component span half the range
     components = components / (2 * components.std(0, correction=0)).clamp_min(1e-12)
     return (components * 0.25 + 0.5).clamp(0, 1).view(B, h, w, 3).movedim(-1, 1)
 
@@ -140,9 +138,8 @@ def named_checkpoints(args):
 
 def held_out_images(args, trained, device, file=None):
     """
-    The first --val_images held-out images of --data, or of the data in a run's flags `trained`:
-    images (N, 3, H, W) in [-1, 1], labels (N,), both on device; the number of classes. A line if
-    that data has changed since the checkpoint `file` was trained on it.
+    The first --val_images held-out images of --data, or of the data in a run's flags `trained`,
+    from which `file` came: images (N, 3, H, W) in [-1, 1], labels (N,), number of classes.
     """
     size = getattr(args, "image_size", None) or trained.get("image_size", 256)
     data = args.data or trained.get("data")
@@ -207,8 +204,7 @@ def divergence(target, curve):
     return (p * (p.log() - q.log())).sum().item()
 
 
-def encoder_name(args):
-    return "random encoder" if args.encoder_source == "random" else args.encoder
+encoder_name = lambda args: args.encoder if args.encoder_source != "random" else "random encoder"
 
 
 def psd_exponent(x, rings=16):
@@ -220,8 +216,7 @@ def psd_exponent(x, rings=16):
 def draw_curve(axes, rows, name, batches, gamma=0.0, descriptor=True, remove_dc=True, **style):
     """
     One curve of batches (b, C, h, w): on axes[0] radial power, on axes[1] what ESM compares, unless
-    descriptor is False, for values of no meaningful scale; both scaled to sum 1. Appends 16 rows of
-    the CSV, and returns the mean spectral.spectrum_distribution (16,).
+    the values have no scale (descriptor False). Appends 16 rows, returns the mean descriptor (16,).
     """
     x, rings = torch.cat(list(batches)), torch.arange(1, 17)
     P = spectral.power_spectrum(x - x.mean((-2, -1), keepdim=True))

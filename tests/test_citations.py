@@ -123,7 +123,7 @@ def test_known_pairs_are_cited_together():
 
 @pytest.mark.parametrize("text, expected", [
     ("Eqs. 7 to 10 and 12", "Eq 7, Eq 8, Eq 9, Eq 10, Eq 12"),
-    ("(Appendix A.9), Appendix A.1 to A.3", "Appendix A.9, Appendix A.1, Appendix A.2, Appendix A.3"),
+    ("(Appendix A.9), Appendix A.2 to A.3", "Appendix A.9, Appendix A.2, Appendix A.3"),
     ("Lemma A.2 in A.1; Fig. 10, A.7", "Lemma A.2, Appendix A.1, Fig 10, Appendix A.7"),
     ("Figs. 4, 5, 7-9; Tables 7\nand 8", "Fig 4, Fig 5, Fig 7, Fig 8, Fig 9, Table 7, Table 8"),
     ("# (Fig.\n    # 11)", "Fig 11"),
