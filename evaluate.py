@@ -96,10 +96,9 @@ def evaluate_recon(args, device):
     Images through the autoencoder: PSNR, SSIM, L1, LPIPS and rFID, as far as weights can be had.
 
     --protocol plain: held-out images, decoded from the posterior's mode. --protocol authors, as the
-    paper's authors measured: the training images, decoded from a posterior sample; for rFID and
-    PSNR both sides go through JPEG first, as PIL and torchvision save it (quality 75), and SSIM is
-    of images clamped to [-1, 1]. They drew 50,000 of CelebA's training images with repetition and
-    mirrors; here each counts once, as it is.
+    paper's authors measured: training images, decoded from a posterior sample; for rFID and PSNR
+    both sides go through JPEG first, of quality 75, and SSIM is of images clamped to [-1, 1]. They
+    drew 50,000 of CelebA's with repetition and mirrors; here each counts once, as it is.
     """
     authors, rank, world = args.protocol == "authors", run.get_rank(), run.get_world_size()
     args.ae = args.ae or run.newest(f"out/ae/{args.preset}-*/ckpt.pt",
@@ -320,14 +319,12 @@ def get_args():
     add("--every", False, action="store_true", help="all ckpt_<step>.pt of the run, in order")
     add("--data", help="folder, .zip, cifar10, leaves or discs; without it what was trained on")
     add("--image_size", type=int, help="pixels a side; without it as in training, for fid as above")
-    add("--val_images", 1000, type=int, help="held-out images to use; of recon without it 1000 or "
-        "all training images")
+    add("--val_images", 1000, type=int, help="held-out images (recon: 1000, or all for training)")
     add("--batch_size", 50, type=int, help="images per network call and process")
     add("--workers", 4, type=int, help="loader processes")
     add("--seed", 0, type=int, help="of every draw")
     add("--protocol", "plain", choices=("plain", "authors"), help="how to measure, see above")
-    add("--split", choices=("train", "val"), help="training or held-out images (default: val; with "
-        "--protocol authors: train)")
+    add("--split", choices=("train", "val"), help="images (default: val; of authors: train)")
     # gen and trajectory
     add("--num_samples", 50_000, type=int, help="images to sample")
     add("--steps", 100, type=int, help="network calls per sample")
@@ -346,8 +343,7 @@ def get_args():
     add("--encoder_source", help="a local clone of facebookresearch/dinov2, or random (for tests)")
     add("--image", help="an image file (default: the first --val_images held-out ones of --data)")
     add("--token", type=int, help="number of the token, row by row from 0 (default: the middle)")
-    add("--out", f"out/{command}.png", help="the figure to write; of gen: a folder (default: "
-        "beside the checkpoint)")
+    add("--out", f"out/{command}.png", help="figure; of gen a folder (default: beside --ckpt)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
     add("--results", "results.jsonl", help="every result is appended here")
     few = DEFAULTS.get(command, {}).get("val_images")  # for the eye: presets leave them alone
@@ -361,10 +357,9 @@ def check_path(flag, path, kind):
     # what exists of it; the rest is made when it is needed
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     fits = existing.is_dir() if kind == "folder" or existing != path else existing.is_file()
-    if kind == "figure":
-        fits = fits and path.suffix in ("", ".png", ".jpg", ".pdf", ".svg")
-    run.need(fits and os.access(existing, os.W_OK),
-             f"{flag} {path}: cannot be written there; name a {kind}, such as x.png for a figure")
+    suffix = kind != "figure" or path.suffix in ("", ".png", ".jpg", ".pdf", ".svg")
+    run.need(fits and suffix and os.access(existing, os.W_OK), f"{flag} {path}: cannot be written "
+             f"there; name a {kind}, such as x.png for a figure")
 
 
 def check_flags(args):

@@ -119,18 +119,16 @@ def test_pca_rgb_shows_the_strongest_direction_first(channels):
 @pytest.mark.filterwarnings("ignore:.*untrained")
 def test_figures_are_drawn(material, ae, main, tmp_path):
     """bands reports a PSNR per mask, similarity an RMSC per target, spectrum draws features."""
-    encoder = ["--encoder_source", "random"]
+    random = ["--encoder_source", "random", "--encoder", "dinov2_vitb14"]
     image = sorted((material / "images").glob("*/*.png"))[0]
     bands, = main("bands", *ae, "--val_images", 1)
     assert {"psnr_n0", "psnr_n8", "psnr_n10", "psnr_n12"} <= bands.keys()
-    similarity, = main("similarity", *encoder, "--image_size", 56, "--image", image)
+    similarity, = main("similarity", *random, "--image_size", 56, "--image", image)
     assert {"rmsc_none", "rmsc_spnorm", "rmsc_dog"} <= similarity.keys() and similarity["n"] == 1
-    for command in ("bands", "similarity"):
-        assert (tmp_path / "out" / f"{command}.png").stat().st_size > 3000
     # without an autoencoder
-    main("spectrum", *encoder, "--encoder", "dinov2_vitb14", "--data", material / "images",
-         "--image_size", 64, "--val_images", 1)
-    assert (tmp_path / "out" / "spectrum.csv").read_text().count("random encoder") == 16
+    main("spectrum", *random, "--data", material / "images", "--image_size", 64, "--val_images", 1)
+    assert Path("out/spectrum.csv").read_text().count("random encoder") == 16
+    assert all(path.stat().st_size > 3000 for path in Path("out").glob("*.png"))
     with pytest.raises(ValueError, match="--ae"):
         main("spectrum")
 
@@ -167,15 +165,12 @@ def test_names_in_legends_are_unique(tmp_path):
     assert names("$x$", "\x1b[2Jz") == [r"\$x\$", r"\x1b[2Jz"]
 
 
-def test_published_curves(main, capsys):
+def test_published_curves(main):
     """16 shares that sum to 1, up to the printed digits; they may be drawn alone."""
     curves = [curve for printed in figures.CURVES.values() for curve in printed.values()]
     assert len(curves) == 10 and {len(curve) for curve in curves} == {16}
     assert all(abs(sum(curve) - 1) <= 16 * 0.5e-4 for curve in curves)
     assert not main("spectrum", "--published", "celeba")
-    printed = capsys.readouterr().out
-    for line in ("SD-VAE: KL(target || curve) 0.0378", "ESM: KL(target || curve) 0.0044"):
-        assert f"published, celeba, {line}" in printed
     assert len(table("out/spectrum.csv")) == 6 * 16
 
 
@@ -389,7 +384,6 @@ def test_gen_without_the_training_images(gen, diffusion, capsys):
     torch.save(dict(checkpoint, ae="lost.pt"), "moved.pt")
     with pytest.raises(FileNotFoundError, match="its autoencoder, lost.pt, is not here; --ae"):
         gen("--ckpt", "moved.pt")
-    gen("--ckpt", "moved.pt", "--ae", checkpoint["ae"])
 
 
 def test_labels_and_jpeg(gen):
@@ -426,10 +420,7 @@ def test_every_kept_checkpoint_is_scored(gen, diffusion, tmp_path, capsys):
     assert named[0]["SWD_16px"] == lines[0]["SWD_16px"]
     with pytest.raises(FileNotFoundError, match="no ckpt_<step>.pt there; .*--keep_every"):
         gen("--ckpt", tmp_path, "--every")
-
-
-def test_the_best_is_that_of_the_smallest_fid():
-    """SWD decides only where there is no FID."""
+    # SWD decides only where there is no FID, and nothing where they are not measured alike
     run = lambda file, step, **values: (values, dict(ckpt=file, step=step))
     scores = [run("a", 1, FID=3.0, SWD=1.0), run("b", 2, FID=2.0, SWD=4.0)]
     assert evaluate.best_line(scores) == "best of 2: FID 2 at step 2, b"

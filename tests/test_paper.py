@@ -80,21 +80,18 @@ def test_kl_beside_a_mean_is_the_authors_kl_beside_a_sum(reg, monkeypatch):
         torch.testing.assert_close(of_sum / (3 * size ** 2), of_mean, rtol=1e-3, atol=1e-7)
 
 
-def test_kl_weights_of_the_methods(monkeypatch):
-    """At 256 px eq and vf weigh KL 196,608 times less than kl does; a given weight stands."""
-    def weight(*flags):
-        monkeypatch.setattr(sys, "argv", ["train_ae.py", *flags])
-        return train_ae.get_args().kl_weight
-    assert weight("--reg", "kl") == 1e-6 == weight("--reg", "kl", "eq")
-    assert weight("--reg", "eq") * 196_608 == pytest.approx(1e-6)
-    assert weight("--reg", "vf", "--kl_weight", "0.5") == 0.5
-
-
-def test_encoders_of_related_methods(monkeypatch):
-    """VA-VAE aligns with DINOv2 ViT-L, UAE with ViT-B with registers, as their authors."""
-    for reg, name in (("vf", "dinov2_vitl14"), ("uae", "dinov2_vitb14_reg")):
-        monkeypatch.setattr(sys, "argv", ["train_ae.py", "--reg", reg])
-        assert train_ae.get_args().encoder == name
+def test_defaults_of_the_methods(monkeypatch):
+    """
+    At 256 px eq and vf weigh KL 196,608 times less than kl does; a given weight stands. VA-VAE
+    aligns with DINOv2 ViT-L, UAE with ViT-B with registers, as their authors.
+    """
+    def args(*flags):
+        monkeypatch.setattr(sys, "argv", ["train_ae.py", "--reg", *flags])
+        return train_ae.get_args()
+    assert args("kl").kl_weight == 1e-6 == args("kl", "eq").kl_weight
+    assert args("eq").kl_weight * 196_608 == pytest.approx(1e-6)
+    assert args("vf", "--kl_weight", "0.5").kl_weight == 0.5
+    assert (args("vf").encoder, args("uae").encoder) == ("dinov2_vitl14", "dinov2_vitb14_reg")
 
 
 def test_presets_follow_the_authors_runs(monkeypatch, tmp_path):

@@ -66,23 +66,13 @@ def test_block_dct_equals_scipy_tile_by_tile():
     close(block_idct2(tiles), x)
 
 
-def test_spectra_are_float32_under_autocast_and_for_bf16():
-    """bf16 input is widened, and autocast does not reach the transform."""
-    x = torch.randn(2, 3, 16, 24).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        X, P, y = dct2(x), power_spectrum(x), lowpass(x, 10)
-    assert X.dtype == P.dtype == y.dtype == torch.float32
-    close(X, dct2(x.float()), rtol=0, atol=0)
-
-
 # ---- masks and downsampling
 
-@pytest.mark.parametrize("n, kept", [(0, 64), (1, 63), (2, 61), (7, 36), (8, 28), (10, 15), (12, 6),
-    (13, 3), (14, 1), (15, 0)])
-def test_mask_counts(n, kept):
+def test_mask_counts():
     """Coefficients left of 8x8 without the n last of 15 anti-diagonals; u and v alike."""
-    mask = triangle_mask(n)
-    assert mask.sum() == kept and torch.equal(mask, mask.T)
+    kept = {0: 64, 1: 63, 2: 61, 7: 36, 8: 28, 10: 15, 12: 6, 13: 3, 14: 1, 15: 0}
+    assert {n: triangle_mask(n).sum().item() for n in kept} == kept
+    assert all(torch.equal(triangle_mask(n), triangle_mask(n).T) for n in kept)
 
 
 def test_lowpass_is_the_masked_block_dct():
