@@ -123,8 +123,8 @@ def unique_names(files, taken=(), compared=("images", "image_size")):
             saved = torch.load(file / "ckpt.pt" if file.is_dir() else file, map_location="cpu",
                                mmap=True, weights_only=True)       # the tensors stay on the disk
             runs.append(saved["args"] | saved)
-    found = {key: {str(saved[key]) for saved in runs if saved.get(key)} for key in compared}
-    differ = [key for key in compared if len(found[key]) > 1]
+    differ = [key for key in compared
+              if len({str(saved[key]) for saved in runs if saved.get(key)}) > 1]
     if differ:
         run.print0(f"these runs differ in {' and '.join(differ)}; compare them with care")
     return [run.printable(name).replace("$", r"\$") for name in names]    # $ begins a formula
@@ -240,7 +240,8 @@ def spectrum_figure(args, device):
     unit length per token. With --published the authors' curves lie over yours, all in their form:
     DC kept, features as the encoder scales them. Either may be drawn without autoencoders.
     """
-    run.need(args.encoder or not args.encoder_source, "--encoder_source: needs --encoder NAME")
+    run.need(args.encoder or not args.encoder_source,
+             f"--encoder_source {args.encoder_source}: needs --encoder NAME")
     published, rows, grids, sources = args.published, [], [], []
     if args.encoder:
         encoder = repa.load_encoder(args.encoder, args.encoder_source).to(device)

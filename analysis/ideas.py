@@ -182,10 +182,10 @@ def main():
              f"--size {args.size}: must be a multiple of 64 in 64..4096")
     file = args.image or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
     image = image_file(file, args.size, "cpu")             # (1, 3, size, size) in [-1, 1]
-    for draw, path in ((plot, args.plot), (pipeline, args.pipeline)):
-        if path:
-            save_figure(draw(image), path, dpi=80)
-            print(f"wrote {path}")
+    if args.plot:
+        save_figure(plot(image), args.plot, dpi=80)
+    if args.pipeline:
+        save_figure(pipeline(image), args.pipeline, dpi=80)
     print(f"the image's power falls as f^-{psd_exponent(image, 32):.2f}")
 
 

@@ -219,11 +219,17 @@ def evaluated(tmp_path, monkeypatch):
     return lines
 
 
-def test_denoise_writes_figure_and_table(runs, evaluated):
-    """One result per run, one row per run, time and ring."""
+def test_commands_write_figure_and_table(runs, evaluated):
+    """One result per run, one row per run, time and ring; of trajectory the samples, too."""
     results, rows = evaluated("denoise", "--ckpt", *runs, "--val_images", 3)
     assert [line["model"] for line in results] == ["SiT-tiny/4", "UViT-tiny/2"]
     assert len(rows) == 2 * len(theory.TIMES) * len(results[0]["by_ring"].split())
+    lines, rows = evaluated("trajectory", "--ckpt", *runs, "--num_samples", 3, "--steps", 5)
+    assert [line["sampler"] for line in lines[2:]] == ["em", "ddim"]
+    assert all(math.isfinite(line["slope"]) for line in lines[2:])
+    assert {row["run"] for row in rows} == {"sit", "uvit"}
+    assert len(rows) == 8 * (6 + 6)                        # rings; steps and the sample itself
+    assert {float(row["t"]) for row in rows} >= {0.0, 1.0}
 
 
 def test_held_out_latents_are_normalised_and_have_their_labels(runs):
@@ -245,15 +251,6 @@ def test_held_out_latents_are_normalised_and_have_their_labels(runs):
     assert not torch.equal(held_out(seed=1)[2], latents)
     with pytest.raises(ValueError, match="--data: has 0 classes, and .* trained with 2"):
         held_out(data="discs")
-
-
-def test_trajectory_writes_figure_and_table(runs, evaluated):
-    results, rows = evaluated("trajectory", "--ckpt", *runs, "--num_samples", 3, "--steps", 5)
-    assert all(math.isfinite(line["slope"]) for line in results)
-    assert {row["run"] for row in rows} == {"sit", "uvit"}
-    assert {float(row["t"]) for row in rows} >= {0.0, 1.0}
-    assert len(rows) == 8 * (6 + 6)                        # rings; steps and the sample itself
-    assert [line["sampler"] for line in results] == ["em", "ddim"]
 
 
 def test_diffusability_has_a_row_for_each_autoencoder(material, evaluated):
