@@ -171,8 +171,50 @@ def evaluate_gen(args, device):
         out = Path(args.out or Path(file).parent / "samples")
         if len(checkpoints) > 1:
             out = out / name if args.out else out.with_name(f"samples-{Path(file).stem}")
-        results.append(evaluate_checkpoint(file, out, inception, args, device))
-        yield results[-1]
+        model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
+        null_class = model.num_classes and checkpoint["args"].get("label_dropout") != 0
+        run.need(args.cfg == 1 or null_class, f"--cfg {args.cfg}: {file} was trained without "
+                 "classes or with --label_dropout 0, so there is no null class; leave --cfg at 1")
+        run.need(args.steps <= 1000 or not isinstance(process, DDPM),
+                 f"--steps {args.steps}: {file} has 1000 noise levels, so take at most 1000")
+        size, n, data = checkpoint["image_size"], args.num_samples, args.data or checkpoint["data"]
+        classes = fid.sampled_classes(file, checkpoint)
+        figures.need_outside(out / "images", data)
+        training_set = fid.training_images(file, checkpoint, args)
+        if training_set is not None:
+            fid.reference_statistics(training_set, None, args, device)  # if damaged, say it now
+        network, count, values, described = None, 0, {}, "none"
+        draw = partial(fid.sample_images, file, model, process, ae, classes, args=args,
+                       device=device)
+        with fid.shared_samples(out, (n, size, size, 3)) as samples:
+            if training_set is not None:   # before hours of sampling: images may prove unreadable
+                network = inception()
+                if network:
+                    reference = fid.reference_statistics(training_set, network, args, device)
+                count = min(n, len(training_set), 2048)    # in memory, unlike all else here
+                batches = val_batches(spread(training_set, count), args.batch_size)
+                real = [images for images, _, _ in batches] if run.get_rank() == 0 else []
+                place = f"{data or 'built-in'} at {size} px"
+                described = f"{len(training_set)} training images of {place}"
+            seconds = fid.write_samples(draw, samples, out, args)
+        if network:
+            values = fid.inception_metrics(network, samples, reference, args, device)
+        if count and run.get_rank() == 0:
+            real = torch.cat(real)
+            fake = torch.from_numpy(samples[:count]).movedim(-1, 1) / 127.5 - 1
+            distances = metrics.sliced_wasserstein(fake, real)
+            values |= {f"SWD_{side}px": distance for side, distance in distances.items()}
+            values["spectral_KL"] = metrics.spectral_kl(fake, real)
+        settings = dict(
+            ckpt=file, step=checkpoint["step"], model=checkpoint["model_name"], n=n,
+            sampler=args.sampler if isinstance(process, Interpolant) else "ddim", steps=args.steps,
+            cfg=args.cfg, cfg_interval=args.cfg_interval, seed=args.seed,
+            labels=args.labels if model.num_classes else "none",
+            jpeg="quality 75" if args.jpeg else "none", dtype=args.dtype,
+            weights="torch-fidelity" if network else "none", reference=described, swd_images=count,
+            seconds=round(seconds, 1))
+        results.append((values, settings))
+        yield values, settings
     if len(checkpoints) > 1:
         run.print0(best_line(results))
 
@@ -185,53 +227,6 @@ def best_line(results):
     value, step, file = min((values[key], settings["step"], settings["ckpt"])
                             for values, settings in results)
     return f"best of {len(results)}: {key} {value:.4g} at step {step}, {file}"
-
-
-def evaluate_checkpoint(file, out, inception, args, device):
-    """
-    Sample one checkpoint into the folder out, and compare.
-    inception  returns the Inception network, or None where its weights cannot be had
-    returns    values (all of them on rank 0 only), settings
-    """
-    model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
-    run.need(args.cfg == 1 or model.num_classes and checkpoint["args"].get("label_dropout") != 0,
-             f"--cfg {args.cfg}: {file} was trained without classes or with --label_dropout 0, and "
-             "has no null class to guide away from; leave --cfg at 1")
-    run.need(args.steps <= 1000 or not isinstance(process, DDPM),
-             f"--steps {args.steps}: {file} has 1000 noise levels, so take at most 1000")
-    size, n, data = checkpoint["image_size"], args.num_samples, args.data or checkpoint["data"]
-    classes = fid.sampled_classes(file, checkpoint)
-    figures.need_outside(out / "images", data)
-    training_set = fid.training_images(file, checkpoint, args)
-    if training_set is not None:
-        fid.reference_statistics(training_set, None, args, device)     # if damaged, say it now
-    network, count, values, described = None, 0, {}, "none"
-    draw = partial(fid.sample_images, file, model, process, ae, classes, args=args, device=device)
-    with fid.shared_samples(out, (n, size, size, 3)) as samples:
-        if training_set is not None:   # before hours of sampling: images may prove unreadable
-            network = inception()
-            if network:
-                reference = fid.reference_statistics(training_set, network, args, device)
-            count = min(n, len(training_set), 2048)    # in memory, unlike all else here
-            batches = val_batches(spread(training_set, count), args.batch_size)
-            real = [images for images, _, _ in batches] if run.get_rank() == 0 else []
-            described = f"{len(training_set)} training images of {data or 'built-in'} at {size} px"
-        seconds = fid.write_samples(draw, samples, out, args)
-    if network:
-        values = fid.inception_metrics(network, samples, reference, args, device)
-    if count and run.get_rank() == 0:
-        fake, real = torch.from_numpy(samples[:count]).movedim(-1, 1) / 127.5 - 1, torch.cat(real)
-        distances = metrics.sliced_wasserstein(fake, real)
-        values |= {f"SWD_{side}px": distance for side, distance in distances.items()}
-        values["spectral_KL"] = metrics.spectral_kl(fake, real)
-    return values, dict(
-        ckpt=file, step=checkpoint["step"], model=checkpoint["model_name"], n=n,
-        sampler=args.sampler if isinstance(process, Interpolant) else "ddim", steps=args.steps,
-        cfg=args.cfg, cfg_interval=args.cfg_interval, seed=args.seed,
-        labels=args.labels if model.num_classes else "none",
-        jpeg="quality 75" if args.jpeg else "none", dtype=args.dtype,
-        weights="torch-fidelity" if network else "none", reference=described, swd_images=count,
-        seconds=round(seconds, 1))
 
 
 def evaluate_fid(args, device):
