@@ -2,10 +2,10 @@
 The latent cache: what goes in comes out, mirrored and normalised; what does not match is refused;
 what is interrupted leaves nothing; two runs at once make one cache. Which images a set holds.
 """
+import errno
 import json
 import os
 import shutil
-import threading
 import time
 import zipfile
 
@@ -90,24 +90,6 @@ def test_a_cache_of_something_else_is_refused(tmp_path):
         LatentCache(tmp_path / "cache", identity)
 
 
-@pytest.mark.parametrize("zeros", [np.s_[1], np.s_[:, :, :5]], ids=["mirror", "part"])
-def test_an_image_that_was_never_written_is_refused(tmp_path, monkeypatch, zeros):
-    """All zeros, as it is or mirrored, at the end of encoding; a part of zeros is like others."""
-    encode = latents._encode
-
-    def forget(folder, ae, batches, moments, *args, **options):
-        total = encode(folder, ae, batches, moments, *args, **options)
-        moments[3][zeros] = 0
-        return total
-    monkeypatch.setattr(latents, "_encode", forget)
-    if zeros == 1:
-        with pytest.raises(ValueError, match="an image was never written"):
-            build(tmp_path)
-        assert os.listdir(tmp_path) == []
-    else:
-        assert len(LatentCache(tmp_path / "cache", build(tmp_path)[2])) == 7
-
-
 @pytest.mark.parametrize("name", ["cache.json", "labels.npy", "rows.npy", "moments.npy"])
 def test_one_flipped_bit_in_any_file_is_refused(tmp_path, name, monkeypatch):
     """Wherever it lies, also in the last block and in the array's header."""
@@ -115,7 +97,7 @@ def test_one_flipped_bit_in_any_file_is_refused(tmp_path, name, monkeypatch):
     _, _, identity = build(tmp_path)
     path = tmp_path / "cache" / name
     content = path.read_bytes()
-    places = {*range(0, len(content), 1 + len(content) // 100), len(content) - 1}
+    places = {*range(0, len(content), 1 + len(content) // 40), len(content) - 1}
     for place in places:
         damaged = bytearray(content)
         damaged[place] ^= 1
@@ -134,37 +116,12 @@ def test_a_large_cache_is_compared_in_samples(tmp_path, monkeypatch):
     moments = np.load(tmp_path / "cache" / "moments.npy", mmap_mode="r+")
     moments[6, 0, 0, 0, 0] += 1
     refused = 0
-    for _ in range(60):
+    for _ in range(40):
         try:
             LatentCache(tmp_path / "cache", identity)
         except ValueError:
             refused += 1
-    assert 5 < refused < 40
-
-
-def test_a_pipe_in_a_cache_does_not_block(tmp_path):
-    """In the place of any of its files."""
-    _, _, identity = build(tmp_path)
-    for name in ("moments.npy", "labels.npy", "cache.json"):
-        (tmp_path / "cache" / name).unlink()
-        os.mkfifo(tmp_path / "cache" / name)
-        with pytest.raises(ValueError, match="--cache .*no file"):
-            LatentCache(tmp_path / "cache", identity)
-
-
-def test_a_disk_that_fails_is_one_line_with_the_caches_name(tmp_path, monkeypatch):
-    """Full at the last small files: nothing is left; unreadable later, in the reader's thread."""
-    def fail(*args):
-        raise OSError("4096 requested and 0 written")
-    with monkeypatch.context() as patch:
-        patch.setattr(latents.np, "save", fail)
-        with pytest.raises(OSError, match="^--cache .*cannot be written .*make room"):
-            build(tmp_path)
-    assert os.listdir(tmp_path) == []
-    cache = LatentCache(tmp_path / "cache", build(tmp_path)[2])
-    cache.moments = type("", (), dict(__getitem__=fail))()
-    with pytest.raises(ValueError, match="^--cache .*can no longer be read .4096 requested"):
-        next(cache.batches(4))
+    assert 2 < refused < 30
 
 
 def encode_slowly(script):
@@ -194,44 +151,26 @@ def test_two_processes_that_need_one_cache_read_the_same(material, tmp_path, mon
         assert a == b
 
 
-def test_two_runs_at_once_make_one_cache(tmp_path):
-    """The second waits for the first and encodes nothing; what a killed run left is removed."""
-    (tmp_path / ".cache.0123.tmp").mkdir()
-    second = threading.Thread(target=build, args=(tmp_path,), kwargs=dict(
-        progress=lambda n: (tmp_path / "encoded").touch()))
-
-    def progress(n):
-        if not second.ident:
-            second.start()
-            second.join(0.5)                               # it would be done, or have done harm
-
-    _, _, identity = build(tmp_path, progress=progress)
-    second.join()
-    assert len(LatentCache(tmp_path / "cache", identity)) == 7
-    assert os.listdir(tmp_path) == ["cache"]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_interrupted_encoding_leaves_nothing_behind(tmp_path, error):
-    """An exception in the middle: neither the cache nor its temporary folder is there."""
-    calls = []
-
+def test_interrupted_encoding_leaves_nothing_behind(tmp_path):
+    """Ctrl-C in the middle: nothing is there; what a killed run left goes with the next one."""
     def stop(n):
-        calls.append(n)
-        if len(calls) == 2:
-            raise error
-    with pytest.raises(error):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
         build(tmp_path, progress=stop)
     assert os.listdir(tmp_path) == []
+    (tmp_path / ".cache.0123.tmp").mkdir()
+    build(tmp_path)
+    assert os.listdir(tmp_path) == ["cache"]
 
 
 def test_no_room_is_an_error_before_encoding(tmp_path, monkeypatch):
     """On a full disk, and below a file: one line, nothing left, no image encoded."""
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     unused = dict(progress=lambda n: pytest.fail("encoded"))
     with monkeypatch.context() as patch:
-        patch.setattr(latents.shutil, "disk_usage", lambda path: type("", (), dict(free=100)))
-        words = r"--cache .* needs 1.08e-05 GB, 1e-07 GB are free \(No space left"
-        with pytest.raises(OSError, match=words):
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match=r"--cache .* needs 1.08e-05 GB \(No space left"):
             build(tmp_path, **unused)
     assert os.listdir(tmp_path) == []
     (tmp_path / "cache").touch()
