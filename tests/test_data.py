@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from itertools import islice
@@ -23,7 +22,7 @@ from scipy.fft import dctn
 
 import train_ae
 import train_diffusion
-from common import data, run
+from common import data
 from common.builtin import BuiltInImages
 from common.data import (
     center_crop,
@@ -37,8 +36,6 @@ from common.data import (
 )
 from conftest import ROOT, run_main, start
 from spectral import fit_power_law, power_spectrum, radial_profile
-
-as_bmp = data._as_bmp                                      # as it is without a patch
 
 
 def noise(i, height=9, width=11):
@@ -93,8 +90,7 @@ def corrupted(tmp_path):
 
 # ---- built-in images -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("size", [64, 97])
-def test_dead_leaves_have_the_power_law_of_photographs(size):
+def test_dead_leaves_have_the_power_law_of_photographs(size=97):
     """The radial mean of DCT^2 falls like f^-alpha, alpha near 2, from 3 cycles to Nyquist/2."""
     leaves = BuiltInImages(size, 24)
     images = np.stack([leaves[i][0].numpy() for i in range(24)]) / 127.5 - 1       # (24, 3, S, S)
@@ -109,7 +105,6 @@ def test_dead_leaves_have_the_power_law_of_photographs(size):
 
 @pytest.mark.parametrize("size", [32, 64])
 def test_discs_have_a_steeper_spectrum_than_leaves(size):
-    """At every size."""
     def alpha(kind):
         images = BuiltInImages(size, 40, kind=kind)
         images = torch.stack([images[i][0] for i in range(40)]) / 127.5 - 1
@@ -157,8 +152,6 @@ def test_center_crop_is_adms():
     image = image.transpose(Image.TRANSPOSE)
     np.testing.assert_array_equal(np.asarray(center_crop(image, 10)), expected.T)
     assert center_crop(Image.new("L", (31, 17)), 9).size == (9, 9)
-    with pytest.raises(ValueError, match="elongated"):     # resized, it would fill the memory
-        center_crop(Image.new("L", (5000, 1)), 256)
 
 
 def test_every_mode_becomes_rgb():
@@ -204,7 +197,7 @@ def test_one_image_less_moves_no_other(tmp_path):
     assert names_of(train2) == names_of(train) and names_of(held_out2) == names_of(held_out)[:3]
 
 
-@pytest.mark.parametrize("n", [2, 3, 11, 50_000, 50_001, 65_000, 90_000])
+@pytest.mark.parametrize("n", [2, 11, 50_000, 65_000])
 def test_how_many_images_are_held_out(n):
     """One at least; a tenth; of large sets some 5,000, and the same ones at 50,001 as at 90,000."""
     names = [f"{i:06d}.png" for i in range(n)]
@@ -223,7 +216,7 @@ def test_how_many_images_are_held_out(n):
     (["train2017", "val2017"], "val2017"), (["training_set", "Test_Set (1)"], "Test_Set (1)"),
     (["train", "valid"], "valid"), (["train", "dev", "others"], "dev"),
 ])
-@pytest.mark.parametrize("inside", ["", "a/", "b/c/"])
+@pytest.mark.parametrize("inside", ["", "b/c/"])
 def test_train_and_val_folders_are_the_splits(tmp_path, tops, held_out_top, inside):
     """In any case; of three splits, test is not read; what is neither is not read."""
     names = [f"{top}/{inside}{i}.png" for top in tops for i in range(5)]
@@ -338,15 +331,13 @@ def test_where_and_how_dataset_json_is_found(tmp_path, names, tables, classes, l
 
 
 @pytest.mark.parametrize("table", [
-    {name: 0 for name in SHARDED[1:]}, '{"labels": [["00000/img', "{}", '{"labels": 3}',
-    {name: -1 for name in SHARDED}, {name: "cat" for name in SHARDED},
-    {name: [0.1, 0.2] for name in SHARDED}, {name: 10 ** 9 for name in SHARDED},
-])
+    {name: 0 for name in SHARDED[1:]}, {name: -1 for name in SHARDED},
+    {name: [0.1, 0.2] for name in SHARDED}])
 def test_a_dataset_json_that_does_not_fit_is_refused(tmp_path, table):
     """Nothing is guessed from the shards instead; pack says so, too, and writes nothing."""
     folder = with_labels(tmp_path / "set", SHARDED, table)
     for call in (open_data, lambda *args: pack(*args, tmp_path / "y.zip")):
-        with pytest.raises(ValueError, match="^--data .*: 'dataset.json': needs .*anew"):
+        with pytest.raises(ValueError, match="^--data .*: 'dataset.json' does not give every"):
             call(folder, 8)
     assert not (tmp_path / "y.zip").exists()
 
@@ -441,8 +432,7 @@ def test_half_of_the_entries_are_mirrored():
     assert abs(per_index.std() - 0.5 / np.sqrt(epochs)) < 0.02
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("batch_size", [12, 60])
+@pytest.mark.parametrize("batch_size, workers", [(12, 2), (60, 0)])
 def test_ranks_and_workers_share_one_stream(flat, batch_size, workers):
     """
     The ranks' slices put together are the single process's batch, in order; also where the batch is
@@ -479,7 +469,7 @@ def test_batches_are_the_images_mirrored_as_stream_entries_says(flat):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("world, workers", [(1, 2), (2, 0), (4, 0)])
+@pytest.mark.parametrize("world, workers", [(1, 2), (4, 0)])
 def test_validation_shows_every_image_once(flat, world, workers):
     """
     Over all ranks each index comes once and unmirrored, also where the last batch is short or a
@@ -515,16 +505,14 @@ def test_one_bad_file_of_200_is_named_once_and_replaced(corrupted, capfd, worker
     assert "truncated" in lines[0]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("count", [5, 180])
-def test_more_than_one_percent_of_bad_files_stops(corrupted, workers, count):
+def test_more_than_one_percent_of_bad_files_stops(corrupted, count):
     """5 of 200 end the run, files and the reason named; so does a set that is all bad."""
     folder, bad = corrupted(count)
     for make_batches in (train_batches, val_batches):
         train, _ = open_data(folder, 8)
-        batches = make_batches(train, 20, workers=workers)
         with pytest.raises(ValueError, match="of 200 images so far cannot be read") as error:
-            list(islice(batches, 9))
+            list(islice(make_batches(train, 20), 9))
         assert any(f"{train.name(i)!r}: " in str(error.value) for i in bad)
         assert "truncated" in str(error.value) and "\n" not in str(error.value)
 
@@ -560,7 +548,7 @@ def test_the_end_of_a_run_gives_names_and_reasons(tmp_path, content, why):
                  lambda train: pack(tmp_path, 8, tmp_path / "out" / "x.zip")):
         with pytest.raises(ValueError, match=rf"of 300 images so far .*'1\d\d.(png|tif)': .*{why}"):
             call(open_data(tmp_path, 8)[0])
-    assert not (tmp_path / "out").exists()                # nothing was written, no folder made
+    assert not list(tmp_path.glob("out/*"))               # nothing was written
 
 
 def test_names_with_escape_sequences_reach_no_terminal(tmp_path, capfd):
@@ -570,26 +558,15 @@ def test_names_with_escape_sequences_reach_no_terminal(tmp_path, capfd):
     (tmp_path / "set" / f"{evil}.png").write_bytes(b"")
     pack(tmp_path / "set", 8, tmp_path / "x.zip")
     make_folder(tmp_path / "beside", [f"{evil}.png", "z/b.png"])
-    make_folder(tmp_path / "twins", [f"{evil}.png", f"{evil}.jpg"])
-    make_folder(tmp_path / "tables", ["0/a.png", f"{evil}/b.png"])
-    (tmp_path / "tables" / evil / "dataset.json").symlink_to("nowhere")
-    make_folder(tmp_path / "table", [f"{evil}/{i}.png" for i in range(2)])
-    (tmp_path / "table" / evil / "dataset.json").write_text(json.dumps({"labels": [[evil, 0]]}))
-    messages = []
-    for name in ("beside", "twins", "tables", "table"):
-        with pytest.raises(ValueError) as error:
-            open_data(tmp_path / name, 8) if name == "beside" else pack(
-                tmp_path / name, 8, tmp_path / "y.zip")
-        messages.append(str(error.value))
-    printed = capfd.readouterr().err
-    assert printed.count("owned") == 1 and all("owned" in message for message in messages)
-    assert not set("\x1b\x07\x9b") & set("".join([printed, *messages]))
+    with pytest.raises(ValueError) as error:
+        open_data(tmp_path / "beside", 8)
+    for text in (capfd.readouterr().err, str(error.value)):
+        assert text.count("owned") == 1 and not set("\x1b\x07\x9b") & set(text)
 
 
-@pytest.mark.parametrize("make_batches", [train_batches, val_batches])
-def test_a_killed_worker_is_one_line_where_the_next_batch_is_asked_for(flat, make_batches):
+def test_a_killed_worker_is_one_line_where_the_next_batch_is_asked_for(flat):
     """And not in the middle of a step, from which nothing could be saved."""
-    batches = make_batches(open_data(flat, 8)[0], 2, workers=1)
+    batches = train_batches(open_data(flat, 8)[0], 2, workers=1)
     next(batches)
     worker, = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
@@ -601,8 +578,7 @@ def test_a_killed_worker_is_one_line_where_the_next_batch_is_asked_for(flat, mak
 
 # ---- packing -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_packing_changes_no_pixel_name_or_original(tmp_path, workers):
+def test_packing_changes_no_pixel_name_or_original(tmp_path):
     """
     The packed set has the same splits, classes, labels and pixels; twice the same bytes; the folder
     is untouched and nothing else is left.
@@ -612,7 +588,7 @@ def test_packing_changes_no_pixel_name_or_original(tmp_path, workers):
     folder = make_folder(tmp_path / "set", names)
     before = {p: p.read_bytes() for p in folder.rglob("*.png")}
     out = tmp_path / "out" / "x.zip"
-    assert pack(folder, 8, out, workers=workers) == (12, 0)
+    assert pack(folder, 8, out, workers=2) == (12, 0)
     assert {p: p.read_bytes() for p in folder.rglob("*.png")} == before
     assert [p.name for p in out.parent.iterdir()] == ["x.zip"]
     with zipfile.ZipFile(out) as archive:
@@ -669,53 +645,27 @@ def test_pack_leaves_bad_files_out_and_stops_past_one_percent(corrupted, tmp_pat
     assert [p.name for p in out.iterdir()] == ["x.zip"] and (out / "x.zip").read_bytes() == packed
 
 
-def stalling_bmp(item):
-    """The second image is never packed."""
-    if item[2] == 1:
+def stall(script):
+    """In another process: the second batch is never packed."""
+    def stalling(dataset, *args, **options):
+        yield next(val_batches(dataset, 8))
         open("stalled", "w").close()
         time.sleep(1000)
-    return as_bmp(item)
+    script.val_batches = stalling
 
 
-def stall(script):
-    """In another process."""
-    script._as_bmp = stalling_bmp
-
-
-@pytest.mark.parametrize("name, workers", [("SIGTERM", 1), ("SIGHUP", 0), ("SIGKILL", 0)])
-def test_a_pack_that_is_stopped_leaves_nothing_for_ever(flat, tmp_path, name, workers, capfd):
-    """SIGTERM and SIGHUP remove what was written; after SIGKILL the next pack does so."""
-    out = tmp_path / "x.zip"
-    process = start("common.data", "pack", "--data", flat, "--size", 8, "--workers", workers,
-                    "--out", out, cwd=tmp_path, output=tmp_path / "output.txt", patch=stall)
+def test_a_pack_that_is_stopped_leaves_nothing(flat, tmp_path):
+    """SIGTERM removes what was written."""
+    process = start("common.data", "pack", "--data", flat, "--size", 8, "--workers", 0, "--out",
+                    tmp_path / "x.zip", cwd=tmp_path, output=tmp_path / "output.txt", patch=stall)
     while process.is_alive() and not (tmp_path / "stalled").exists():
         time.sleep(0.01)
-    other = tmp_path / ".y.zip.1.tmp"
-    other.touch()                                          # of another pack, to another name
-    os.kill(process.pid, signal.Signals[name])
+    assert list(tmp_path.glob(".x.zip.*"))
+    os.kill(process.pid, signal.SIGTERM)
     process.join(30)
-    number = signal.Signals[name]
-    assert process.exitcode == (-number if name == "SIGKILL" else 128 + number)
+    assert process.exitcode == 128 + signal.SIGTERM
     assert "Traceback" not in (tmp_path / "output.txt").read_text()
-    assert len(list(tmp_path.glob(".x.zip.*"))) == (2 if name == "SIGKILL" else 0)
-    pack(flat, 8, out)
-    assert {path.name for path in tmp_path.iterdir()} == {"x.zip", "output.txt", "stalled",
-                                                       other.name}
-
-
-def test_a_second_pack_to_the_same_name_waits(flat, tmp_path, capsys):
-    """And then finds the zip there; it does not replace what the first one writes."""
-    lock = tmp_path / ".x.zip.lock"
-    with run.file_lock(lock):
-        second = threading.Thread(target=lambda: errors.append(
-            pytest.raises(ValueError, pack, flat, 8, tmp_path / "x.zip").value), daemon=True)
-        errors = []
-        second.start()
-        second.join(1)
-        assert second.is_alive() and "waiting" in capsys.readouterr().out
-        (tmp_path / "x.zip").touch()
-    second.join()
-    assert "--overwrite" in str(errors[0]) and [*tmp_path.iterdir()] == [tmp_path / "x.zip"]
+    assert {path.name for path in tmp_path.iterdir()} == {"output.txt", "stalled"}
 
 
 def test_pack_never_writes_over_what_is_there(tmp_path, monkeypatch, capsys):
@@ -726,7 +676,7 @@ def test_pack_never_writes_over_what_is_there(tmp_path, monkeypatch, capsys):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.*")}
     for flags, words in (("--out old.zip", "--overwrite"),
                          ("--out old.zip --data old.zip --overwrite", "is the set itself"),
-                         ("--out y.zip --data twins", "2 images would become 'a.bmp'")):
+                         ("--out y.zip --data twins", "names differ in their suffix alone")):
         with pytest.raises(SystemExit) as stop:
             run_main(data, "pack", "--workers", 0, *flags.split(), monkeypatch=monkeypatch)
         error = capsys.readouterr().err
@@ -739,5 +689,5 @@ def test_an_ascii_terminal_ends_no_run(tmp_path):
     environment = os.environ | dict(PYTHONIOENCODING="ascii", PYTHONPATH=str(ROOT))
     command = [sys.executable, "-m", "common.data", "pack", "--data", "kätzchen", "--out", "x.zip"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "k\\xe4tzchen: no such folder or zip" in done.stderr
+    assert done.returncode == 2 and "k\\xe4tzchen: neither a folder nor a .zip" in done.stderr
     assert "Traceback" not in done.stderr
