@@ -235,8 +235,8 @@ def test_wrong_input_is_named_in_one_line(kind):
     model, (x, t, y) = tiny(kind), batch()
     wrong = [(lambda: kind((6, 9), 3, 0, **TINY), "patch size 2"),
              (lambda: model(x.transpose(2, 3), t, y), "built for"),
-             (lambda: model(x, t), "missing"),
-             (lambda: tiny(kind, num_classes=0)(x, t, y), "given"),
+             (lambda: model(x, t), "labels y"),
+             (lambda: tiny(kind, num_classes=0)(x, t, y), "labels y"),
              (lambda: Interpolant().sample(model, x.shape, y=y, sampler="heun"), "heun"),
              (lambda: Interpolant().sample(model, x.shape, y=y, steps=1), "steps=1"),
              (lambda: DDPM("sd").sample(model, x.shape, y=y, steps=1001), "1001"),

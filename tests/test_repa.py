@@ -325,7 +325,6 @@ def test_unknown_names_and_wrong_weights_are_named(hub):
     for name, source, match in [
             ("dinov3_vitb16", None, "dinov2_vitg14_reg"),
             ("dinov2_vitl14", str(clone), "Cannot find callable dinov2_vitl14"),
-            ("huge", str(clone), "--encoder huge .*Cannot find callable huge"),
             ("dinov2_vitb14_reg", str(clone), f"{FILE}.*colours.bias")]:
         with pytest.raises(ValueError, match=match) as error:
             load_encoder(name, source)
