@@ -64,10 +64,10 @@ def open_image(path):
 def to_rgb(image):
     """Any PIL image as 8-bit RGB, upright, white where it is transparent. ValueError for floats."""
     image = ImageOps.exif_transpose(image)
-    need(image.mode != "F", "grey values of an unknown range; convert it to 8 bits")
-    if image.mode[0] == "I":               # 16-bit grey; 65535 = 255 * 257
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)               # (H, W)
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if image.mode[0] in "IF":              # I;16, I;16B, I for 16-bit grey; F for floats
+        grey = np.asarray(image).astype(np.int64)                              # (H, W)
+        need(image.mode != "F" and 0 <= grey.min() and grey.max() <= 65535, "convert it to 8 bits")
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))        # 65535 = 255 * 257
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -88,10 +88,12 @@ def center_crop(image, size):
 
 
 # ---- Sources -------------------------------------------------------------------------------------
-# names (N,) bytes, sorted, relative, with "/"; image(row) -> PIL image; fingerprint(rows) -> (k, 2)
-# int64, other numbers for another image of the same name; tables: dataset.json files
 class Files:
-    """The images in a folder (links followed) or a zip, from which nothing is extracted."""
+    """
+    The images in a folder (links followed) or a zip, from which nothing is extracted.
+    names   (N,) bytes, sorted, relative, with "/"; tables: the dataset.json files among others
+    image(row) -> PIL image; fingerprint(rows) -> (k, 2) int64, others for another image
+    """
 
     def __init__(self, spec):
         self.path = Path(spec)
@@ -104,7 +106,6 @@ class Files:
         self.tables = {k: v for k, v in found.items() if f"/{k}".endswith(f"/{TABLE}")}
 
     def _list_folder(self):
-        """{name: ()} of all files below."""
         found, closed = {}, []             # os.walk alone would leave out what it cannot list
         for folder, folders, files in os.walk(self.path, onerror=closed.append, followlinks=True):
             inside = Path(folder).relative_to(self.path).as_posix()
@@ -383,10 +384,8 @@ def stream_entries(n, start, stop, seed=0, mirror=True):
 
 
 def _leave_signals_to(trainer, _):
-    """
-    In a loader's worker: Ctrl-C, a closed terminal and a cluster's SIGTERM reach every process of a
-    job, but only the trainer (a process id) may answer them, by saving first.
-    """
+    # In a worker. Ctrl-C, a closed terminal and a cluster's SIGTERM reach every process of a job,
+    # but only the trainer (a process id) may answer them, by saving first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):     # neither on Windows nor on macOS
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -490,8 +489,8 @@ def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
         rows = np.arange(len(source.names))
         dataset = ImageSet(spec, source, rows, 0 * rows, [], size)
         # a name on disk need not be UTF-8, in a zip it must
-        stems = [splitext(dataset.name(i))[0].encode(errors="replace").decode() for i in rows]
-        names = [stem + ".bmp" for stem in stems]
+        stems = (splitext(dataset.name(i))[0] for i in rows)
+        names = [f"{stem}.bmp".encode(errors="replace").decode() for stem in stems]
         tables = {name: source.read(name, place) for name, place in source.tables.items()}
     need(len({*names}) == len(names), f"--data {spec}: names differ in their suffix alone; rename")
 
