@@ -96,36 +96,32 @@ class Files:
     """
 
     def __init__(self, spec):
-        self.path = Path(spec)
-        found = self._list_folder() if self.path.is_dir() else self._list_zip()
+        self.path, found = Path(spec), {}
+        if self.path.is_dir():             # {name: ()}
+            closed = []                    # folders that os.walk cannot list: it would skip them
+            for top, folders, files in os.walk(spec, onerror=closed.append, followlinks=True):
+                inside = Path(top).relative_to(spec).as_posix()
+                need(inside.count("/") < 30, f"--data {spec}: {inside!r}: a link leads back up")
+                folders[:] = [name for name in folders if name[0] != "."]
+                found |= {normpath(f"{inside}/{name}"): () for name in files}
+            need(not closed, f"--data {spec}: cannot be listed: {closed}")
+        else:                              # {name: (offset, compressed, full size, CRC, method)}
+            try:
+                with zipfile.ZipFile(spec) as archive:
+                    entries = archive.infolist()
+            except Exception as error:     # a damaged directory breaks zipfile in many ways
+                raise ValueError(f"--data {spec}: not a readable zip ({reason(error)})") from None
+            for e in entries:              # Windows may write \ for /; what ends in it is a folder
+                if e.filename[-1:] not in ("/", "\\"):
+                    name = normpath(e.filename.replace("\\", "/")).lstrip("/")
+                    found[name] = (e.header_offset, e.compress_size, e.file_size, e.CRC,
+                                   e.compress_type)
         images = sorted(k for k in found if IMAGE.search(k) and not HIDDEN.search(k))
         need(images, f"--data {spec}: no images in it ({', '.join(FORMATS)})")
         # arrays, which workers share: zipfile's objects take 0.6 GB per million images
         self.names = np.array([os.fsencode(name) for name in images])
-        self.places = np.array([found[name] for name in images], np.int64)     # see _list_zip
+        self.places = np.array([found[name] for name in images], np.int64)
         self.tables = {k: v for k, v in found.items() if f"/{k}".endswith(f"/{TABLE}")}
-
-    def _list_folder(self):
-        found, closed = {}, []             # os.walk alone would leave out what it cannot list
-        for folder, folders, files in os.walk(self.path, onerror=closed.append, followlinks=True):
-            inside = Path(folder).relative_to(self.path).as_posix()
-            need(inside.count("/") < 30, f"--data {self.path}: {inside!r}: a link leads back up")
-            folders[:] = [name for name in folders if name[0] != "."]
-            found |= {normpath(f"{inside}/{name}"): () for name in files}
-        need(not closed, f"--data {self.path}: cannot be listed: {closed}")
-        return found
-
-    def _list_zip(self):
-        """{name: (offset, compressed size, size, CRC-32, compression)} of all files in it."""
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                entries = archive.infolist()
-        except Exception as error:         # a damaged directory breaks zipfile in many ways
-            raise ValueError(f"--data {self.path}: not a readable zip ({reason(error)})") from None
-        # Windows may write \ for /; what ends in it is a folder
-        return {normpath(e.filename.replace("\\", "/")).lstrip("/"):
-                (e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type)
-                for e in entries if e.filename[-1:] not in ("/", "\\")}
 
     def read(self, name, place):
         """The bytes of one file; raises anything if it is damaged."""
@@ -237,18 +233,21 @@ def _read_labels(spec, source, names):
     place = max(tables, key=len)
     # by names without suffix, which packing changes; "labels": null has none
     stem, start = lambda name: splitext(name.replace("\\", "/"))[0], len(place) - len(TABLE)
-    pairs = json.loads(source.read(place, source.tables[place]))["labels"]
-    table = {stem(name): label for name, label in pairs or ()}
-    labels = [table.get(stem(name[start:])) if pairs else 0 for name in names]
-    need(all(isinstance(label, int) and label >= 0 for label in labels),
-         f"--data {spec}: {place!r} does not give every image a class number")
-    return np.array(labels), [str(k) for k in range(max(labels) + 1)] if pairs else []
+    try:
+        pairs = json.loads(source.read(place, source.tables[place]))["labels"] or []
+        table = {stem(name): label for name, label in pairs}
+        labels = np.array([table[stem(name[start:])] if pairs else 0 for name in names])
+        need(labels.dtype == np.int64 and 0 <= labels.min() <= labels.max() < 1e6, "no number")
+    except Exception as error:             # a damaged or foreign file breaks this in any way
+        raise ValueError(f"--data {spec}: {place!r}: needs \"labels\": null or [[name, number], "
+                         f"...] of all images ({reason(error)})") from None
+    return labels, [str(k) for k in range(labels.max() + 1)] if pairs else []
 
 
 def divide(spec, source):
     """
-    By the names in a source, and a dataset.json: rows of training images, ascending; rows of
-    held-out images, shuffled; labels (N,) int64 of all; class names, of the training images alone.
+    Rows of training images, ascending, and of held-out images, shuffled; labels (N,) int64 of all;
+    class names, of the training images alone: by the names in a source, and a dataset.json.
     """
     names = [os.fsdecode(name) for name in source.names]
     need(len(names) > 1, f"--data {spec}: a single image; two are the least, for one is held out")
@@ -344,10 +343,7 @@ def spread(dataset, n):
 
 @lru_cache(maxsize=4)                      # a million files take a minute
 def images_hash(dataset):
-    """
-    16 hex digits that stand for the images of a set by content, labels, and names below the folders
-    around all: wherever it lies.
-    """
+    """16 hex digits of a set: content, labels, names below the folders around all of them."""
     if isinstance(dataset, BuiltInImages):
         kind = dataset.kind.replace("leaves", "dead leaves")     # as it was always called
         text = f"{kind}, seed {dataset.seed}, {len(dataset)} from {dataset.first}"
@@ -363,9 +359,8 @@ def images_hash(dataset):
 # ---- Batches -------------------------------------------------------------------------------------
 @lru_cache(maxsize=4)
 def _epoch(n, seed, epoch):
-    """(permutation (n,) int64, mirrored by index (n,) bool)."""
     rng = np.random.default_rng((seed, epoch))
-    return rng.permutation(n), rng.random(n) < 0.5
+    return rng.permutation(n), rng.random(n) < 0.5         # the latter by index, not by position
 
 
 def stream_entries(n, start, stop, seed=0, mirror=True):
@@ -406,10 +401,9 @@ def _load(dataset, entries, workers, device, train):
         dataset, batch_sampler=(indices.tolist() for indices, _ in ahead), num_workers=workers,
         pin_memory=cuda, worker_init_fn=partial(_leave_signals_to, os.getpid()),
         generator=torch.Generator())       # or it would draw from, and move, the global generator
-    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     items = iter(loader)
-    if handler is not None:                # torch's own would raise in the middle of a step
-        signal.signal(signal.SIGCHLD, handler)
+    if hasattr(signal, "SIGCHLD"):         # torch's handler would raise in the middle of a step
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for _, mirrored in entries:
         try:
             images, labels, indices, faults = next(items)
@@ -458,26 +452,14 @@ def val_batches(dataset, batch_size, rank=0, world=1, workers=0, device="cpu"):
 
 
 # ---- Packing -------------------------------------------------------------------------------------
-def _as_bmps(dataset, names, workers):
-    """(name, content) of every readable image. BMP: lossless, read thirty times faster than PNG."""
-    with tqdm(total=len(dataset), unit="image", disable=None) as bar:
-        for images, _, indices in val_batches(dataset, 64, workers=workers):
-            images = images.mul(127.5).add(127.5).round().byte().movedim(1, -1).numpy()
-            for i, pixels in zip(indices.tolist(), images):
-                file = io.BytesIO()
-                Image.fromarray(pixels).save(file, "BMP")
-                yield names[i], file.getvalue()
-            bar.update(len(images))
-
-
 def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
     """
     Crop a set (of built-in ones `count` images) once into a zip of BMPs under the old names, with
     its dataset.json; same input, same bytes. Returns the numbers of images written and left out.
     """
     out, tables = Path(out), {}
-    need(out.suffix.lower() == ".zip", f"--out {out}: must end in .zip")
-    need(not out.exists() or overwrite, f"--out {out}: exists already; --overwrite replaces it")
+    need(out.suffix.lower() == ".zip" and (overwrite or not out.exists()),
+         f"--out {out}: must end in .zip, and not exist unless with --overwrite")
     if not spec or spec in SETS:
         dataset = BuiltInImages(size, count, kind=spec or "leaves")
         names = [f"{i:06d}.bmp" for i in range(count)]
@@ -495,12 +477,20 @@ def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
     need(len({*names}) == len(names), f"--data {spec}: names differ in their suffix alone; rename")
 
     def write(file):
-        with zipfile.ZipFile(file, "w") as archive:
-            bmps = _as_bmps(dataset, names, workers)
-            for name, content in itertools.chain(tables.items(), bmps):
+        with zipfile.ZipFile(file, "w") as archive, tqdm(total=len(names), disable=None) as bar:
+            def add(name, content):
                 entry = zipfile.ZipInfo(name)              # dated 1980
                 entry.external_attr = 0o644 << 16          # else an extracted file is closed to all
                 archive.writestr(entry, content)
+            for name in tables:
+                add(name, tables[name])
+            for images, _, indices in val_batches(dataset, 64, workers=workers):
+                images = images.mul(127.5).add(127.5).round().byte().movedim(1, -1).numpy()
+                for i, pixels in zip(indices.tolist(), images):
+                    bmp = io.BytesIO()     # lossless, and read thirty times faster than PNG
+                    Image.fromarray(pixels).save(bmp, "BMP")
+                    add(names[i], bmp.getvalue())
+                    bar.update()
     run.write_atomic(out, write)
     return len(dataset) - len(dataset.unreadable), len(dataset.unreadable)
 

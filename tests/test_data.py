@@ -123,21 +123,11 @@ def test_a_built_in_image_depends_on_seed_and_index_only():
     none, leaves, discs = (open_data(spec, 16)[0] for spec in (None, "leaves", "discs"))
     assert torch.equal(none[0][0], leaves[0][0]) and not torch.equal(none[0][0], discs[0][0])
     assert torch.equal(spread(discs, 3)[0][0], discs[0][0])
-
-
-def test_built_in_held_out_images_are_no_training_images():
-    """The held-out indices lie beyond the training ones, whatever the sizes of the two sets."""
     train, held_out = open_data(None, 16, val_images=20, builtin_images=60)
-    seen = {train[i][0].numpy().tobytes() for i in range(60)}
-    assert (len(train), len(held_out), len(seen)) == (60, 20, 60)
-    assert not seen & {held_out[i][0].numpy().tobytes() for i in range(20)}
+    images = {image_set[i][0].numpy().tobytes() for image_set in (train, held_out)
+              for i in range(len(image_set))}
+    assert len(images) == 80                               # none is in both
 
-
-@pytest.mark.parametrize("size", [8, 16, 512])
-def test_every_pixel_of_a_built_in_image_is_painted_at_every_size(size):
-    """Leaves above and the background below leave no hole (0, 0, 0), and no image is plain."""
-    image = BuiltInImages(size, 1)[0][0].float()
-    assert image.amax(0).min() > 0 and image.std() > 10
 
 # ---- one image -----------------------------------------------------------------------------------
 
@@ -176,7 +166,7 @@ def test_every_mode_becomes_rgb():
         out = to_rgb(image)
         assert out.mode == "RGB" and out.size == (13, 4), image.mode
         assert np.abs(np.asarray(out).astype(int) - expected).max() <= 1, image.mode
-    with pytest.raises(ValueError, match="range"):
+    with pytest.raises(ValueError, match="convert it"):
         to_rgb(Image.new("F", (4, 4)))
 
 
@@ -331,13 +321,13 @@ def test_where_and_how_dataset_json_is_found(tmp_path, names, tables, classes, l
 
 
 @pytest.mark.parametrize("table", [
-    {name: 0 for name in SHARDED[1:]}, {name: -1 for name in SHARDED},
+    {name: 0 for name in SHARDED[1:]}, {name: -1 for name in SHARDED}, '{"labels": [["0', "{}",
     {name: [0.1, 0.2] for name in SHARDED}])
 def test_a_dataset_json_that_does_not_fit_is_refused(tmp_path, table):
     """Nothing is guessed from the shards instead; pack says so, too, and writes nothing."""
     folder = with_labels(tmp_path / "set", SHARDED, table)
     for call in (open_data, lambda *args: pack(*args, tmp_path / "y.zip")):
-        with pytest.raises(ValueError, match="^--data .*: 'dataset.json' does not give every"):
+        with pytest.raises(ValueError, match="^--data .*: 'dataset.json': needs "):
             call(folder, 8)
     assert not (tmp_path / "y.zip").exists()
 
@@ -418,18 +408,6 @@ def test_every_epoch_holds_every_index_once():
     # the order of all published runs
     assert indices[:8].tolist() == [9, 17, 12, 18, 0, 15, 3, 20]
     assert mirrored[:8].tolist() == [1, 1, 1, 0, 0, 0, 0, 1]
-
-
-def test_half_of_the_entries_are_mirrored():
-    """
-    The coin is fair, and thrown anew in each epoch: over 40 epochs an index is mirrored as often as
-    40 coins fall.
-    """
-    n, epochs = 500, 40
-    indices, mirrored = stream_entries(n, 0, n * epochs)
-    assert abs(mirrored.mean() - 0.5) < 4 * 0.5 / np.sqrt(n * epochs)
-    per_index = np.bincount(indices, mirrored) / epochs
-    assert abs(per_index.std() - 0.5 / np.sqrt(epochs)) < 0.02
 
 
 @pytest.mark.parametrize("batch_size, workers", [(12, 2), (60, 0)])
@@ -527,28 +505,18 @@ def test_a_held_out_set_that_is_all_bad_stops(tmp_path):
         list(val_batches(open_data(path, 8)[1], 4))
 
 
-@pytest.mark.parametrize("content, why", [
-    (b"\0\0\0 ftypheic", "not an image"), ("F", "convert it to 8 bits"), ("bomb", "pixels")])
-def test_the_end_of_a_run_gives_names_and_reasons(tmp_path, content, why):
-    """100 that cannot be read of 300: HEIC called .jpg, floats, too large: the reason is said."""
+def test_the_end_of_a_run_gives_names_and_reasons(tmp_path):
+    """100 that cannot be read of 300: HEIC called .png and floats; nothing is packed."""
     make_folder(tmp_path, [f"{i:03d}.png" for i in range(300)])
-    for i in range(100, 200):
-        path = tmp_path / f"{i}.png"
-        if content == "F":
-            Image.new("F", (9, 11)).save(path.with_suffix(".tif"))
-            path.unlink()
-        elif content == "bomb":
-            file = io.BytesIO()
-            Image.new("RGB", (1, 1)).save(file, "BMP")
-            header = file.getvalue()
-            path.write_bytes(header[:18] + 2 * (50_000).to_bytes(4, "little") + header[26:])
-        else:
-            path.write_bytes(content)
-    for call in (lambda train: list(islice(train_batches(train, 50), 6)),
-                 lambda train: pack(tmp_path, 8, tmp_path / "out" / "x.zip")):
-        with pytest.raises(ValueError, match=rf"of 300 images so far .*'1\d\d.(png|tif)': .*{why}"):
+    for i in range(100, 150):
+        (tmp_path / f"{i}.png").write_bytes(b"\0\0\0 ftypheic")
+        Image.new("F", (9, 11)).save(tmp_path / f"{i}a.tif")
+    for call in (lambda train: list(islice(train_batches(train, 300), 2)),
+                 lambda train: pack(tmp_path, 8, tmp_path / "x.zip")):
+        with pytest.raises(ValueError, match="of 350 images so far .*not an image") as error:
             call(open_data(tmp_path, 8)[0])
-    assert not list(tmp_path.glob("out/*"))               # nothing was written
+        assert "a.tif': convert it to 8 bits" in str(error.value)
+    assert not (tmp_path / "x.zip").exists()
 
 
 def test_names_with_escape_sequences_reach_no_terminal(tmp_path, capfd):
