@@ -262,8 +262,9 @@ def divide(spec, source):
     labels = np.zeros(len(names), np.int64)
     labels[train], classes = _read_labels(spec, source, [names[row] for row in train])
     own, own_classes = _read_labels(spec, source, [names[row] for row in held_out])
+    number = {name: k for k, name in enumerate(classes)}
     if own_classes and set(own_classes) <= set(classes):   # ImageNet's val has no class folders
-        labels[held_out] = np.array([classes.index(name) for name in own_classes])[own]
+        labels[held_out] = np.array([number[name] for name in own_classes])[own]
     # the order of CIFAR-10's test images in published numbers
     return train, np.random.default_rng(2603).permutation(held_out), labels, classes
 

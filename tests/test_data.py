@@ -8,8 +8,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from itertools import islice
@@ -34,7 +32,7 @@ from common.data import (
     train_batches,
     val_batches,
 )
-from conftest import ROOT, run_main, start
+from conftest import run_main, start
 from spectral import fit_power_law, power_spectrum, radial_profile
 
 
@@ -84,7 +82,7 @@ def corrupted(tmp_path):
         bad = [10 + 7 * i for i in range(k)] if k < 20 else range(len(train))
         for i in bad:
             path = tmp_path / train.name(i)
-            path.write_bytes(path.read_bytes()[:60])
+            path.write_bytes(path.read_bytes()[:60] if i % 2 else b"\0\0\0 ftypheic")   # HEIC
         return tmp_path, bad
     return make
 
@@ -204,8 +202,7 @@ def test_how_many_images_are_held_out(n):
     (["train", "test"], "test"), (["train", "val", "test"], "val"),
     (["Training", "Testing"], "Testing"), (["TRAIN", "validation"], "validation"),
     (["train2017", "val2017"], "val2017"), (["training_set", "Test_Set (1)"], "Test_Set (1)"),
-    (["train", "valid"], "valid"), (["train", "dev", "others"], "dev"),
-])
+    (["train", "valid"], "valid"), (["train", "dev", "others"], "dev")])
 @pytest.mark.parametrize("inside", ["", "b/c/"])
 def test_train_and_val_folders_are_the_splits(tmp_path, tops, held_out_top, inside):
     """In any case; of three splits, test is not read; what is neither is not read."""
@@ -271,33 +268,28 @@ def with_labels(folder, names, labels, place="dataset.json"):
     return folder
 
 
-def as_zip(folder):
-    """The same files in a zip beside the folder."""
-    path = folder.with_suffix(".zip")
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(folder.rglob("*.*")):
-            archive.write(file, file.relative_to(folder).as_posix())
-    return path
-
-
 SHARDED = [f"{i // 5:05d}/img{i:08d}.png" for i in range(11)]
 LABELS = {name: 3 * i % 7 for i, name in enumerate(SHARDED)}
 
 
-@pytest.mark.parametrize("form", [lambda folder: folder, as_zip], ids=["folder", "zip"])
 @pytest.mark.parametrize("inside", ["", "images/"])
-def test_labels_come_from_dataset_json(tmp_path, inside, form):
-    """As StyleGAN, EDM and, beside its latents, REPA prepare their sets: folders are shards."""
+def test_labels_come_from_dataset_json(tmp_path, inside):
+    """
+    As StyleGAN, EDM and, beside its latents, REPA prepare their sets: folders are shards. Packing
+    keeps it, whose names then differ in their suffix.
+    """
     names = [inside + name for name in SHARDED]
     folder = with_labels(tmp_path / "set", names, LABELS, f"{inside}dataset.json")
     if inside:
-        (folder / "vae-sd" / "00000").mkdir(parents=True)
-        (folder / "vae-sd" / "00000" / "img-mean-std-00000000.npy").touch()
+        (folder / "vae-sd").mkdir()
         (folder / "vae-sd" / "dataset.json").write_text("{}")
-    for image_set in open_data(form(folder), 8):
-        assert image_set.classes == ["0", "1", "2", "3", "4", "5", "6"]
-        for i in range(len(image_set)):
-            assert image_set[i][1] == LABELS[image_set.name(i).removeprefix(inside)]
+    pack(folder, 8, tmp_path / "x.zip")
+    for a, b in zip(open_data(folder, 8), open_data(tmp_path / "x.zip", 8)):
+        assert a.classes == b.classes == ["0", "1", "2", "3", "4", "5", "6"]
+        assert [name.replace(".png", ".bmp") for name in names_of(a)] == names_of(b)
+        assert a.labels.tolist() == b.labels.tolist()
+        for i in range(len(a)):
+            assert a[i][1] == LABELS[a.name(i).removeprefix(inside)]
 
 
 @pytest.mark.parametrize("names, tables, classes, labels", [
@@ -480,7 +472,7 @@ def test_one_bad_file_of_200_is_named_once_and_replaced(corrupted, capfd, worker
     assert seen.tolist() == [i for i in range(180) if i != bad]
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and f"skipping {train.name(bad)!r}: " in lines[0]
-    assert "truncated" in lines[0]
+    assert "not an image" in lines[0]
 
 
 @pytest.mark.parametrize("count", [5, 180])
@@ -493,6 +485,7 @@ def test_more_than_one_percent_of_bad_files_stops(corrupted, count):
             list(islice(make_batches(train, 20), 9))
         assert any(f"{train.name(i)!r}: " in str(error.value) for i in bad)
         assert "truncated" in str(error.value) and "\n" not in str(error.value)
+        assert "not an image" in str(error.value)
 
 
 def test_a_held_out_set_that_is_all_bad_stops(tmp_path):
@@ -503,20 +496,6 @@ def test_a_held_out_set_that_is_all_bad_stops(tmp_path):
         archive.writestr("test/b.png", b"")
     with pytest.raises(ValueError, match="2 of 402 images"):
         list(val_batches(open_data(path, 8)[1], 4))
-
-
-def test_the_end_of_a_run_gives_names_and_reasons(tmp_path):
-    """100 that cannot be read of 300: HEIC called .png and floats; nothing is packed."""
-    make_folder(tmp_path, [f"{i:03d}.png" for i in range(300)])
-    for i in range(100, 150):
-        (tmp_path / f"{i}.png").write_bytes(b"\0\0\0 ftypheic")
-        Image.new("F", (9, 11)).save(tmp_path / f"{i}a.tif")
-    for call in (lambda train: list(islice(train_batches(train, 300), 2)),
-                 lambda train: pack(tmp_path, 8, tmp_path / "x.zip")):
-        with pytest.raises(ValueError, match="of 350 images so far .*not an image") as error:
-            call(open_data(tmp_path, 8)[0])
-        assert "a.tif': convert it to 8 bits" in str(error.value)
-    assert not (tmp_path / "x.zip").exists()
 
 
 def test_names_with_escape_sequences_reach_no_terminal(tmp_path, capfd):
@@ -570,17 +549,6 @@ def test_packing_changes_no_pixel_name_or_original(tmp_path):
     packed = out.read_bytes()
     pack(folder, 8, out, overwrite=True)
     assert out.read_bytes() == packed
-
-
-@pytest.mark.parametrize("table", [LABELS, '{"labels": null}'], ids=["labels", "null"])
-def test_packing_keeps_a_dataset_json(tmp_path, table):
-    """Or the shards would become classes."""
-    folder = with_labels(tmp_path / "set", ["wrapper/" + name for name in SHARDED], table,
-                         "wrapper/dataset.json")
-    pack(folder, 8, tmp_path / "x.zip")
-    for a, b in zip(open_data(folder, 8), open_data(tmp_path / "x.zip", 8)):
-        assert [name.replace(".png", ".bmp") for name in names_of(a)] == names_of(b)
-        assert a.classes == b.classes and a.labels.tolist() == b.labels.tolist()
 
 
 def test_packed_built_in_images_are_the_built_in_images(tmp_path):
@@ -650,12 +618,3 @@ def test_pack_never_writes_over_what_is_there(tmp_path, monkeypatch, capsys):
         error = capsys.readouterr().err
         assert stop.value.code == 2 and words in error and error.count("\n") == 1
     assert {p: p.read_bytes() for p in tmp_path.rglob("*.*")} == before
-
-
-def test_an_ascii_terminal_ends_no_run(tmp_path):
-    """PYTHONIOENCODING=ascii and a folder that is not: the line is printed, with escapes."""
-    environment = os.environ | dict(PYTHONIOENCODING="ascii", PYTHONPATH=str(ROOT))
-    command = [sys.executable, "-m", "common.data", "pack", "--data", "kätzchen", "--out", "x.zip"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "k\\xe4tzchen: neither a folder nor a .zip" in done.stderr
-    assert "Traceback" not in done.stderr

@@ -268,5 +268,3 @@ def test_the_hash_of_images_sees_labels_and_choice(tmp_path):
         train, held_out = open_data(folder, 16)
         hashes |= {images_hash(train), images_hash(held_out), images_hash(take(train, [0, 2, 3]))}
     assert len(hashes) == 6
-
-

@@ -152,23 +152,17 @@ def test_gradient_goes_to_the_projection_only():
 @pytest.mark.parametrize("kind, reach", [("mlp", 0), ("conv", 1)])
 def test_mlp_sees_one_token_and_conv_its_neighbours(kind, reach):
     """Output token (4, 7) depends on that input token (mlp) or on the 3x3 around it (conv)."""
+    if kind == "mlp":                                      # REPA's, with its Xavier initialisation
+        layers = Projector("mlp", 384, 768).layers[::2]
+        assert [(*layer.weight.shape,) for layer in layers] == [(2048, 384), (2048,) * 2, (768, 2048)]
+        for layer in layers:
+            bound = (6 / sum(layer.weight.shape)) ** 0.5
+            assert bound * 0.99 < layer.weight.abs().max() <= bound and not layer.bias.any()
     tokens = torch.randn(1, 126, 6, requires_grad=True)
     on_grid(Projector(kind, 6, 5, hidden=8)(tokens, GRID))[0, 4, 7].sum().backward()
     seen = torch.zeros(GRID, dtype=torch.bool)
     seen[4 - reach:5 + reach, 7 - reach:8 + reach] = True
     assert torch.equal(on_grid(tokens.grad)[0].abs().sum(-1) > 0, seen)
-
-
-def test_the_mlp_projector_is_repas():
-    """Three layers of width 2048. Xavier: uniform in +- sqrt(6 / (in + out)); biases 0."""
-    layers = Projector("mlp", 384, 768).layers[::2]
-    assert [tuple(linear.weight.shape) for linear in layers] == [
-        (2048, 384), (2048, 2048), (768, 2048)]
-    for linear in layers:
-        bound = (6 / sum(linear.weight.shape)) ** 0.5
-        assert bound * 0.99 < linear.weight.abs().max() <= bound
-        close(linear.weight.std(), torch.tensor(bound / 3 ** 0.5), rtol=0.02, atol=0)
-        assert not linear.bias.any()
 
 
 # ---- encoder
@@ -278,7 +272,10 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_torch_hub_with_a_clone_and_planted_weights(hub):
-    """Code from the clone, or the hub's copy of the pinned commit; weights from TORCH_HOME."""
+    """
+    Code from the clone, or the hub's copy of the pinned commit; weights from TORCH_HOME. Another
+    function of a hubconf.py brings a network with its weights.
+    """
     checkpoints, clone, requested = hub
     weights = {"colours.weight": torch.randn(768, 3), "colours.bias": torch.randn(768)}
     torch.save(weights, checkpoints / FILE)
@@ -290,6 +287,8 @@ def test_torch_hub_with_a_clone_and_planted_weights(hub):
     assert not any(p.requires_grad for p in encoder.parameters())
     clone.rename(checkpoints.parent / repa.REPOSITORY.replace("/", "_").replace(":", "_"))
     close(load_encoder("dinov2_vitb14_reg")(images, (4, 6)), tokens)
+    own = checkpoints.parent / repa.REPOSITORY.replace("/", "_").replace(":", "_")
+    assert load_encoder("tiny", source=str(own))(images, (4, 6)).shape == (2, 24, 5)
     assert requested == []
 
 
@@ -307,13 +306,6 @@ def test_without_network_one_line_says_what_goes_where(hub):
     commit = repa.REPOSITORY.split(":")[1]
     # the pinned commit at once: torch.hub would look for a branch of this name
     assert len(commit) == 40 and commit in requested[0] and len(requested) == 2
-
-
-def test_a_folder_with_a_hubconf_brings_its_own_network(hub):
-    """Any function of its hubconf.py, whose network comes with its weights."""
-    _, clone, requested = hub
-    encoder = load_encoder("tiny", source=str(clone))
-    assert encoder(torch.rand(2, 3, 32, 48), (4, 6)).shape == (2, 24, 5) and requested == []
 
 
 def test_unknown_names_and_wrong_weights_are_named(hub):
