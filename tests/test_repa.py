@@ -152,17 +152,20 @@ def test_gradient_goes_to_the_projection_only():
 @pytest.mark.parametrize("kind, reach", [("mlp", 0), ("conv", 1)])
 def test_mlp_sees_one_token_and_conv_its_neighbours(kind, reach):
     """Output token (4, 7) depends on that input token (mlp) or on the 3x3 around it (conv)."""
-    if kind == "mlp":                                      # REPA's, with its Xavier initialisation
-        layers = Projector("mlp", 384, 768).layers[::2]
-        assert [(*layer.weight.shape,) for layer in layers] == [(2048, 384), (2048,) * 2, (768, 2048)]
-        for layer in layers:
-            bound = (6 / sum(layer.weight.shape)) ** 0.5
-            assert bound * 0.99 < layer.weight.abs().max() <= bound and not layer.bias.any()
     tokens = torch.randn(1, 126, 6, requires_grad=True)
     on_grid(Projector(kind, 6, 5, hidden=8)(tokens, GRID))[0, 4, 7].sum().backward()
     seen = torch.zeros(GRID, dtype=torch.bool)
     seen[4 - reach:5 + reach, 7 - reach:8 + reach] = True
     assert torch.equal(on_grid(tokens.grad)[0].abs().sum(-1) > 0, seen)
+
+
+def test_the_mlp_projector_is_repas():
+    """Three layers of width 2048. Xavier: uniform in +- sqrt(6 / (in + out)); biases 0."""
+    layers = Projector("mlp", 384, 768).layers[::2]
+    assert [layer.weight.shape for layer in layers] == [(2048, 384), (2048, 2048), (768, 2048)]
+    for layer in layers:
+        bound = (6 / sum(layer.weight.shape)) ** 0.5
+        assert bound * 0.99 < layer.weight.abs().max() <= bound and not layer.bias.any()
 
 
 # ---- encoder
