@@ -92,7 +92,7 @@ class Files:
     """
     The images in a folder (links followed) or a zip, from which nothing is extracted.
     names   (N,) bytes, sorted, relative, with "/"; tables: the dataset.json files among others
-    image(row) -> PIL image; fingerprint(rows) -> (k, 2) int64, others for another image
+    image(row) -> PIL image; fingerprint(row) -> two int, others for another image of this name
     """
 
     def __init__(self, spec):
@@ -140,22 +140,18 @@ class Files:
         content = self.read(os.fsdecode(self.names[row]), self.places[row])
         return Image.open(io.BytesIO(content), formats=FORMATS)
 
-    def fingerprint(self, rows):
-        if self.places.size:
-            return self.places[rows, 2:4]                  # size and CRC-32
-        with ThreadPool(16) as pool:       # they wait for the disk
-            return np.array(pool.map(self._fingerprint_file, rows, 500)).reshape(-1, 2)
-
-    def _fingerprint_file(self, row):
+    def fingerprint(self, row):
         path = self.path / os.fsdecode(self.names[row])
+        if self.places.size:
+            return self.places[row, 2:4].tolist()          # size and CRC-32
         if not path.is_file() or not os.access(path, os.R_OK):
-            return -1, 0
+            return [-1, 0]
         with open(path, "rb", buffering=0) as file:
             size, head = path.stat().st_size, file.read(4096)
             # compressed, another image differs up to the end; otherwise maybe in the middle alone
             if head.startswith(COMPRESSED) or size > LARGEST_FILE:
                 file.seek(max(size - 4096, 4096))
-            return size, zlib.crc32(file.read(), zlib.crc32(head))
+            return [size, zlib.crc32(file.read(), zlib.crc32(head))]
 
 
 class Cifar10:
@@ -180,8 +176,8 @@ class Cifar10:
     def image(self, row):
         return Image.fromarray(self.pixels[row])
 
-    def fingerprint(self, rows):
-        return np.array([(self.pixels[row].nbytes, zlib.crc32(self.pixels[row])) for row in rows])
+    def fingerprint(self, row):
+        return [self.pixels[row].nbytes, zlib.crc32(self.pixels[row])]
 
 
 def open_source(spec):
@@ -351,7 +347,8 @@ def images_hash(dataset):
     else:
         names = [dataset.name(i) for i in range(len(dataset))]
         start = len(_common_folder(names))
-        content = dataset.source.fingerprint(dataset.rows).tolist()
+        with ThreadPool(16) as pool:       # which wait for the disk
+            content = pool.map(dataset.source.fingerprint, dataset.rows, 500)
         lines = zip((name[start:] for name in names), dataset.labels.tolist(), content)
         text = "\n".join(map(repr, lines))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
