@@ -184,10 +184,9 @@ def open_source(spec):
     path = Path(spec)
     if spec == "cifar10":
         return Cifar10()
-    if path.is_dir() or path.suffix.lower() == ".zip" and path.is_file():
-        return Files(spec)
-    raise FileNotFoundError(f"--data {spec}: neither a folder nor a .zip; give one, or cifar10, or "
-                            "leaves or discs, which are built in")
+    need(path.is_dir() or path.suffix.lower() == ".zip" and path.is_file(), f"--data {spec}: "
+         "neither a folder nor a .zip nor 'cifar10'; give one, or leaves or discs, built in")
+    return Files(spec)
 
 
 # ---- Which images are held out, and the class of each --------------------------------------------
@@ -310,7 +309,7 @@ class ImageSet:
 def open_data(spec, size, val_images=500, seed=0, builtin_images=4_000):
     """
     What --data names, as (train_set, val_set); the latter are the first val_images held-out images.
-    seed and builtin_images are of the built-in sets. FileNotFoundError or ValueError in one line.
+    seed and builtin_images are of the built-in sets. ValueError in one line.
     """
     if not spec or spec in SETS:
         kind, far = spec or "leaves", 2 ** 40              # no training set reaches so far

@@ -292,8 +292,8 @@ def checkpoint_files(args):
             kept = found[0].parent.glob("ckpt_[1-9]*.pt")
             found = sorted(kept, key=lambda file: int(file.stem.removeprefix("ckpt_")))
         if not found or not found[0].is_file():
-            raise FileNotFoundError(f"--ckpt {place}: no checkpoint there; for --every, "
-                                    "train_diffusion.py keeps them with --keep_every")
+            raise FileNotFoundError(f"--ckpt {place}: no checkpoint, or for --every no ckpt_<step>"
+                                    ".pt there; train_diffusion.py has --keep_every")
         files += map(str, found)
     return list(dict.fromkeys(files))
 
