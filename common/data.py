@@ -391,8 +391,8 @@ def _leave_signals_to(trainer, _):
 
 
 def _load(dataset, entries, workers, device, train):
-    """Batches of entries, pairs of indices (b,) and mirrored (b,)."""
-    cuda = torch.device(device).type == "cuda"
+    """Batches of entries, pairs of indices (b,) and mirrored (b,); uint8 if device is None."""
+    cuda = torch.device(device or "cpu").type == "cuda"
     ahead, entries = itertools.tee(entries)                # workers are some batches ahead
     loader = DataLoader(
         dataset, batch_sampler=(indices.tolist() for indices, _ in ahead), num_workers=workers,
@@ -415,6 +415,9 @@ def _load(dataset, entries, workers, device, train):
             batch = [tensor[[not lines for lines in faults]] for tensor in batch]
         # from pageable memory the host would wait for the device
         images, labels, indices, mirrored = (t.pin_memory() if cuda else t for t in batch)
+        if device is None:
+            yield images, labels, indices
+            continue
         images = images.to(device, non_blocking=True)                          # (b, 3, H, W) uint8
         mirrored = mirrored.to(device, non_blocking=True)[:, None, None, None]
         images = torch.where(mirrored, images.flip(-1), images).float().div_(127.5).sub_(1)
@@ -481,9 +484,8 @@ def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
                 archive.writestr(entry, content)
             for name in tables:
                 add(name, tables[name])
-            for images, _, indices in val_batches(dataset, 64, workers=workers):
-                images = images.mul(127.5).add(127.5).round().byte().movedim(1, -1).numpy()
-                for i, pixels in zip(indices.tolist(), images):
+            for images, _, indices in val_batches(dataset, 16, workers=workers, device=None):
+                for i, pixels in zip(indices.tolist(), images.movedim(1, -1).numpy()):
                     bmp = io.BytesIO()     # lossless, and read thirty times faster than PNG
                     Image.fromarray(pixels).save(bmp, "BMP")
                     add(names[i], bmp.getvalue())

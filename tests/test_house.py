@@ -19,7 +19,7 @@ from conftest import ROOT
 BUDGETS = {
     "spectral.py": 370, "losses.py": 280, "vae.py": 320, "dit.py": 485, "repa.py": 230,
     "train_ae.py": 495, "train_diffusion.py": 360, "evaluate.py": 440,
-    "common/run.py": 786, "common/data.py": 516, "common/builtin.py": 145,
+    "common/run.py": 786, "common/data.py": 518, "common/builtin.py": 145,
     "common/latents.py": 197, "common/weights.py": 324, "common/metrics.py": 199}
 ROOMS = {"product": 6600, "analysis": 1275, "experiments": 750, "tests": 8600,
          "tests/benchmark.py": 315}
