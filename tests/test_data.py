@@ -584,7 +584,7 @@ def test_pack_leaves_bad_files_out_and_stops_past_one_percent(corrupted, tmp_pat
 def stall(script):
     """In another process: the second batch is never packed."""
     def stalling(dataset, *args, **options):
-        yield next(val_batches(dataset, 8))
+        yield next(val_batches(dataset, 8, device=None))
         open("stalled", "w").close()
         time.sleep(1000)
     script.val_batches = stalling
