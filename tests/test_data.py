@@ -219,10 +219,7 @@ def test_train_and_val_folders_are_the_splits(tmp_path, tops, held_out_top, insi
 # ---- labels --------------------------------------------------------------------------------------
 
 def test_classes_are_the_sorted_folders(tmp_path):
-    """
-    label = index of the sorted first folder; deeper ones count with it; a zip of it, even with a
-    wrapper, reads the same. Hidden files are not looked at.
-    """
+    """By the first folder; a zip with a wrapper reads the same; hidden files are not looked at."""
     names = [f"{c}/{sub}{i}.png"
              for c in ("dog", "ant", "cat") for sub in ("", "deep/er/") for i in range(4)]
     folder = make_folder(tmp_path / "set", names)
@@ -274,10 +271,7 @@ LABELS = {name: 3 * i % 7 for i, name in enumerate(SHARDED)}
 
 @pytest.mark.parametrize("inside", ["", "images/"])
 def test_labels_come_from_dataset_json(tmp_path, inside):
-    """
-    As StyleGAN, EDM and, beside its latents, REPA prepare their sets: folders are shards. Packing
-    keeps it, whose names then differ in their suffix.
-    """
+    """As StyleGAN, EDM and REPA prepare their sets: folders are shards. Packing keeps it."""
     names = [inside + name for name in SHARDED]
     folder = with_labels(tmp_path / "set", names, LABELS, f"{inside}dataset.json")
     if inside:
@@ -404,10 +398,7 @@ def test_every_epoch_holds_every_index_once():
 
 @pytest.mark.parametrize("batch_size, workers", [(12, 2), (60, 0)])
 def test_ranks_and_workers_share_one_stream(flat, batch_size, workers):
-    """
-    The ranks' slices put together are the single process's batch, in order; also where the batch is
-    larger than the set. From step 2 on, the stream is what it is after two steps.
-    """
+    """The ranks' slices joined are the single process's batch, in order; from step 2 on, too."""
     train, _ = open_data(flat, 8)
     whole = list(islice(train_batches(train, batch_size, seed=1), 4))
     for world in (2, 3):
@@ -421,10 +412,7 @@ def test_ranks_and_workers_share_one_stream(flat, batch_size, workers):
 
 
 def test_batches_are_the_images_mirrored_as_stream_entries_says(flat):
-    """
-    0..255 becomes -1..1; images are flipped left to right exactly where `mirrored` says so; torch's
-    generator, which draws the training noise, is left alone.
-    """
+    """0..255 becomes -1..1; torch's generator, which draws the training noise, is left alone."""
     before = torch.get_rng_state()
     train, _ = open_data(flat, 8)
     batches = train_batches(train, 8, seed=2, rank=1, world=2)
@@ -441,10 +429,7 @@ def test_batches_are_the_images_mirrored_as_stream_entries_says(flat):
 
 @pytest.mark.parametrize("world, workers", [(1, 2), (4, 0)])
 def test_validation_shows_every_image_once(flat, world, workers):
-    """
-    Over all ranks each index comes once and unmirrored, also where the last batch is short or a
-    rank has none left.
-    """
+    """Unmirrored, also where the last batch is short or a rank has none left."""
     train, _ = open_data(flat, 8)                          # 35 images
     seen = []
     for rank in range(world):
@@ -526,10 +511,7 @@ def test_a_killed_worker_is_one_line_where_the_next_batch_is_asked_for(flat):
 # ---- packing -------------------------------------------------------------------------------------
 
 def test_packing_changes_no_pixel_name_or_original(tmp_path):
-    """
-    The packed set has the same splits, classes, labels and pixels; twice the same bytes; the folder
-    is untouched and nothing else is left.
-    """
+    """Same splits, classes, labels, pixels; twice the same bytes; nothing else is left."""
     names = [f"{split}/{c}/{i}.png"
              for split in ("train", "test") for c in ("b", "a") for i in range(3)]
     folder = make_folder(tmp_path / "set", names)
@@ -562,10 +544,7 @@ def test_packed_built_in_images_are_the_built_in_images(tmp_path):
 
 
 def test_pack_leaves_bad_files_out_and_stops_past_one_percent(corrupted, tmp_path_factory, capfd):
-    """
-    1 of 200 is skipped and named, and the others stay on their sides; when two more go bad nothing
-    is left behind, and an older zip stays as it was.
-    """
+    """1 of 200 is skipped and named; with two more nothing is written, an older zip stays."""
     (folder, (bad,)), out = corrupted(1), tmp_path_factory.mktemp("out")
     name = open_data(folder, 8)[0].name(bad)
     assert pack(folder, 8, out / "x.zip") == (199, 1)

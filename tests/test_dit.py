@@ -138,10 +138,7 @@ class Recorded(dict):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_is_that_of_the_originals(kind):
-    """
-    Order of q, k, v, of shift, scale, gate, of tokens; GELUs, epsilons; the names of the weights,
-    no more and no fewer: as in the released code.
-    """
+    """Order of q, k, v, of shift, scale, gate, of tokens; GELUs, epsilons; all names of weights."""
     model = tiny(kind, depth=5).double()                    # in float64, where 1e-5 is not 1e-6
     x, t, y = batch()
     W = Recorded(model.state_dict())
@@ -323,10 +320,7 @@ def root(cov):
 
 
 def ddpm_start(z, mean, cov):
-    """
-    z ~ N(0, I) turned into the distribution of level 1000, which Stable Diffusion's betas leave
-    0.0047 short of pure noise.
-    """
+    """z ~ N(0, I) as level 1000, which Stable Diffusion's betas leave 0.0047 short of noise."""
     a = DDPM("sd").alpha_bar[1000]
     return (a.sqrt() * mean + z.flatten(1) @ root(a * cov + (1 - a) * torch.eye(6))).view_as(z)
 
@@ -354,10 +348,7 @@ def test_exact_predictions_give_the_data_distribution(sampler):
 
 @pytest.mark.parametrize("sampler", ["ode", "ddim"])
 def test_deterministic_samplers_are_of_first_order(sampler):
-    """
-    The exact flow keeps standardised coordinates: noise z ends at mean + cov^(1/2) z. Halving the
-    step halves the error.
-    """
+    """The exact flow takes z to mean + cov^(1/2) z. Halving the step halves the error."""
     mean, cov = gaussian_data()
     z = gaussian_noise(0)((64, *SHAPE))
     exact = (mean + z.flatten(1) @ root(cov)).view_as(z)
@@ -438,10 +429,7 @@ def test_eta_one_is_the_ancestral_sampler():
 
 
 def test_ddim_inverts():
-    """
-    eta = 0: up to noise and down again along the same eps is the identity; with eps depending on x,
-    up to the step size.
-    """
+    """Up and down along one eps is the identity; with eps(x), up to the step size."""
     ddpm, x = DDPM("sd"), torch.randn(2, *SHAPE, dtype=torch.float64)
     eps = torch.randn_like(x)
     up = ddpm.step(x, eps, 0, 700)
@@ -460,10 +448,7 @@ def test_ddim_inverts():
 
 @pytest.mark.parametrize("kind, process", [(SiT, Interpolant()), (UViT, DDPM("sd"))])
 def test_guidance(kind, process):
-    """
-    cfg 1 is the conditional model bit for bit in single calls; otherwise null + cfg (class - null),
-    inside the interval only.
-    """
+    """cfg 1: the conditional model bit for bit; else null + cfg (class - null), in the interval."""
     model, (start, _, y) = tiny(kind, num_classes=7), batch()
 
     def sample(net, **options):

@@ -60,10 +60,7 @@ def test_statistics_are_those_of_sampled_latents(tmp_path):
 
 
 def test_batches_follow_the_stream_of_data_py(tmp_path):
-    """
-    Index and mirror of step s are stream_entries'; two ranks share the batch; starting at step 3
-    equals skipping three.
-    """
+    """Two ranks share the batch; starting at step 3 equals skipping three."""
     _, _, identity = build(tmp_path)
     cache = LatentCache(tmp_path / "cache", identity)
     whole = cache.batches(4, seed=1)

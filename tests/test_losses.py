@@ -182,10 +182,7 @@ def test_hinge_losses_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adaptive_weight_balances_the_gradients(dtype):
-    """
-    weight * |grad gan| = |grad rec| at the last layer, up to the 1e-4 that keeps it finite; each
-    gradient is averaged over the processes, and the graph is kept.
-    """
+    """weight * |grad gan| = |grad rec| at the last layer, of gradients averaged over processes."""
     layer, x, averaged = nn.Parameter(torch.randn(5, 7)), torch.randn(7, 3), []
     recon = (layer @ x).to(dtype)
     image = recon.detach().float().requires_grad_()

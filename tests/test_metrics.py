@@ -147,10 +147,7 @@ def test_laplacian_pyramid_adds_up():
 
 
 def test_swd_is_zero_on_itself_and_grows_with_blur_and_noise():
-    """
-    More blur and more noise are further away, on the finest level; another draw of the same images
-    is close.
-    """
+    """On the finest level; another draw of the same images is close."""
     a, b = leaves(24), leaves(24, first=1000)
     assert set(sliced_wasserstein(a, a).values()) == {0.0}
     same, blurred, more = (sliced_wasserstein(blur(b, times), a)[64] for times in (0, 1, 3))

@@ -1,6 +1,4 @@
 """The autoencoder: its arithmetic against formulas, its names against released models."""
-import dataclasses
-import json
 
 import pytest
 import torch
@@ -86,10 +84,7 @@ def test_attention_is_softmax_over_pixels():
 
 
 def test_resampling_keeps_the_grid():
-    """
-    Down: output (i, j) is centred on input (2i+1, 2j+1), zeros right and below only. Up: nearest
-    neighbour.
-    """
+    """Down: output (i, j) is centred on (2i+1, 2j+1), zeros right and below. Up: nearest."""
     down, up, x = Downsample(1), Upsample(1), torch.randn(1, 1, 4, 6)
     for module in (down, up):
         nn.init.dirac_(module.conv.weight)                  # passes the centre of each window on
@@ -181,11 +176,3 @@ def test_vavae_attends_at_the_last_level():
     assert found == {
         "encoder.down.4.attn.0", "encoder.down.4.attn.1", "encoder.mid.attn_1",
         "decoder.up.4.attn.0", "decoder.up.4.attn.1", "decoder.up.4.attn.2", "decoder.mid.attn_1"}
-
-
-def test_config_survives_a_checkpoint():
-    """asdict and back, directly or through JSON, which turns tuples into lists, is the same."""
-    for name, config in CONFIGS.items():
-        assert name.startswith(f"f{config.reduction}d{config.latent_channels}")
-        fields = dataclasses.asdict(config)
-        assert AEConfig(**fields) == config == AEConfig(**json.loads(json.dumps(fields)))

@@ -170,10 +170,7 @@ def test_diffusers_settings(tmp_path):
 
 @pytest.mark.parametrize("layout", [to_compvis, to_diffusers])
 def test_unusual_convolutions(tmp_path, layout):
-    """
-    Without quant convolutions (SD3, FLUX): as with identities in their place. RGB with alpha would
-    fail in the first convolution: refused.
-    """
+    """No quant convolutions (SD3, FLUX): as with identities. RGB with alpha is refused."""
     ae = small()
     for conv in (ae.quant_conv, ae.post_quant_conv):
         nn.init.dirac_(conv.weight)
@@ -376,10 +373,7 @@ def save_learn_sigma(model, path):
 
 
 def test_time_of_the_original_sit_is_reversed(tmp_path):
-    """
-    SiT: x_t = t x + (1 - t) eps and velocity x - eps. Loaded, it must be -SiT(x, 1 - t), and saving
-    it keeps that.
-    """
+    """Its x_t = t x + (1 - t) eps, velocity x - eps: loaded it is -SiT(x, 1 - t), saved as well."""
     original, (x, t, y) = tiny(SiT), batch()
     loaded = load(original, save_learn_sigma(original, tmp_path / "sit.pt"))
     want = -original(x, 1 - t, y)
