@@ -47,11 +47,8 @@ def sincos_positions(grid, dim):
     omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (dim/4,)
     sides = [torch.arange(n, dtype=torch.float64) for n in grid]
     row, column = torch.meshgrid(*sides, indexing="ij")
-    parts = []
-    for position in (column, row):
-        phase = position.reshape(-1, 1) * omega           # (T, dim/4)
-        parts += [phase.sin(), phase.cos()]
-    return torch.cat(parts, dim=1)[None].float()
+    phases = [position.reshape(-1, 1) * omega for position in (column, row)]      # (T, dim/4)
+    return torch.cat([f(x) for x in phases for f in (torch.sin, torch.cos)], dim=1)[None].float()
 
 
 class Attention(nn.Module):
@@ -105,8 +102,7 @@ class LatentTransformer(nn.Module):
         if x.shape[1:] != expected:
             raise ValueError(f"got latents {tuple(x.shape[1:])}, the model is built for {expected}")
         if (y is None) != (self.num_classes == 0):
-            found = "missing" if y is None else "given"
-            raise ValueError(f"labels y are {found}, but num_classes={self.num_classes}")
+            raise ValueError(f"labels y: must be given only if num_classes={self.num_classes} > 0")
         if y is not None and drop is not None:
             y = torch.where(drop, self.num_classes, y)
         return x.to(self.pos_embed.dtype), y
@@ -282,14 +278,13 @@ class UViT(LatentTransformer):
 
 
 # -------------------------------------------------------------------------------------------- sizes
-# MODELS["SiT-B/2"](input_size=32, in_channels=4, num_classes=1000); /2 is the patch size
 SIZES = [  # name, class, depth, dim, heads
     ("SiT-tiny", SiT, 2, 128, 4), ("SiT-mini", SiT, 4, 128, 4),
     ("SiT-S", SiT, 12, 384, 6), ("SiT-B", SiT, 12, 768, 12),
     ("SiT-L", SiT, 24, 1024, 16), ("SiT-XL", SiT, 28, 1152, 16),
     ("UViT-tiny", UViT, 2, 96, 3), ("UViT-S", UViT, 12, 512, 8), ("UViT-M", UViT, 16, 768, 12),
     ("UViT-L", UViT, 20, 1024, 16), ("UViT-H", UViT, 28, 1152, 16)]
-MODELS = {}
+MODELS = {}  # MODELS["SiT-B/2"](input_size=32, in_channels=4, num_classes=1000); /2: patch size
 for p in (1, 2, 4):
     for name, kind, depth, dim, heads in SIZES:
         MODELS[f"{name}/{p}"] = partial(kind, patch_size=p, depth=depth, dim=dim, heads=heads)
@@ -305,8 +300,8 @@ class NoiseStream:
     def __init__(self, seed, indices):
         # Philox is counter-based, with 128 bits of key per sample; torch's CPU generator keeps only
         # 32 bits of a seed, too few for 50,000 distinct streams.
-        keys = [[seed, int(i)] for i in indices]
-        self.streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
+        philox = [np.random.Philox(key=[seed, int(i)]) for i in indices]
+        self.streams = [np.random.Generator(bits) for bits in philox]
 
     def __call__(self, shape):
         rows = [s.standard_normal(shape[1:], dtype=np.float32) for s in self.streams]
@@ -398,10 +393,9 @@ class Interpolant:
             raise ValueError(f"sampler={sampler!r} with steps={steps}: use 'em' with at least 2 "
                              "steps or 'ode' with at least 1")
         predict, device = guided(model, shape, y, cfg, cfg_interval)
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
         if sde:
             times = torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist() + [0.0]
-        else:
-            times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
         x = noise(shape).to(device, torch.float64)
         for t, t_next in zip(times, times[1:]):
             drift = predict(x, t, t)
@@ -427,11 +421,9 @@ class DDPM:
               "sd": Stable Diffusion's, square roots linear in 0.00085 .. 0.012; ends at 0.0047
     """
     def __init__(self, schedule):
-        if schedule not in ("vp", "sd"):
-            raise ValueError(f"DDPM: schedule {schedule!r} is neither vp nor sd")
-        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-        if schedule == "sd":
-            betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+        low, high, power = {"vp": (1e-4, 0.02, 1), "sd": (0.00085, 0.012, 2)}[schedule]
+        roots = torch.linspace(low ** (1 / power), high ** (1 / power), 1000, dtype=torch.float64)
+        betas = roots ** power
         self.alpha_bar = torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)])
 
     def time(self, t):

@@ -18,7 +18,6 @@ transformer's grid and the target's are the same, so the image is resized to 14 
 (256 px -> 224 px -> 16x16). Numbering: arXiv:2603.14645 v1.
 """
 import os
-import pickle
 import warnings
 
 import torch
@@ -124,12 +123,7 @@ def load_encoder(name="dinov2_vitb14", source=None, resize="bicubic", imagenet=T
                                 "of https://github.com/facebookresearch/dinov2, or random")
     if name in ENCODERS:
         return Encoder(load_dinov2(name, source), resize, imagenet)
-    try:
-        network = torch.hub.load(source, name, source="local")
-    except (RuntimeError, ImportError, SyntaxError) as error:
-        raise ValueError(f"--encoder {name} --encoder_source {source}: "
-                         f"{_one_line(error)}") from None
-    return Encoder(network)
+    return Encoder(torch.hub.load(source, name, source="local"))
 
 
 def load_dinov2(name, source):
@@ -150,15 +144,10 @@ def load_dinov2(name, source):
         reason = getattr(error, "reason", error)
         raise FileNotFoundError(f"{name}: downloading it failed ({reason}): put {url} at {path} "
                                 f"and give a clone of {clone} as --encoder_source DIR") from None
-    except (RuntimeError, TypeError, pickle.UnpicklingError, EOFError, ImportError,
-            SyntaxError) as error:                         # code without this name, other weights
-        raise ValueError(f"{name} from {source or REPOSITORY} with {file}: "
-                         f"{_one_line(error)}") from None
+    except Exception as error:                             # code without this name, other weights
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{name} from {source or REPOSITORY} with {file}: {reason}") from None
     return network
-
-
-def _one_line(error):
-    return " ".join(str(error).split())[:300]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ or test/, or without; cifar10; or the built-in leaves or discs. Images are uint8
 to the device, then float32 in [-1, 1]; labels are 0 without classes. Only `pack` writes files.
 """
 import argparse
-import glob
 import hashlib
 import io
 import itertools
@@ -40,26 +39,22 @@ from common import run
 from common.builtin import SETS, BuiltInImages
 from common.run import need, reason
 
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif",
-              ".ppm", ".pgm", ".pbm", ".pnm")
+IMAGE = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|bmp|tiff?|gif|p[pgbn]m)\Z", re.IGNORECASE)
+HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")                     # and what lies outside: ../a.png
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # no EPS: PIL runs Ghostscript on it
 COMPRESSED = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8")     # how compressed formats begin
 LARGEST_FILE, LARGEST_SIDE = 2 ** 30, 2 ** 14                   # bytes, pixels
-SPLITS = dict(train="train", training="train", test="test", testing="test",
-              val="val", valid="val", validation="val", dev="val")
+SPLITS = dict(train="train", training="train", test="test", testing="test", val="val", valid="val",
+              validation="val", dev="val")
+TABLE = "dataset.json"
 
-# --------------------------------------------------------------------------------------------------
-# Files
 
+# ---- One image -----------------------------------------------------------------------------------
 def read_bytes(path):
-    """A file whole; ValueError if it is too large, or a pipe or device, which might block."""
-    if path.stat().st_size > LARGEST_FILE or not path.is_file():
-        raise ValueError(f"no file, or larger than {LARGEST_FILE:,} bytes")
+    """A file whole; ValueError if it is larger than 1 GB, or a pipe, which would block."""
+    need(path.stat().st_size <= LARGEST_FILE and path.is_file(), "no file, or larger than 1 GB")
     return path.read_bytes()
 
-
-# --------------------------------------------------------------------------------------------------
-# One image
 
 def open_image(path):
     """A file as PIL image, no handle left open. OSError or ValueError, here or when it is used."""
@@ -67,15 +62,11 @@ def open_image(path):
 
 
 def to_rgb(image):
-    """
-    Any PIL image as 8-bit RGB, upright (EXIF orientation applied). 16-bit grey is scaled by
-    255/65535; transparency is laid over white. ValueError for floats and wider integers.
-    """
+    """Any PIL image as 8-bit RGB, upright, white where it is transparent. ValueError for floats."""
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":              # I;16, I;16B, I for 16-bit grey; F for floats
         grey = np.asarray(image).astype(np.int64)                              # (H, W)
-        if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("grey values of an unknown range; convert it to 8 bits")
+        need(image.mode != "F" and 0 <= grey.min() and grey.max() <= 65535, "convert it to 8 bits")
         image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))        # 65535 = 255 * 257
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -88,8 +79,6 @@ def center_crop(image, size):
     The crop of ADM, DiT and SiT (guided-diffusion, image_datasets.py), to the pixel: halve with a
     box filter while the shorter side is >= 2*size, bicubic to size, then the central square.
     """
-    if max(image.size) > 100 * min(image.size):            # resized, it would fill the memory
-        raise ValueError(f"{image.width}x{image.height} is too elongated to crop a square")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -97,52 +86,42 @@ def center_crop(image, size):
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
-# --------------------------------------------------------------------------------------------------
-# Sources: names (N,) bytes, sorted, relative, with "/"; image(row) -> PIL image; fingerprint(rows)
-# -> (k, 2) int64, other numbers for another image of the same name; tables: dataset.json files
 
+# ---- Sources -------------------------------------------------------------------------------------
 class Files:
-    """The images in a folder (links followed) or a zip, from which nothing is extracted."""
+    """
+    The images in a folder (links followed) or a zip, from which nothing is extracted.
+    names   (N,) bytes, sorted, relative, with "/"; tables: the dataset.json files among others
+    image(row) -> PIL image; fingerprint(row) -> two int, others for another image of this name
+    """
 
     def __init__(self, spec):
-        self.path = Path(spec)
-        found = self._list_folder(spec) if self.path.is_dir() else self._list_zip(spec)
-        hidden = re.compile(r"(^|/)(\.|__MACOSX/)")        # and what lies outside: ../a.png
-        images = sorted(name for name in found
-                        if name.lower().endswith(EXTENSIONS) and not hidden.search(name))
-        need(images, f"--data {spec}: no images in it (looked for {' '.join(EXTENSIONS)})")
+        self.path, found = Path(spec), {}
+        if self.path.is_dir():             # {name: ()}
+            closed = []                    # folders that os.walk cannot list: it would skip them
+            for top, folders, files in os.walk(spec, onerror=closed.append, followlinks=True):
+                inside = Path(top).relative_to(spec).as_posix()
+                need(inside.count("/") < 30, f"--data {spec}: {inside!r}: a link leads back up")
+                folders[:] = [name for name in folders if name[0] != "."]
+                found |= {normpath(f"{inside}/{name}"): () for name in files}
+            need(not closed, f"--data {spec}: cannot be listed: {closed}")
+        else:                              # {name: (offset, compressed, full size, CRC, method)}
+            try:
+                with zipfile.ZipFile(spec) as archive:
+                    entries = archive.infolist()
+            except Exception as error:     # a damaged directory breaks zipfile in many ways
+                raise ValueError(f"--data {spec}: not a readable zip ({reason(error)})") from None
+            for e in entries:              # Windows may write \ for /; what ends in it is a folder
+                if e.filename[-1:] not in ("/", "\\"):
+                    name = normpath(e.filename.replace("\\", "/")).lstrip("/")
+                    found[name] = (e.header_offset, e.compress_size, e.file_size, e.CRC,
+                                   e.compress_type)
+        images = sorted(k for k in found if IMAGE.search(k) and not HIDDEN.search(k))
+        need(images, f"--data {spec}: no images in it ({', '.join(FORMATS)})")
         # arrays, which workers share: zipfile's objects take 0.6 GB per million images
         self.names = np.array([os.fsencode(name) for name in images])
-        self.places = np.array([found[name] for name in images], np.int64)     # see _list_zip
-        self.tables = {name: found[name] for name in found if name.endswith("dataset.json")}
-
-    def _list_folder(self, spec):
-        """{name: ()} of all files below."""
-        refuse = lambda error: need(False, f"--data {spec}: cannot list {error.filename!r} "
-                                    f"({error.strerror})")     # os.walk alone would say nothing
-        found = {}
-        for folder, folders, files in os.walk(self.path, onerror=refuse, followlinks=True):
-            inside = Path(folder).relative_to(self.path).as_posix()
-            need(inside.count("/") < 30, f"--data {spec}: {folder!r} lies 30 folders deep; one of "
-                 "them is a link back to a folder that it lies in")
-            folders[:] = [name for name in folders if name[0] != "."]
-            found |= {normpath(f"{inside}/{name}"): () for name in files}
-        return found
-
-    def _list_zip(self, spec):
-        """{name: (offset, compressed size, size, CRC-32, compression)} of all files in it."""
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                entries = archive.infolist()
-        except Exception as error:         # a damaged directory breaks zipfile in many ways
-            raise ValueError(f"--data {spec}: not a readable zip ({reason(error)}); "
-                             "pack it anew") from None
-        encrypted = [e.filename for e in entries if e.flag_bits & 1]
-        need(not encrypted, f"--data {spec}: is encrypted; pack it anew")
-        # Windows may write \ for /; what ends in it is a folder
-        return {normpath(e.filename.replace("\\", "/")).lstrip("/"):
-                (e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type)
-                for e in entries if e.filename[-1:] not in ("/", "\\")}
+        self.places = np.array([found[name] for name in images], np.int64)
+        self.tables = {k: v for k, v in found.items() if f"/{k}".endswith(f"/{TABLE}")}
 
     def read(self, name, place):
         """The bytes of one file; raises anything if it is damaged."""
@@ -150,8 +129,7 @@ class Files:
             return read_bytes(self.path / name)
         e = zipfile.ZipInfo(name)
         offset, e.compress_size, e.file_size, e.CRC, e.compress_type = map(int, place)
-        if e.file_size > min(LARGEST_FILE, max(2 ** 26, 100 * e.compress_size)):
-            raise ValueError(f"{e.compress_size:,} bytes that unpack to {e.file_size:,}")
+        need(e.file_size <= LARGEST_FILE, "larger than 1 GB")
         with open(self.path, "rb") as file:                # anew: no handle is shared over a fork
             file.seek(offset)
             # the local header: 30 bytes, then name and extra field
@@ -159,67 +137,59 @@ class Files:
             return zipfile.ZipExtFile(file, "r", e).read(e.file_size)  # no bomb; compares the CRC
 
     def image(self, row):
-        data = self.read(os.fsdecode(self.names[row]), self.places[row])
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        content = self.read(os.fsdecode(self.names[row]), self.places[row])
+        return Image.open(io.BytesIO(content), formats=FORMATS)
 
-    def fingerprint(self, rows):
-        if self.places.size:
-            return self.places[rows, 2:4]
-        with ThreadPool(16) as pool:       # they wait for the disk
-            return np.array(pool.map(self._fingerprint_file, rows, 500)).reshape(-1, 2)
-
-    def _fingerprint_file(self, row):
-        """(size, CRC-32 of the first and last 4 KB), or of the whole file if not compressed."""
+    def fingerprint(self, row):
         path = self.path / os.fsdecode(self.names[row])
+        if self.places.size:
+            return self.places[row, 2:4].tolist()          # size and CRC-32
         if not path.is_file() or not os.access(path, os.R_OK):
-            return -1, 0
+            return [-1, 0]
         with open(path, "rb", buffering=0) as file:
             size, head = path.stat().st_size, file.read(4096)
             # compressed, another image differs up to the end; otherwise maybe in the middle alone
             if head.startswith(COMPRESSED) or size > LARGEST_FILE:
                 file.seek(max(size - 4096, 4096))
-            return size, zlib.crc32(file.read(), zlib.crc32(head))
+            return [size, zlib.crc32(file.read(), zlib.crc32(head))]
 
 
 class Cifar10:
     """torchvision's CIFAR-10 as train/CLASS/ and test/CLASS/, downloaded into ./data."""
     tables = {}
 
-    def __init__(self, spec):
+    def __init__(self):
         from torchvision.datasets import CIFAR10
         try:
             with run.local_rank_zero_first():
                 CIFAR10("data", download=True)             # fetches nothing that is there already
-            sets = {"train": CIFAR10("data", train=True), "test": CIFAR10("data", train=False)}
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"--data {spec}: {error}; unpack {CIFAR10.url} into data/, "
-                             "or give a folder or zip") from None
-        images = {f"{split}/{d.classes[label]}/{i:05d}.png": pixels for split, d in sets.items()
-                  for i, (pixels, label) in enumerate(zip(d.data, d.targets))}
-        self.names = np.array(sorted(images), bytes)
-        self.pixels = [images[name] for name in sorted(images)]            # (32, 32, 3) uint8
+            raise ValueError(f"--data cifar10: {error}; unpack {CIFAR10.url} into data/") from None
+        images = []
+        for split in ("train", "test"):
+            d = CIFAR10("data", train=split == "train")
+            names = (f"{split}/{d.classes[k]}/{i:05d}.png" for i, k in enumerate(d.targets))
+            images += zip(names, d.data)                   # (32, 32, 3) uint8
+        names, self.pixels = zip(*sorted(images, key=lambda image: image[0]))
+        self.names = np.array(names, bytes)
 
     def image(self, row):
         return Image.fromarray(self.pixels[row])
 
-    def fingerprint(self, rows):
-        return np.array([(self.pixels[row].nbytes, zlib.crc32(self.pixels[row])) for row in rows])
+    def fingerprint(self, row):
+        return [self.pixels[row].nbytes, zlib.crc32(self.pixels[row])]
 
 
 def open_source(spec):
     path = Path(spec)
     if spec == "cifar10":
-        return Cifar10(spec)
-    if not path.exists():
-        raise FileNotFoundError(f"--data {spec}: no such folder or zip; give one, or 'cifar10', "
-                                "or leaves or discs, which are built in")
-    need(path.is_dir() or path.is_file() and path.suffix.lower() == ".zip",      # a pipe blocks
-         f"--data {spec}: neither a folder nor a .zip nor 'cifar10'")
+        return Cifar10()
+    need(path.is_dir() or path.suffix.lower() == ".zip" and path.is_file(), f"--data {spec}: "
+         "neither a folder nor a .zip nor 'cifar10'; give one, or leaves or discs, built in")
     return Files(spec)
 
-# --------------------------------------------------------------------------------------------------
-# Which images are held out, and the class of each
 
+# ---- Which images are held out, and the class of each --------------------------------------------
 def _common_folder(names):
     """The folders around all of these names, "" or with a "/" at the end."""
     prefix = os.path.commonprefix(names)
@@ -248,32 +218,31 @@ def _read_labels(spec, source, names):
     EDM and REPA write it, else the sorted first folders below those around all; zeros and [].
     """
     folder = _common_folder(names)
-    around = [folder[:k] for k in range(len(folder), -1, -1) if f"/{folder}"[k] == "/"]
-    place = next((f + "dataset.json" for f in around if f + "dataset.json" in source.tables), None)
-    if place:
-        start = len(place) - len("dataset.json")
-        try:
-            pairs = json.loads(source.read(place, source.tables[place]))["labels"]
-            # without suffix: packing changes it
-            table = {splitext(name.replace("\\", "/"))[0]: label for name, label in pairs or ()}
-            labels = np.array([table[splitext(name[start:])[0]] if table else 0 for name in names])
-            need(labels.dtype == np.int64 and 0 <= labels.min() <= labels.max() < 1_000_000,
-                 "a label is no class number")
-        except Exception as error:         # a damaged file breaks this in any way
-            raise ValueError(f"--data {spec}: {place!r}: needs \"labels\": null or [[name, number"
-                             f"], ...] of all images ({reason(error)}); write it anew") from None
-        return labels, [str(k) for k in range(labels.max() + 1)] if table else []
-    folders = [name[len(folder):].rpartition("/")[0].partition("/")[0] for name in names]
-    classes = sorted(set(folders))
-    need("" not in classes or len(classes) == 1, f"--data {spec}: images beside class folders "
-         f"({names[0]!r} and {names[-1]!r}); give every image a class folder, or none")
-    return np.searchsorted(classes, folders), classes if classes[0] else []
+    tables = [name for name in source.tables if folder.startswith(name.removesuffix(TABLE))]
+    if not tables:
+        folders = [name[len(folder):].rpartition("/")[0].partition("/")[0] for name in names]
+        classes = sorted(set(folders))
+        need("" not in classes or len(classes) == 1, f"--data {spec}: images beside class folders "
+             f"({names[0]!r} and {names[-1]!r}); give every image a class folder, or none")
+        return np.searchsorted(classes, folders), classes if classes[0] else []
+    place = max(tables, key=len)
+    # by names without suffix, which packing changes; "labels": null has none
+    stem, start = lambda name: splitext(name.replace("\\", "/"))[0], len(place) - len(TABLE)
+    try:
+        pairs = json.loads(source.read(place, source.tables[place]))["labels"] or []
+        table = {stem(name): label for name, label in pairs}
+        labels = np.array([table[stem(name[start:])] if pairs else 0 for name in names])
+        need(labels.dtype == np.int64 and 0 <= labels.min() <= labels.max() < 1e6, "no number")
+    except Exception as error:             # a damaged or foreign file breaks this in any way
+        raise ValueError(f"--data {spec}: {place!r}: needs \"labels\": null or [[name, number], "
+                         f"...] of all images ({reason(error)})") from None
+    return labels, [str(k) for k in range(labels.max() + 1)] if pairs else []
 
 
 def divide(spec, source):
     """
-    By the names in a source, and a dataset.json: rows of training images, ascending; rows of
-    held-out images, shuffled; labels (N,) int64 of all; class names, of the training images alone.
+    Rows of training images, ascending, and of held-out images, shuffled; labels (N,) int64 of all;
+    class names, of the training images alone: by the names in a source, and a dataset.json.
     """
     names = [os.fsdecode(name) for name in source.names]
     need(len(names) > 1, f"--data {spec}: a single image; two are the least, for one is held out")
@@ -289,8 +258,8 @@ def divide(spec, source):
     labels[train], classes = _read_labels(spec, source, [names[row] for row in train])
     own, own_classes = _read_labels(spec, source, [names[row] for row in held_out])
     number = {name: k for k, name in enumerate(classes)}
-    own = np.array([number.get(name, -1) for name in own_classes or [""]])[own]
-    labels[held_out] = own if own.min() >= 0 else 0        # ImageNet's val has no class folders
+    if own_classes and set(own_classes) <= set(classes):   # ImageNet's val has no class folders
+        labels[held_out] = np.array([number[name] for name in own_classes])[own]
     # the order of CIFAR-10's test images in published numbers
     return train, np.random.default_rng(2603).permutation(held_out), labels, classes
 
@@ -314,8 +283,6 @@ class ImageSet:
 
     def __getitem__(self, i):
         n, faults = len(self), []
-        if not 0 <= i < n:
-            raise IndexError(i)
         for j in range(i, i + min(len(self.source.names) // 100 + 1, n)):
             j %= n
             try:
@@ -342,10 +309,8 @@ class ImageSet:
 def open_data(spec, size, val_images=500, seed=0, builtin_images=4_000):
     """
     What --data names, as (train_set, val_set); the latter are the first val_images held-out images.
-    seed and builtin_images are of the built-in sets. FileNotFoundError or ValueError in one line.
+    seed and builtin_images are of the built-in sets. ValueError in one line.
     """
-    need(8 <= size <= LARGEST_SIDE and val_images >= 0, f"--data {spec or 'leaves'}: needs a size "
-         f">= 8, at most {LARGEST_SIDE}, and val_images >= 0, got {size} and {val_images}")
     if not spec or spec in SETS:
         kind, far = spec or "leaves", 2 ** 40              # no training set reaches so far
         return (BuiltInImages(size, builtin_images, seed, 0, kind),
@@ -374,29 +339,25 @@ def spread(dataset, n):
 
 @lru_cache(maxsize=4)                      # a million files take a minute
 def images_hash(dataset):
-    """
-    16 hex digits that stand for the images of a set by content, labels, and names below the folders
-    around all: wherever it lies.
-    """
+    """16 hex digits of a set: content, labels, names below the folders around all of them."""
     if isinstance(dataset, BuiltInImages):
         kind = dataset.kind.replace("leaves", "dead leaves")     # as it was always called
         text = f"{kind}, seed {dataset.seed}, {len(dataset)} from {dataset.first}"
     else:
         names = [dataset.name(i) for i in range(len(dataset))]
         start = len(_common_folder(names))
-        content = dataset.source.fingerprint(dataset.rows).tolist()
+        with ThreadPool(16) as pool:       # which wait for the disk
+            content = pool.map(dataset.source.fingerprint, dataset.rows, 500)
         lines = zip((name[start:] for name in names), dataset.labels.tolist(), content)
         text = "\n".join(map(repr, lines))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# --------------------------------------------------------------------------------------------------
-# Batches
 
+# ---- Batches -------------------------------------------------------------------------------------
 @lru_cache(maxsize=4)
 def _epoch(n, seed, epoch):
-    """(permutation (n,) int64, mirrored by index (n,) bool)."""
     rng = np.random.default_rng((seed, epoch))
-    return rng.permutation(n), rng.random(n) < 0.5
+    return rng.permutation(n), rng.random(n) < 0.5         # the latter by index, not by position
 
 
 def stream_entries(n, start, stop, seed=0, mirror=True):
@@ -415,60 +376,48 @@ def stream_entries(n, start, stop, seed=0, mirror=True):
 
 
 def _leave_signals_to(trainer, _):
-    """
-    In a loader's worker: Ctrl-C, a closed terminal and a cluster's SIGTERM reach every process of a
-    job, but only the trainer (a process id) may answer them, by saving first. Its own SIGTERM still
-    ends the worker.
-    """
+    # In a worker. Ctrl-C, a closed terminal and a cluster's SIGTERM reach every process of a job,
+    # but only the trainer (a process id) may answer them, by saving first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGHUP"):          # not on Windows
+    if hasattr(signal, "sigwaitinfo"):     # neither on Windows nor on macOS
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):     # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
         def wait():
             while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
                 pass
-            os._exit(0)
+            os._exit(0)                    # the trainer's own SIGTERM ends the worker
         threading.Thread(target=wait, daemon=True).start()
 
 
-def _load_items(dataset, workers, **options):
-    """
-    What a DataLoader yields. ValueError in one line if one of its processes dies, and only when the
-    next item is asked for: torch's own handler would raise in the middle of anything.
-    """
+def _load(dataset, entries, workers, device, train):
+    """Batches of entries, pairs of indices (b,) and mirrored (b,); uint8 if device is None."""
+    cuda = torch.device(device or "cpu").type == "cuda"
+    ahead, entries = itertools.tee(entries)                # workers are some batches ahead
     loader = DataLoader(
-        dataset, num_workers=workers, worker_init_fn=partial(_leave_signals_to, os.getpid()),
-        generator=torch.Generator(),       # or it would draw from, and move, the global generator
-        **options)
-    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    try:
-        items = iter(loader)
-        if handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, handler)
-        yield from items
-    except (RuntimeError, OSError) as error:
-        need(not workers, f"--workers {workers}: {reason(error)}; a process that reads images was "
-             "killed, or found no memory or room in /dev/shm: use fewer workers, or 0")
-        raise
-
-
-def _load(dataset, entries, workers, device, replace):
-    """Batches of entries(), pairs of indices (b,) and mirrored (b,), the same at each call."""
-    cuda = torch.device(device).type == "cuda"
-    items = _load_items(dataset, workers, pin_memory=cuda,
-                        batch_sampler=(indices.tolist() for indices, _ in entries()))
-    for (_, mirrored), (images, labels, indices, faults) in zip(entries(), items):
+        dataset, batch_sampler=(indices.tolist() for indices, _ in ahead), num_workers=workers,
+        pin_memory=cuda, worker_init_fn=partial(_leave_signals_to, os.getpid()),
+        generator=torch.Generator())       # or it would draw from, and move, the global generator
+    items = iter(loader)
+    if hasattr(signal, "SIGCHLD"):         # torch's handler would raise in the middle of a step
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for _, mirrored in entries:
+        try:
+            images, labels, indices, faults = next(items)
+        except (RuntimeError, OSError) as error:
+            need(not workers, f"--workers {workers}: {reason(error)}; a process that reads images "
+                 "was killed, or found no memory or room in /dev/shm: use fewer workers, or 0")
+            raise
         for lines in filter(None, faults):
             dataset.report(lines)
         batch = images, labels, indices, torch.from_numpy(mirrored)
-        if not replace:                    # leave unreadable images out
-            kept = torch.tensor([not lines for lines in faults])
-            batch = (tensor[kept] for tensor in batch)
-        images, labels, indices, mirrored = batch
-        if cuda:                           # from pageable memory the host would wait for the device
-            mirrored = mirrored.pin_memory()
+        if not train:                      # unreadable images are left out, not replaced
+            batch = [tensor[[not lines for lines in faults]] for tensor in batch]
+        # from pageable memory the host would wait for the device
+        images, labels, indices, mirrored = (t.pin_memory() if cuda else t for t in batch)
+        if device is None:
+            yield images, labels, indices
+            continue
         images = images.to(device, non_blocking=True)                          # (b, 3, H, W) uint8
         mirrored = mirrored.to(device, non_blocking=True)[:, None, None, None]
         images = torch.where(mirrored, images.flip(-1), images).float().div_(127.5).sub_(1)
@@ -485,11 +434,9 @@ def train_batches(dataset, batch_size, start_step=0, seed=0, rank=0, world=1, wo
              int64 on the CPU: stream_entries(n, s*B + rank*b, s*B + (rank+1)*b, seed, mirror)
     """
     b, n = batch_size // world, len(dataset)
-
-    def entries():
-        for start in itertools.count(start_step * batch_size + rank * b, batch_size):
-            yield stream_entries(n, start, start + b, seed, mirror)
-    return _load(dataset, entries, workers, device, replace=True)
+    starts = itertools.count(start_step * batch_size + rank * b, batch_size)
+    entries = (stream_entries(n, start, start + b, seed, mirror) for start in starts)
+    return _load(dataset, entries, workers, device, train=True)
 
 
 def val_batches(dataset, batch_size, rank=0, world=1, workers=0, device="cpu"):
@@ -499,73 +446,51 @@ def val_batches(dataset, batch_size, rank=0, world=1, workers=0, device="cpu"):
     batches: reduce over ranks after the loop, not in it.
     """
     b, n = batch_size // world, len(dataset)
-
-    def entries():
-        for start in range(rank * b, n, batch_size):
-            indices = np.arange(start, min(start + b, n))
-            yield indices, np.zeros(len(indices), bool)
-    return _load(dataset, entries, workers, device, replace=False)
-
-# --------------------------------------------------------------------------------------------------
-# Packing
-
-def _as_bmp(item):
-    """Item of a set -> (BMP bytes, faults), in the workers."""
-    file = io.BytesIO()
-    Image.fromarray(item[0].permute(1, 2, 0).numpy()).save(file, "BMP")
-    return file.getvalue(), item[3]
+    rows = (np.arange(start, min(start + b, n)) for start in range(rank * b, n, batch_size))
+    entries = ((indices, np.zeros(len(indices), bool)) for indices in rows)
+    return _load(dataset, entries, workers, device, train=False)
 
 
+# ---- Packing -------------------------------------------------------------------------------------
 def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
     """
     Crop a set (of built-in ones `count` images) once into a zip of BMPs under the old names, with
-    its dataset.json; same input, same bytes. BMP is lossless, read thirty times faster than PNG.
-    returns  (number of images written, number left out)
+    its dataset.json; same input, same bytes. Returns the numbers of images written and left out.
     """
     out, tables = Path(out), {}
-    need(out.suffix.lower() == ".zip", f"--out {out}: must end in .zip")
-    need(not (spec and out.exists() and Path(spec).exists() and out.samefile(spec)),
-         f"--out {out}: is the set itself; the original is never written to")
+    need(out.suffix.lower() == ".zip" and (overwrite or not out.exists()),
+         f"--out {out}: must end in .zip, and not exist unless with --overwrite")
     if not spec or spec in SETS:
         dataset = BuiltInImages(size, count, kind=spec or "leaves")
         names = [f"{i:06d}.bmp" for i in range(count)]
     else:
         source = open_source(spec)
+        need(not (out.exists() and Path(spec).exists() and out.samefile(spec)),
+             f"--out {out}: is the set itself; the original is never written to")
         divide(spec, source)               # refuses what a training script would
         rows = np.arange(len(source.names))
         dataset = ImageSet(spec, source, rows, 0 * rows, [], size)
         # a name on disk need not be UTF-8, in a zip it must
-        stems = [splitext(dataset.name(i))[0].encode(errors="replace").decode() for i in rows]
-        names = [stem + ".bmp" for stem in stems]
-        for name, place in source.tables.items():
-            try:
-                tables[name] = source.read(name, place)
-            except Exception as error:     # decoders raise anything
-                raise ValueError(f"--data {spec}: {name!r}: {reason(error)}") from None
-    for name, following in itertools.pairwise(sorted(names)):
-        need(name != following, f"--data {spec}: 2 images would become {name!r}; rename one")
+        stems = (splitext(dataset.name(i))[0] for i in rows)
+        names = [f"{stem}.bmp".encode(errors="replace").decode() for stem in stems]
+        tables = {name: source.read(name, place) for name, place in source.tables.items()}
+    need(len({*names}) == len(names), f"--data {spec}: names differ in their suffix alone; rename")
 
     def write(file):
-        with zipfile.ZipFile(file, "w") as archive:
+        with zipfile.ZipFile(file, "w") as archive, tqdm(total=len(names), disable=None) as bar:
             def add(name, content):
                 entry = zipfile.ZipInfo(name)              # dated 1980
                 entry.external_attr = 0o644 << 16          # else an extracted file is closed to all
                 archive.writestr(entry, content)
             for name in tables:
                 add(name, tables[name])
-            items = _load_items(dataset, workers, batch_size=None, collate_fn=_as_bmp)
-            items = tqdm(items, total=len(dataset), unit="image", disable=None)
-            for name, (bmp, faults) in zip(names, items):
-                if faults:
-                    dataset.report(faults)
-                else:
-                    add(name, bmp)
-    with run.file_lock(out.with_name(f".{out.name}.lock")) as held:
-        need(not out.exists() or overwrite and out.is_file(),
-             f"--out {out}: exists already; choose another name or pass --overwrite")
-        for left in out.parent.glob(f".{glob.escape(out.name)}.*.tmp") if held else ():
-            left.unlink()                  # of a pack that was killed
-        run.write_atomic(out, write)
+            for images, _, indices in val_batches(dataset, 16, workers=workers, device=None):
+                for i, pixels in zip(indices.tolist(), images.movedim(1, -1).numpy()):
+                    bmp = io.BytesIO()     # lossless, and read thirty times faster than PNG
+                    Image.fromarray(pixels).save(bmp, "BMP")
+                    add(names[i], bmp.getvalue())
+                    bar.update()
+    run.write_atomic(out, write)
     return len(dataset) - len(dataset.unreadable), len(dataset.unreadable)
 
 
@@ -580,18 +505,13 @@ def main():
     add("--workers", type=int, default=os.cpu_count(), help="processes that decode; 0 = this one")
     add("--overwrite", action="store_true", help="replace --out if it exists")
     args = run.parse_args(parser, {})
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):           # what was written so far is removed
-        number = getattr(signal, name, signal.SIGTERM)     # Windows has no SIGHUP
-        if signal.getsignal(number) != signal.SIG_IGN:     # under nohup it is ignored
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))    # removes its part
     with run.one_line_errors():
         run.need_range(args, 8, LARGEST_SIDE, "size")
         run.need_range(args, 1, 1_000_000, "count")        # one more would need a longer name
-        run.need_range(args, 0, 1024, "workers")
         written, skipped = pack(args.data, args.size, args.out, args.count, args.workers,
                                 args.overwrite)
-    print(f"{args.out}: {written} images of {args.size}x{args.size}; "
-          f"{skipped} unreadable ones left out")
+    print(f"{args.out}: {written} images of {args.size} px; {skipped} unreadable ones left out")
 
 
 if __name__ == "__main__":

@@ -5,15 +5,14 @@ disk by memory map.
     folder/moments.npy   (N, 2, 2C, h, w) float16: image i, its mirror; mean and logvar of q(z|x)
     folder/labels.npy    (N,) int64
     folder/rows.npy      (M,) int64, the readable images among the N, ascending
-    folder/cache.json    autoencoder, images, size it was made from; the latents' mean and std (C,)
+    folder/cache.json    autoencoder, images, size it was made from; the latents' mean and std (C,);
+                         a checksum of itself, of the arrays, and of every 1,024 images
 
 A cache is written beside its final name and renamed when complete, and opened only for the
-autoencoder and the images that it was made from. 42 GB for ImageNet at f16d16. cache.json also
-holds a checksum of itself, of each other file, and of every 1,024 images.
+autoencoder and the images that it was made from. 42 GB for ImageNet at f16d16.
 """
 import concurrent.futures
 import contextlib
-import errno
 import glob
 import io
 import itertools
@@ -35,18 +34,8 @@ from vae import Posterior
 BLOCK, CHECKED = 1024, 2 ** 30             # images per checksum; bytes compared when opened
 
 
-def _checksums(moments, rows, blocks):
-    """
-    Yields the CRC-32 of each of these blocks of images. ValueError if an image of `rows` is all
-    zeros, as it is or mirrored: it was never written.
-    """
-    readable = np.zeros(len(moments), bool)
-    readable[rows] = True
-    for start in (k * BLOCK for k in blocks):
-        block = moments[start:start + BLOCK].view(np.uint16)                   # (b, 2, 2C, h, w)
-        written = block.any((2, 3, 4)).all(1)                                  # (b,)
-        need((written | ~readable[start:start + BLOCK]).all(), "an image was never written")
-        yield zlib.crc32(block)
+def _checksums(moments, blocks):
+    return [zlib.crc32(moments[k * BLOCK:(k + 1) * BLOCK]) for k in blocks]
 
 
 def create_array(what, path, dtype, shape):
@@ -54,22 +43,18 @@ def create_array(what, path, dtype, shape):
     An empty .npy at path for memory maps to write into, its room on the disk taken at once: a
     memory map on a full disk dies by signal. OSError in a line that begins with `what`; no file.
     """
-    existing = next(folder for folder in path.absolute().parents if folder.exists())
-    room = shutil.disk_usage(existing).free
-    needed = math.prod(shape) * np.dtype(dtype).itemsize
     try:
-        if needed > room:                                  # not even a folder is left
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         path.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
-        if hasattr(os, "posix_fallocate"):                 # where it can be done
+        if hasattr(os, "posix_fallocate"):                 # not on Windows and macOS
             with open(path, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     except OSError as error:
         with contextlib.suppress(OSError):
             path.unlink()
-        raise OSError(f"{what}: needs {needed / 1e9:.3g} GB, {room / 1e9:.3g} GB are free "
-                      f"({error.strerror}); name a folder on another disk") from None
+        needed = math.prod(shape) * np.dtype(dtype).itemsize / 1e9
+        raise OSError(f"{what}: needs {needed:.3g} GB ({error.strerror}); name a folder on another "
+                      "disk") from None
 
 
 def _encode(folder, ae, batches, moments, labels, readable, progress):
@@ -133,19 +118,14 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
         if rank == 0:
             mean = first / count
             std = (second / count - mean ** 2).clamp_min(1e-12).sqrt()
-            rows = np.flatnonzero(arrays["readable"])
-            sums = list(_checksums(arrays["moments"], rows, range(-(-n // BLOCK))))
+            np.save(partial / "rows.npy", np.flatnonzero(arrays["readable"]))
             (partial / "readable.npy").unlink()
-            try:
-                np.save(partial / "rows.npy", rows)
-                meta = dict(identity, count=n, shape=shape, mean=mean.tolist(), std=std.tolist(),
-                            moments=sums, **{name: zlib.crc32(read_bytes(partial / f"{name}.npy"))
-                                             for name in ("labels", "rows")})
-                meta["checksum"] = zlib.crc32(json.dumps(meta).encode())
-                (partial / "cache.json").write_text(json.dumps(meta, indent=1))
-            except OSError as error:
-                raise OSError(f"--cache {folder}: cannot be written ({reason(error)}); make room, "
-                              "or name a folder on another disk") from None
+            meta = dict(identity, count=n, shape=shape, mean=mean.tolist(), std=std.tolist(),
+                        moments=_checksums(arrays["moments"], range(-(-n // BLOCK))))
+            for name in ("labels", "rows"):
+                meta[name] = zlib.crc32(read_bytes(partial / f"{name}.npy"))
+            meta["checksum"] = zlib.crc32(json.dumps(meta).encode())
+            (partial / "cache.json").write_text(json.dumps(meta, indent=1))
             os.rename(partial, folder)
         barrier()
 
@@ -157,39 +137,31 @@ class LatentCache:
     """
 
     def __init__(self, folder, identity):
-        self.folder = Path(folder)
         try:
-            self.meta = json.loads(read_bytes(self.folder / "cache.json"))
-            differs = [f"{key} {self.meta.get(key)!r}, not {value!r}"
-                       for key, value in identity.items() if self.meta.get(key) != value]
+            meta = json.loads(read_bytes(Path(folder) / "cache.json"))
+            differs = [f"{key} {meta.get(key)!r}, not {value!r}"
+                       for key, value in identity.items() if meta.get(key) != value]
             if not differs:
-                self._open()
+                self._open(Path(folder), meta)
         except Exception as error:         # a damaged file breaks its reader in any way
             raise ValueError(f"--cache {folder}: not a readable latent cache ({reason(error)}); "
                              "remove it, or name another folder") from None
         need(not differs, f"--cache {folder}: was made from {'; '.join(differs)}; name another "
              "folder")
 
-    def _open(self):
-        """Open the arrays and compare checksums; raises anything if one is damaged."""
-        checksum = self.meta.pop("checksum")
-        need(checksum == zlib.crc32(json.dumps(self.meta).encode()), "cache.json is damaged")
-        self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
-        for name in ("labels", "rows"):
-            content = read_bytes(self.folder / f"{name}.npy")
-            need(self.meta[name] == zlib.crc32(content), f"{name}.npy is damaged")
-            setattr(self, name, np.load(io.BytesIO(content)))
-        path = self.folder / "moments.npy"
-        need(path.is_file(), "moments.npy is no file")     # reading a pipe would block
-        self.moments = np.load(path, mmap_mode="r")        # (N, 2, 2C, h, w)
-        need(list(self.moments.shape) == self.meta["shape"] and self.moments.dtype == np.float16,
-             "moments.npy is damaged")
+    def _open(self, folder, meta):
+        self.mean, self.std = torch.tensor(meta["mean"]), torch.tensor(meta["std"])
+        small = {name: read_bytes(folder / f"{name}.npy") for name in ("labels", "rows")}
+        self.labels, self.rows = (np.load(io.BytesIO(content)) for content in small.values())
+        self.moments = np.load(folder / "moments.npy", mmap_mode="r")          # (N, 2, 2C, h, w)
         # of a large cache other blocks at each opening, so that no damage stays unseen for ever
-        sums = self.meta["moments"]
         count = max(1, CHECKED // self.moments[:BLOCK].nbytes)
-        blocks = np.random.default_rng().permutation(len(sums))[:count]
-        found = list(_checksums(self.moments, self.rows, blocks))
-        need(found == [sums[k] for k in blocks], "moments.npy is damaged")
+        blocks = np.random.default_rng().permutation(len(meta["moments"]))[:count]
+        whole = meta.pop("checksum") == zlib.crc32(json.dumps(meta).encode())
+        whole &= all(zlib.crc32(small[name]) == meta[name] for name in small)
+        whole &= _checksums(self.moments, blocks) == [meta["moments"][k] for k in blocks]
+        whole &= self.moments.dtype == np.float16 and [*self.moments.shape] == meta["shape"]
+        need(whole, "damaged: a checksum differs")
 
     def __len__(self):
         return len(self.rows)
@@ -219,11 +191,7 @@ class LatentCache:
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(read, start_step)
             for step in itertools.count(start_step + 1):
-                try:
-                    tensors, indices, mirrored = ahead.result()
-                except Exception as error:
-                    raise ValueError(f"--cache {self.folder}: can no longer be read "
-                                     f"({reason(error)})") from None
+                tensors, indices, mirrored = ahead.result()
                 ahead = reader.submit(read, step)
                 moments, labels = (t.to(device, non_blocking=True) for t in tensors)
                 yield Posterior(*moments.float().chunk(2, dim=1)), labels, indices, mirrored

@@ -19,9 +19,8 @@ from PIL import Image
 from common import run
 from spectral import spectrum_distribution
 
-# --------------------------------------------------------------------------------------------------
-# Two images
 
+# ---- Two images ----------------------------------------------------------------------------------
 def to_uint8(images):
     """[-1, 1] -> 0..255, rounded: what a PNG would hold. (B, 3, H, W) uint8."""
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -74,9 +73,7 @@ def ssim(a, b, data_range=2.0):
     return similarity.flatten(1).mean(1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Two sets of images
-
+# ---- Two sets of images --------------------------------------------------------------------------
 class Moments:
     """Streaming mean and covariance, float64: add (b, D) features on every rank, then mean_cov."""
 
@@ -99,8 +96,7 @@ class Moments:
 def frechet_distance(mean1, cov1, mean2, cov2):
     """
     |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), float64 (Heusel et al. 2017).
-    mean (D,), cov (D, D) tensors or arrays -> float >= 0; what rounding leaves between equal sets,
-    below a billionth of the traces, is 0
+    mean (D,), cov (D, D) tensors or arrays -> float >= 0; less than a billionth of the traces is 0
     """
     moments = (mean1, cov1, mean2, cov2)
     mean1, cov1, mean2, cov2 = (torch.as_tensor(a, dtype=torch.float64) for a in moments)
@@ -117,9 +113,8 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 def frechet_parts(samples, reconstructions, images):
     """
-    What the autoencoder loses and what diffusion adds. The parts do not add up to the total.
-    samples, reconstructions, images  (mean, covariance) each; reconstructions of these images from
-             posterior samples, which are what diffusion learns to draw
+    What the autoencoder loses and what diffusion adds, of (mean, covariance) each; reconstructions
+    of posterior samples, which diffusion learns to draw. The parts do not add up to the total.
     returns  FD,  samples to images: what tables show as (g)FID
              rFD, reconstructions to images: 0 for a lossless autoencoder
              dFD, samples to reconstructions: 0 for a perfect diffusion model, whatever the decoder
@@ -141,9 +136,8 @@ def load_inception(device):
             network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat",
                                                            ["2048", "logits_unbiased"])
     except OSError as error:  # no network, or it broke off
-        reason = getattr(error, "reason", error)
         raise FileNotFoundError("no FID: the Inception weights could not be downloaded "
-                                f"({reason}); fetch {url} and put it at {path}") from None
+                                f"({error}); fetch {url} and put it at {path}") from None
     except Exception as error:  # a damaged file breaks its reader in any way
         raise ValueError(f"{path}: not the Inception weights ({type(error).__name__}); remove the "
                          f"file, it is fetched anew from {url}") from None

@@ -8,9 +8,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import threading
 import time
 import zipfile
 from itertools import islice
@@ -23,7 +20,7 @@ from scipy.fft import dctn
 
 import train_ae
 import train_diffusion
-from common import data, run
+from common import data
 from common.builtin import BuiltInImages
 from common.data import (
     center_crop,
@@ -35,10 +32,8 @@ from common.data import (
     train_batches,
     val_batches,
 )
-from conftest import ROOT, run_main, start
+from conftest import run_main, start
 from spectral import fit_power_law, power_spectrum, radial_profile
-
-as_bmp = data._as_bmp                                      # as it is without a patch
 
 
 def noise(i, height=9, width=11):
@@ -87,14 +82,13 @@ def corrupted(tmp_path):
         bad = [10 + 7 * i for i in range(k)] if k < 20 else range(len(train))
         for i in bad:
             path = tmp_path / train.name(i)
-            path.write_bytes(path.read_bytes()[:60])
+            path.write_bytes(path.read_bytes()[:60] if i % 2 else b"\0\0\0 ftypheic")   # HEIC
         return tmp_path, bad
     return make
 
 # ---- built-in images -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("size", [64, 97])
-def test_dead_leaves_have_the_power_law_of_photographs(size):
+def test_dead_leaves_have_the_power_law_of_photographs(size=97):
     """The radial mean of DCT^2 falls like f^-alpha, alpha near 2, from 3 cycles to Nyquist/2."""
     leaves = BuiltInImages(size, 24)
     images = np.stack([leaves[i][0].numpy() for i in range(24)]) / 127.5 - 1       # (24, 3, S, S)
@@ -109,7 +103,6 @@ def test_dead_leaves_have_the_power_law_of_photographs(size):
 
 @pytest.mark.parametrize("size", [32, 64])
 def test_discs_have_a_steeper_spectrum_than_leaves(size):
-    """At every size."""
     def alpha(kind):
         images = BuiltInImages(size, 40, kind=kind)
         images = torch.stack([images[i][0] for i in range(40)]) / 127.5 - 1
@@ -128,21 +121,11 @@ def test_a_built_in_image_depends_on_seed_and_index_only():
     none, leaves, discs = (open_data(spec, 16)[0] for spec in (None, "leaves", "discs"))
     assert torch.equal(none[0][0], leaves[0][0]) and not torch.equal(none[0][0], discs[0][0])
     assert torch.equal(spread(discs, 3)[0][0], discs[0][0])
-
-
-def test_built_in_held_out_images_are_no_training_images():
-    """The held-out indices lie beyond the training ones, whatever the sizes of the two sets."""
     train, held_out = open_data(None, 16, val_images=20, builtin_images=60)
-    seen = {train[i][0].numpy().tobytes() for i in range(60)}
-    assert (len(train), len(held_out), len(seen)) == (60, 20, 60)
-    assert not seen & {held_out[i][0].numpy().tobytes() for i in range(20)}
+    images = {image_set[i][0].numpy().tobytes() for image_set in (train, held_out)
+              for i in range(len(image_set))}
+    assert len(images) == 80                               # none is in both
 
-
-@pytest.mark.parametrize("size", [8, 16, 512])
-def test_every_pixel_of_a_built_in_image_is_painted_at_every_size(size):
-    """Leaves above and the background below leave no hole (0, 0, 0), and no image is plain."""
-    image = BuiltInImages(size, 1)[0][0].float()
-    assert image.amax(0).min() > 0 and image.std() > 10
 
 # ---- one image -----------------------------------------------------------------------------------
 
@@ -157,8 +140,6 @@ def test_center_crop_is_adms():
     image = image.transpose(Image.TRANSPOSE)
     np.testing.assert_array_equal(np.asarray(center_crop(image, 10)), expected.T)
     assert center_crop(Image.new("L", (31, 17)), 9).size == (9, 9)
-    with pytest.raises(ValueError, match="elongated"):     # resized, it would fill the memory
-        center_crop(Image.new("L", (5000, 1)), 256)
 
 
 def test_every_mode_becomes_rgb():
@@ -183,7 +164,7 @@ def test_every_mode_becomes_rgb():
         out = to_rgb(image)
         assert out.mode == "RGB" and out.size == (13, 4), image.mode
         assert np.abs(np.asarray(out).astype(int) - expected).max() <= 1, image.mode
-    with pytest.raises(ValueError, match="range"):
+    with pytest.raises(ValueError, match="convert it"):
         to_rgb(Image.new("F", (4, 4)))
 
 
@@ -204,7 +185,7 @@ def test_one_image_less_moves_no_other(tmp_path):
     assert names_of(train2) == names_of(train) and names_of(held_out2) == names_of(held_out)[:3]
 
 
-@pytest.mark.parametrize("n", [2, 3, 11, 50_000, 50_001, 65_000, 90_000])
+@pytest.mark.parametrize("n", [2, 11, 50_000, 65_000])
 def test_how_many_images_are_held_out(n):
     """One at least; a tenth; of large sets some 5,000, and the same ones at 50,001 as at 90,000."""
     names = [f"{i:06d}.png" for i in range(n)]
@@ -221,9 +202,8 @@ def test_how_many_images_are_held_out(n):
     (["train", "test"], "test"), (["train", "val", "test"], "val"),
     (["Training", "Testing"], "Testing"), (["TRAIN", "validation"], "validation"),
     (["train2017", "val2017"], "val2017"), (["training_set", "Test_Set (1)"], "Test_Set (1)"),
-    (["train", "valid"], "valid"), (["train", "dev", "others"], "dev"),
-])
-@pytest.mark.parametrize("inside", ["", "a/", "b/c/"])
+    (["train", "valid"], "valid"), (["train", "dev", "others"], "dev")])
+@pytest.mark.parametrize("inside", ["", "b/c/"])
 def test_train_and_val_folders_are_the_splits(tmp_path, tops, held_out_top, inside):
     """In any case; of three splits, test is not read; what is neither is not read."""
     names = [f"{top}/{inside}{i}.png" for top in tops for i in range(5)]
@@ -239,10 +219,7 @@ def test_train_and_val_folders_are_the_splits(tmp_path, tops, held_out_top, insi
 # ---- labels --------------------------------------------------------------------------------------
 
 def test_classes_are_the_sorted_folders(tmp_path):
-    """
-    label = index of the sorted first folder; deeper ones count with it; a zip of it, even with a
-    wrapper, reads the same. Hidden files are not looked at.
-    """
+    """By the first folder; a zip with a wrapper reads the same; hidden files are not looked at."""
     names = [f"{c}/{sub}{i}.png"
              for c in ("dog", "ant", "cat") for sub in ("", "deep/er/") for i in range(4)]
     folder = make_folder(tmp_path / "set", names)
@@ -288,33 +265,25 @@ def with_labels(folder, names, labels, place="dataset.json"):
     return folder
 
 
-def as_zip(folder):
-    """The same files in a zip beside the folder."""
-    path = folder.with_suffix(".zip")
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(folder.rglob("*.*")):
-            archive.write(file, file.relative_to(folder).as_posix())
-    return path
-
-
 SHARDED = [f"{i // 5:05d}/img{i:08d}.png" for i in range(11)]
 LABELS = {name: 3 * i % 7 for i, name in enumerate(SHARDED)}
 
 
-@pytest.mark.parametrize("form", [lambda folder: folder, as_zip], ids=["folder", "zip"])
 @pytest.mark.parametrize("inside", ["", "images/"])
-def test_labels_come_from_dataset_json(tmp_path, inside, form):
-    """As StyleGAN, EDM and, beside its latents, REPA prepare their sets: folders are shards."""
+def test_labels_come_from_dataset_json(tmp_path, inside):
+    """As StyleGAN, EDM and REPA prepare their sets: folders are shards. Packing keeps it."""
     names = [inside + name for name in SHARDED]
     folder = with_labels(tmp_path / "set", names, LABELS, f"{inside}dataset.json")
     if inside:
-        (folder / "vae-sd" / "00000").mkdir(parents=True)
-        (folder / "vae-sd" / "00000" / "img-mean-std-00000000.npy").touch()
+        (folder / "vae-sd").mkdir()
         (folder / "vae-sd" / "dataset.json").write_text("{}")
-    for image_set in open_data(form(folder), 8):
-        assert image_set.classes == ["0", "1", "2", "3", "4", "5", "6"]
-        for i in range(len(image_set)):
-            assert image_set[i][1] == LABELS[image_set.name(i).removeprefix(inside)]
+    pack(folder, 8, tmp_path / "x.zip")
+    for a, b in zip(open_data(folder, 8), open_data(tmp_path / "x.zip", 8)):
+        assert a.classes == b.classes == ["0", "1", "2", "3", "4", "5", "6"]
+        assert [name.replace(".png", ".bmp") for name in names_of(a)] == names_of(b)
+        assert a.labels.tolist() == b.labels.tolist()
+        for i in range(len(a)):
+            assert a[i][1] == LABELS[a.name(i).removeprefix(inside)]
 
 
 @pytest.mark.parametrize("names, tables, classes, labels", [
@@ -338,15 +307,13 @@ def test_where_and_how_dataset_json_is_found(tmp_path, names, tables, classes, l
 
 
 @pytest.mark.parametrize("table", [
-    {name: 0 for name in SHARDED[1:]}, '{"labels": [["00000/img', "{}", '{"labels": 3}',
-    {name: -1 for name in SHARDED}, {name: "cat" for name in SHARDED},
-    {name: [0.1, 0.2] for name in SHARDED}, {name: 10 ** 9 for name in SHARDED},
-])
+    {name: 0 for name in SHARDED[1:]}, {name: -1 for name in SHARDED}, '{"labels": [["0', "{}",
+    {name: [0.1, 0.2] for name in SHARDED}])
 def test_a_dataset_json_that_does_not_fit_is_refused(tmp_path, table):
     """Nothing is guessed from the shards instead; pack says so, too, and writes nothing."""
     folder = with_labels(tmp_path / "set", SHARDED, table)
     for call in (open_data, lambda *args: pack(*args, tmp_path / "y.zip")):
-        with pytest.raises(ValueError, match="^--data .*: 'dataset.json': needs .*anew"):
+        with pytest.raises(ValueError, match="^--data .*: 'dataset.json': needs "):
             call(folder, 8)
     assert not (tmp_path / "y.zip").exists()
 
@@ -429,25 +396,9 @@ def test_every_epoch_holds_every_index_once():
     assert mirrored[:8].tolist() == [1, 1, 1, 0, 0, 0, 0, 1]
 
 
-def test_half_of_the_entries_are_mirrored():
-    """
-    The coin is fair, and thrown anew in each epoch: over 40 epochs an index is mirrored as often as
-    40 coins fall.
-    """
-    n, epochs = 500, 40
-    indices, mirrored = stream_entries(n, 0, n * epochs)
-    assert abs(mirrored.mean() - 0.5) < 4 * 0.5 / np.sqrt(n * epochs)
-    per_index = np.bincount(indices, mirrored) / epochs
-    assert abs(per_index.std() - 0.5 / np.sqrt(epochs)) < 0.02
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("batch_size", [12, 60])
+@pytest.mark.parametrize("batch_size, workers", [(12, 2), (60, 0)])
 def test_ranks_and_workers_share_one_stream(flat, batch_size, workers):
-    """
-    The ranks' slices put together are the single process's batch, in order; also where the batch is
-    larger than the set. From step 2 on, the stream is what it is after two steps.
-    """
+    """The ranks' slices joined are the single process's batch, in order; from step 2 on, too."""
     train, _ = open_data(flat, 8)
     whole = list(islice(train_batches(train, batch_size, seed=1), 4))
     for world in (2, 3):
@@ -461,10 +412,7 @@ def test_ranks_and_workers_share_one_stream(flat, batch_size, workers):
 
 
 def test_batches_are_the_images_mirrored_as_stream_entries_says(flat):
-    """
-    0..255 becomes -1..1; images are flipped left to right exactly where `mirrored` says so; torch's
-    generator, which draws the training noise, is left alone.
-    """
+    """0..255 becomes -1..1; torch's generator, which draws the training noise, is left alone."""
     before = torch.get_rng_state()
     train, _ = open_data(flat, 8)
     batches = train_batches(train, 8, seed=2, rank=1, world=2)
@@ -479,12 +427,9 @@ def test_batches_are_the_images_mirrored_as_stream_entries_says(flat):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("world, workers", [(1, 2), (2, 0), (4, 0)])
+@pytest.mark.parametrize("world, workers", [(1, 2), (4, 0)])
 def test_validation_shows_every_image_once(flat, world, workers):
-    """
-    Over all ranks each index comes once and unmirrored, also where the last batch is short or a
-    rank has none left.
-    """
+    """Unmirrored, also where the last batch is short or a rank has none left."""
     train, _ = open_data(flat, 8)                          # 35 images
     seen = []
     for rank in range(world):
@@ -512,21 +457,20 @@ def test_one_bad_file_of_200_is_named_once_and_replaced(corrupted, capfd, worker
     assert seen.tolist() == [i for i in range(180) if i != bad]
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and f"skipping {train.name(bad)!r}: " in lines[0]
-    assert "truncated" in lines[0]
+    assert "not an image" in lines[0]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("count", [5, 180])
-def test_more_than_one_percent_of_bad_files_stops(corrupted, workers, count):
+def test_more_than_one_percent_of_bad_files_stops(corrupted, count):
     """5 of 200 end the run, files and the reason named; so does a set that is all bad."""
     folder, bad = corrupted(count)
     for make_batches in (train_batches, val_batches):
         train, _ = open_data(folder, 8)
-        batches = make_batches(train, 20, workers=workers)
         with pytest.raises(ValueError, match="of 200 images so far cannot be read") as error:
-            list(islice(batches, 9))
+            list(islice(make_batches(train, 20), 9))
         assert any(f"{train.name(i)!r}: " in str(error.value) for i in bad)
         assert "truncated" in str(error.value) and "\n" not in str(error.value)
+        assert "not an image" in str(error.value)
 
 
 def test_a_held_out_set_that_is_all_bad_stops(tmp_path):
@@ -539,30 +483,6 @@ def test_a_held_out_set_that_is_all_bad_stops(tmp_path):
         list(val_batches(open_data(path, 8)[1], 4))
 
 
-@pytest.mark.parametrize("content, why", [
-    (b"\0\0\0 ftypheic", "not an image"), ("F", "convert it to 8 bits"), ("bomb", "pixels")])
-def test_the_end_of_a_run_gives_names_and_reasons(tmp_path, content, why):
-    """100 that cannot be read of 300: HEIC called .jpg, floats, too large: the reason is said."""
-    make_folder(tmp_path, [f"{i:03d}.png" for i in range(300)])
-    for i in range(100, 200):
-        path = tmp_path / f"{i}.png"
-        if content == "F":
-            Image.new("F", (9, 11)).save(path.with_suffix(".tif"))
-            path.unlink()
-        elif content == "bomb":
-            file = io.BytesIO()
-            Image.new("RGB", (1, 1)).save(file, "BMP")
-            header = file.getvalue()
-            path.write_bytes(header[:18] + 2 * (50_000).to_bytes(4, "little") + header[26:])
-        else:
-            path.write_bytes(content)
-    for call in (lambda train: list(islice(train_batches(train, 50), 6)),
-                 lambda train: pack(tmp_path, 8, tmp_path / "out" / "x.zip")):
-        with pytest.raises(ValueError, match=rf"of 300 images so far .*'1\d\d.(png|tif)': .*{why}"):
-            call(open_data(tmp_path, 8)[0])
-    assert not (tmp_path / "out").exists()                # nothing was written, no folder made
-
-
 def test_names_with_escape_sequences_reach_no_terminal(tmp_path, capfd):
     """Neither those that are skipped nor those in a message are obeyed: they are shown."""
     evil = "\x1b]0;owned\x07\n\x9b2J"
@@ -570,26 +490,15 @@ def test_names_with_escape_sequences_reach_no_terminal(tmp_path, capfd):
     (tmp_path / "set" / f"{evil}.png").write_bytes(b"")
     pack(tmp_path / "set", 8, tmp_path / "x.zip")
     make_folder(tmp_path / "beside", [f"{evil}.png", "z/b.png"])
-    make_folder(tmp_path / "twins", [f"{evil}.png", f"{evil}.jpg"])
-    make_folder(tmp_path / "tables", ["0/a.png", f"{evil}/b.png"])
-    (tmp_path / "tables" / evil / "dataset.json").symlink_to("nowhere")
-    make_folder(tmp_path / "table", [f"{evil}/{i}.png" for i in range(2)])
-    (tmp_path / "table" / evil / "dataset.json").write_text(json.dumps({"labels": [[evil, 0]]}))
-    messages = []
-    for name in ("beside", "twins", "tables", "table"):
-        with pytest.raises(ValueError) as error:
-            open_data(tmp_path / name, 8) if name == "beside" else pack(
-                tmp_path / name, 8, tmp_path / "y.zip")
-        messages.append(str(error.value))
-    printed = capfd.readouterr().err
-    assert printed.count("owned") == 1 and all("owned" in message for message in messages)
-    assert not set("\x1b\x07\x9b") & set("".join([printed, *messages]))
+    with pytest.raises(ValueError) as error:
+        open_data(tmp_path / "beside", 8)
+    for text in (capfd.readouterr().err, str(error.value)):
+        assert text.count("owned") == 1 and not set("\x1b\x07\x9b") & set(text)
 
 
-@pytest.mark.parametrize("make_batches", [train_batches, val_batches])
-def test_a_killed_worker_is_one_line_where_the_next_batch_is_asked_for(flat, make_batches):
+def test_a_killed_worker_is_one_line_where_the_next_batch_is_asked_for(flat):
     """And not in the middle of a step, from which nothing could be saved."""
-    batches = make_batches(open_data(flat, 8)[0], 2, workers=1)
+    batches = train_batches(open_data(flat, 8)[0], 2, workers=1)
     next(batches)
     worker, = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
@@ -601,18 +510,14 @@ def test_a_killed_worker_is_one_line_where_the_next_batch_is_asked_for(flat, mak
 
 # ---- packing -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_packing_changes_no_pixel_name_or_original(tmp_path, workers):
-    """
-    The packed set has the same splits, classes, labels and pixels; twice the same bytes; the folder
-    is untouched and nothing else is left.
-    """
+def test_packing_changes_no_pixel_name_or_original(tmp_path):
+    """Same splits, classes, labels, pixels; twice the same bytes; nothing else is left."""
     names = [f"{split}/{c}/{i}.png"
              for split in ("train", "test") for c in ("b", "a") for i in range(3)]
     folder = make_folder(tmp_path / "set", names)
     before = {p: p.read_bytes() for p in folder.rglob("*.png")}
     out = tmp_path / "out" / "x.zip"
-    assert pack(folder, 8, out, workers=workers) == (12, 0)
+    assert pack(folder, 8, out, workers=2) == (12, 0)
     assert {p: p.read_bytes() for p in folder.rglob("*.png")} == before
     assert [p.name for p in out.parent.iterdir()] == ["x.zip"]
     with zipfile.ZipFile(out) as archive:
@@ -628,17 +533,6 @@ def test_packing_changes_no_pixel_name_or_original(tmp_path, workers):
     assert out.read_bytes() == packed
 
 
-@pytest.mark.parametrize("table", [LABELS, '{"labels": null}'], ids=["labels", "null"])
-def test_packing_keeps_a_dataset_json(tmp_path, table):
-    """Or the shards would become classes."""
-    folder = with_labels(tmp_path / "set", ["wrapper/" + name for name in SHARDED], table,
-                         "wrapper/dataset.json")
-    pack(folder, 8, tmp_path / "x.zip")
-    for a, b in zip(open_data(folder, 8), open_data(tmp_path / "x.zip", 8)):
-        assert [name.replace(".png", ".bmp") for name in names_of(a)] == names_of(b)
-        assert a.classes == b.classes and a.labels.tolist() == b.labels.tolist()
-
-
 def test_packed_built_in_images_are_the_built_in_images(tmp_path):
     """pack without --data stores images 0 .. count-1; discs are others."""
     assert pack("", 17, tmp_path / "x.zip", count=11) == (11, 0)
@@ -650,10 +544,7 @@ def test_packed_built_in_images_are_the_built_in_images(tmp_path):
 
 
 def test_pack_leaves_bad_files_out_and_stops_past_one_percent(corrupted, tmp_path_factory, capfd):
-    """
-    1 of 200 is skipped and named, and the others stay on their sides; when two more go bad nothing
-    is left behind, and an older zip stays as it was.
-    """
+    """1 of 200 is skipped and named; with two more nothing is written, an older zip stays."""
     (folder, (bad,)), out = corrupted(1), tmp_path_factory.mktemp("out")
     name = open_data(folder, 8)[0].name(bad)
     assert pack(folder, 8, out / "x.zip") == (199, 1)
@@ -669,53 +560,27 @@ def test_pack_leaves_bad_files_out_and_stops_past_one_percent(corrupted, tmp_pat
     assert [p.name for p in out.iterdir()] == ["x.zip"] and (out / "x.zip").read_bytes() == packed
 
 
-def stalling_bmp(item):
-    """The second image is never packed."""
-    if item[2] == 1:
+def stall(script):
+    """In another process: the second batch is never packed."""
+    def stalling(dataset, *args, **options):
+        yield next(val_batches(dataset, 8, device=None))
         open("stalled", "w").close()
         time.sleep(1000)
-    return as_bmp(item)
+    script.val_batches = stalling
 
 
-def stall(script):
-    """In another process."""
-    script._as_bmp = stalling_bmp
-
-
-@pytest.mark.parametrize("name, workers", [("SIGTERM", 1), ("SIGHUP", 0), ("SIGKILL", 0)])
-def test_a_pack_that_is_stopped_leaves_nothing_for_ever(flat, tmp_path, name, workers, capfd):
-    """SIGTERM and SIGHUP remove what was written; after SIGKILL the next pack does so."""
-    out = tmp_path / "x.zip"
-    process = start("common.data", "pack", "--data", flat, "--size", 8, "--workers", workers,
-                    "--out", out, cwd=tmp_path, output=tmp_path / "output.txt", patch=stall)
+def test_a_pack_that_is_stopped_leaves_nothing(flat, tmp_path):
+    """SIGTERM removes what was written."""
+    process = start("common.data", "pack", "--data", flat, "--size", 8, "--workers", 0, "--out",
+                    tmp_path / "x.zip", cwd=tmp_path, output=tmp_path / "output.txt", patch=stall)
     while process.is_alive() and not (tmp_path / "stalled").exists():
         time.sleep(0.01)
-    other = tmp_path / ".y.zip.1.tmp"
-    other.touch()                                          # of another pack, to another name
-    os.kill(process.pid, signal.Signals[name])
+    assert list(tmp_path.glob(".x.zip.*"))
+    os.kill(process.pid, signal.SIGTERM)
     process.join(30)
-    number = signal.Signals[name]
-    assert process.exitcode == (-number if name == "SIGKILL" else 128 + number)
+    assert process.exitcode == 128 + signal.SIGTERM
     assert "Traceback" not in (tmp_path / "output.txt").read_text()
-    assert len(list(tmp_path.glob(".x.zip.*"))) == (2 if name == "SIGKILL" else 0)
-    pack(flat, 8, out)
-    assert {path.name for path in tmp_path.iterdir()} == {"x.zip", "output.txt", "stalled",
-                                                       other.name}
-
-
-def test_a_second_pack_to_the_same_name_waits(flat, tmp_path, capsys):
-    """And then finds the zip there; it does not replace what the first one writes."""
-    lock = tmp_path / ".x.zip.lock"
-    with run.file_lock(lock):
-        second = threading.Thread(target=lambda: errors.append(
-            pytest.raises(ValueError, pack, flat, 8, tmp_path / "x.zip").value), daemon=True)
-        errors = []
-        second.start()
-        second.join(1)
-        assert second.is_alive() and "waiting" in capsys.readouterr().out
-        (tmp_path / "x.zip").touch()
-    second.join()
-    assert "--overwrite" in str(errors[0]) and [*tmp_path.iterdir()] == [tmp_path / "x.zip"]
+    assert {path.name for path in tmp_path.iterdir()} == {"output.txt", "stalled"}
 
 
 def test_pack_never_writes_over_what_is_there(tmp_path, monkeypatch, capsys):
@@ -726,18 +591,9 @@ def test_pack_never_writes_over_what_is_there(tmp_path, monkeypatch, capsys):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.*")}
     for flags, words in (("--out old.zip", "--overwrite"),
                          ("--out old.zip --data old.zip --overwrite", "is the set itself"),
-                         ("--out y.zip --data twins", "2 images would become 'a.bmp'")):
+                         ("--out y.zip --data twins", "names differ in their suffix alone")):
         with pytest.raises(SystemExit) as stop:
             run_main(data, "pack", "--workers", 0, *flags.split(), monkeypatch=monkeypatch)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and words in error and error.count("\n") == 1
     assert {p: p.read_bytes() for p in tmp_path.rglob("*.*")} == before
-
-
-def test_an_ascii_terminal_ends_no_run(tmp_path):
-    """PYTHONIOENCODING=ascii and a folder that is not: the line is printed, with escapes."""
-    environment = os.environ | dict(PYTHONIOENCODING="ascii", PYTHONPATH=str(ROOT))
-    command = [sys.executable, "-m", "common.data", "pack", "--data", "kätzchen", "--out", "x.zip"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "k\\xe4tzchen: no such folder or zip" in done.stderr
-    assert "Traceback" not in done.stderr

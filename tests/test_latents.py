@@ -2,10 +2,10 @@
 The latent cache: what goes in comes out, mirrored and normalised; what does not match is refused;
 what is interrupted leaves nothing; two runs at once make one cache. Which images a set holds.
 """
+import errno
 import json
 import os
 import shutil
-import threading
 import time
 import zipfile
 
@@ -60,10 +60,7 @@ def test_statistics_are_those_of_sampled_latents(tmp_path):
 
 
 def test_batches_follow_the_stream_of_data_py(tmp_path):
-    """
-    Index and mirror of step s are stream_entries'; two ranks share the batch; starting at step 3
-    equals skipping three.
-    """
+    """Two ranks share the batch; starting at step 3 equals skipping three."""
     _, _, identity = build(tmp_path)
     cache = LatentCache(tmp_path / "cache", identity)
     whole = cache.batches(4, seed=1)
@@ -90,24 +87,6 @@ def test_a_cache_of_something_else_is_refused(tmp_path):
         LatentCache(tmp_path / "cache", identity)
 
 
-@pytest.mark.parametrize("zeros", [np.s_[1], np.s_[:, :, :5]], ids=["mirror", "part"])
-def test_an_image_that_was_never_written_is_refused(tmp_path, monkeypatch, zeros):
-    """All zeros, as it is or mirrored, at the end of encoding; a part of zeros is like others."""
-    encode = latents._encode
-
-    def forget(folder, ae, batches, moments, *args, **options):
-        total = encode(folder, ae, batches, moments, *args, **options)
-        moments[3][zeros] = 0
-        return total
-    monkeypatch.setattr(latents, "_encode", forget)
-    if zeros == 1:
-        with pytest.raises(ValueError, match="an image was never written"):
-            build(tmp_path)
-        assert os.listdir(tmp_path) == []
-    else:
-        assert len(LatentCache(tmp_path / "cache", build(tmp_path)[2])) == 7
-
-
 @pytest.mark.parametrize("name", ["cache.json", "labels.npy", "rows.npy", "moments.npy"])
 def test_one_flipped_bit_in_any_file_is_refused(tmp_path, name, monkeypatch):
     """Wherever it lies, also in the last block and in the array's header."""
@@ -115,7 +94,7 @@ def test_one_flipped_bit_in_any_file_is_refused(tmp_path, name, monkeypatch):
     _, _, identity = build(tmp_path)
     path = tmp_path / "cache" / name
     content = path.read_bytes()
-    places = {*range(0, len(content), 1 + len(content) // 100), len(content) - 1}
+    places = {*range(0, len(content), 1 + len(content) // 40), len(content) - 1}
     for place in places:
         damaged = bytearray(content)
         damaged[place] ^= 1
@@ -134,37 +113,12 @@ def test_a_large_cache_is_compared_in_samples(tmp_path, monkeypatch):
     moments = np.load(tmp_path / "cache" / "moments.npy", mmap_mode="r+")
     moments[6, 0, 0, 0, 0] += 1
     refused = 0
-    for _ in range(60):
+    for _ in range(40):
         try:
             LatentCache(tmp_path / "cache", identity)
         except ValueError:
             refused += 1
-    assert 5 < refused < 40
-
-
-def test_a_pipe_in_a_cache_does_not_block(tmp_path):
-    """In the place of any of its files."""
-    _, _, identity = build(tmp_path)
-    for name in ("moments.npy", "labels.npy", "cache.json"):
-        (tmp_path / "cache" / name).unlink()
-        os.mkfifo(tmp_path / "cache" / name)
-        with pytest.raises(ValueError, match="--cache .*no file"):
-            LatentCache(tmp_path / "cache", identity)
-
-
-def test_a_disk_that_fails_is_one_line_with_the_caches_name(tmp_path, monkeypatch):
-    """Full at the last small files: nothing is left; unreadable later, in the reader's thread."""
-    def fail(*args):
-        raise OSError("4096 requested and 0 written")
-    with monkeypatch.context() as patch:
-        patch.setattr(latents.np, "save", fail)
-        with pytest.raises(OSError, match="^--cache .*cannot be written .*make room"):
-            build(tmp_path)
-    assert os.listdir(tmp_path) == []
-    cache = LatentCache(tmp_path / "cache", build(tmp_path)[2])
-    cache.moments = type("", (), dict(__getitem__=fail))()
-    with pytest.raises(ValueError, match="^--cache .*can no longer be read .4096 requested"):
-        next(cache.batches(4))
+    assert 2 < refused < 30
 
 
 def encode_slowly(script):
@@ -188,54 +142,36 @@ def test_two_processes_that_need_one_cache_read_the_same(material, tmp_path, mon
         process.join(90)
     output = "".join((tmp_path / f"{name}.txt").read_text() for name in ("one", "two"))
     assert [process.exitcode for process in processes] == [0, 0], output
-    assert output.count("holds this lock; waiting") == 1
+    assert output.count("holds this lock") == 1
     for name in ("moments.npy", "labels.npy", "rows.npy", "cache.json"):
         a, b = ((tmp_path / cache / name).read_bytes() for cache in ("cache", "alone_cache"))
         assert a == b
 
 
-def test_two_runs_at_once_make_one_cache(tmp_path):
-    """The second waits for the first and encodes nothing; what a killed run left is removed."""
-    (tmp_path / ".cache.0123.tmp").mkdir()
-    second = threading.Thread(target=build, args=(tmp_path,), kwargs=dict(
-        progress=lambda n: (tmp_path / "encoded").touch()))
-
-    def progress(n):
-        if not second.ident:
-            second.start()
-            second.join(0.5)                               # it would be done, or have done harm
-
-    _, _, identity = build(tmp_path, progress=progress)
-    second.join()
-    assert len(LatentCache(tmp_path / "cache", identity)) == 7
-    assert os.listdir(tmp_path) == ["cache"]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_interrupted_encoding_leaves_nothing_behind(tmp_path, error):
-    """An exception in the middle: neither the cache nor its temporary folder is there."""
-    calls = []
-
+def test_interrupted_encoding_leaves_nothing_behind(tmp_path):
+    """Ctrl-C in the middle: nothing is there; what a killed run left goes with the next one."""
     def stop(n):
-        calls.append(n)
-        if len(calls) == 2:
-            raise error
-    with pytest.raises(error):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
         build(tmp_path, progress=stop)
     assert os.listdir(tmp_path) == []
+    (tmp_path / ".cache.0123.tmp").mkdir()
+    build(tmp_path)
+    assert os.listdir(tmp_path) == ["cache"]
 
 
 def test_no_room_is_an_error_before_encoding(tmp_path, monkeypatch):
     """On a full disk, and below a file: one line, nothing left, no image encoded."""
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     unused = dict(progress=lambda n: pytest.fail("encoded"))
     with monkeypatch.context() as patch:
-        patch.setattr(latents.shutil, "disk_usage", lambda path: type("", (), dict(free=100)))
-        words = r"--cache .* needs 1.08e-05 GB, 1e-07 GB are free \(No space left"
-        with pytest.raises(OSError, match=words):
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match=r"--cache .* needs 1.08e-05 GB \(No space left"):
             build(tmp_path, **unused)
     assert os.listdir(tmp_path) == []
     (tmp_path / "cache").touch()
-    with pytest.raises(OSError, match="Not a directory: .*cache/in/it"):
+    with pytest.raises(OSError, match="Not a directory"):
         build(tmp_path / "cache" / "in" / "it", **unused)
 
 
@@ -287,12 +223,11 @@ def test_the_hash_of_built_in_images_sees_kind_seed_and_numbers():
     assert images_hash(BuiltInImages(32, 20)) == "33cf04c316480e05"
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".gif", ".bmp", ".ppm", ".tif"])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif"])
 def test_an_image_replaced_in_place_is_seen(tmp_path, suffix):
     """By one of the same size and time; uncompressed files differ here in three bytes alone."""
     old = write_images(tmp_path / "old", suffix=suffix)
-    compressed = suffix in (".jpg", ".webp", ".gif")
-    new = write_images(tmp_path / "new", seed=int(compressed), suffix=suffix, spot=255)
+    new = write_images(tmp_path / "new", seed=int(suffix == ".jpg"), suffix=suffix, spot=255)
     train, _ = open_data(old, 16)
     before, name = images_hash(train), train.name(2)
     content, status = (new / name).read_bytes(), (old / name).stat()
@@ -330,13 +265,3 @@ def test_the_hash_of_images_sees_labels_and_choice(tmp_path):
         train, held_out = open_data(folder, 16)
         hashes |= {images_hash(train), images_hash(held_out), images_hash(take(train, [0, 2, 3]))}
     assert len(hashes) == 6
-
-
-def test_what_is_no_file_neither_blocks_nor_breaks_the_hash(tmp_path):
-    """A pipe nobody writes to, a link to nowhere, a terabyte of zeros: skipped later, by name."""
-    folder = write_images(tmp_path)
-    os.mkfifo(folder / "a" / "pipe.png")
-    (folder / "b" / "link.png").symlink_to("nowhere.png")
-    (folder / "b" / "sparse.png").touch()
-    os.truncate(folder / "b" / "sparse.png", 2 ** 40)
-    assert hash_of(folder) == hash_of(folder)

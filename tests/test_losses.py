@@ -1,6 +1,4 @@
 """What each loss of losses.py promises: zeros, gradients, invariances, and the pairs' shapes."""
-import os
-
 import pytest
 import torch
 import torch.nn as nn
@@ -184,10 +182,7 @@ def test_hinge_losses_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adaptive_weight_balances_the_gradients(dtype):
-    """
-    weight * |grad gan| = |grad rec| at the last layer, up to the 1e-4 that keeps it finite; each
-    gradient is averaged over the processes, and the graph is kept.
-    """
+    """weight * |grad gan| = |grad rec| at the last layer, of gradients averaged over processes."""
     layer, x, averaged = nn.Parameter(torch.randn(5, 7)), torch.randn(7, 3), []
     recon = (layer @ x).to(dtype)
     image = recon.detach().float().requires_grad_()
@@ -216,19 +211,14 @@ def test_adaptive_weight_is_finite_when_a_gradient_is_zero():
 
 def test_lpips_without_network_says_where_the_file_belongs(tmp_path, monkeypatch):
     """URL, path and the flag that does without, in one line."""
-    import urllib.error
-    import urllib.request
-
     def offline(*args, **kwargs):
-        raise urllib.error.URLError("no network")
+        raise OSError("no network")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(urllib.request, "urlopen", offline)
     monkeypatch.setattr(torch.hub, "urlopen", offline)
     with pytest.raises(FileNotFoundError) as error:
         PerceptualLoss()
-    message = str(error.value)
-    path = os.path.join(str(tmp_path), "hub", "checkpoints", "vgg16-397923af.pth")
-    assert "https://download.pytorch.org/models/vgg16-397923af.pth" in message and path in message
+    message, path = str(error.value), tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    assert "download.pytorch.org/models/vgg16-397923af.pth" in message and str(path) in message
     assert "--lpips_weight 0" in message and "\n" not in message
 
 

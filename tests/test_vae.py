@@ -1,9 +1,8 @@
 """The autoencoder: its arithmetic against formulas, its names against released models."""
-import dataclasses
-import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vae import CONFIGS, AEConfig, AttnBlock, AutoencoderKL, Downsample, Posterior, Upsample
@@ -40,40 +39,27 @@ def test_parameter_counts(name, count):
     SMALL, CONFIGS["f4d4-tiny"],
     AEConfig(ch=32, ch_mult=(1, 1, 1, 2), latent_channels=5, num_res_blocks=1)])
 def test_latents_are_f_times_smaller(config):
-    """Images (B, 3, H, W) become d x H/f x W/f latents and come back to their own size, H != W."""
+    """Images (B, 3, H, W) become d x H/f x W/f latents and come back; other sides are refused."""
     ae, f = small(config), config.reduction
     x = torch.rand(2, 3, 3 * f, 5 * f) * 2 - 1
     z = ae.encode(x).mode()
     assert f == 2 ** (len(config.ch_mult) - 1) and z.shape == (2, config.latent_channels, 3, 5)
     assert ae.decode(z).shape == x.shape
-
-
-def test_sides_that_do_not_divide_are_refused():
-    """A side that the reduction does not divide is named, not silently rounded."""
-    for H, W in ((8, 10), (10, 8)):
-        with pytest.raises(ValueError, match=f"{H}x{W}.*reduction 4"):
-            small().encode(torch.zeros(1, 3, H, W))
+    with pytest.raises(ValueError, match=f"{3 * f}x{5 * f + 1}.*reduction {f}"):
+        ae.encode(F.pad(x, (0, 1)))
 
 
 def test_every_parameter_takes_part():
     """A loss on the reconstruction of a sampled latent has a gradient for every parameter."""
     ae = small()
+    assert ae.last_layer is ae.decoder.conv_out.weight      # for the adaptive GAN weight
+    assert ae.encoder_last_layer is ae.encoder.conv_out.weight
     x = torch.randn(1, 3, 8, 12)
     (ae.decode(ae.encode(x).sample()) - x).square().mean().backward()
     for key, p in ae.named_parameters():
         # softmax does not see a constant added to every key's score
         if not key.endswith("k.bias"):
             assert p.grad.abs().max() > 0, key
-
-
-def test_last_layers():
-    """The decoder's last convolution, for the adaptive GAN weight; the encoder's makes moments."""
-    ae = small()
-    parameters = dict(ae.named_parameters())
-    assert ae.last_layer is parameters["decoder.conv_out.weight"]
-    assert ae.last_layer.shape == (3, 32, 3, 3)
-    assert ae.encoder_last_layer is parameters["encoder.conv_out.weight"]
-    assert ae.encoder_last_layer.shape[0] == 6              # mean and logvar
 
 
 def test_norms_are_compvis_s():
@@ -98,10 +84,7 @@ def test_attention_is_softmax_over_pixels():
 
 
 def test_resampling_keeps_the_grid():
-    """
-    Down: output (i, j) is centred on input (2i+1, 2j+1), zeros right and below only. Up: nearest
-    neighbour.
-    """
+    """Down: output (i, j) is centred on (2i+1, 2j+1), zeros right and below. Up: nearest."""
     down, up, x = Downsample(1), Upsample(1), torch.randn(1, 1, 4, 6)
     for module in (down, up):
         nn.init.dirac_(module.conv.weight)                  # passes the centre of each window on
@@ -155,16 +138,10 @@ def test_normalize_whitens_each_channel_and_back():
     torch.testing.assert_close(n.std((0, 2, 3)), torch.ones(3))
     torch.testing.assert_close(ae.denormalize(n), z)
     assert {"latent_mean", "latent_std"} <= ae.state_dict().keys()
-
-
-@pytest.mark.parametrize("mean, std", [(0.0, 0.0), (float("nan"), 1.0),
-                                       ([0.0] * 3, [1.0, -1.0, 1.0])])
-def test_impossible_statistics_are_refused(mean, std):
-    """A std of zero or a NaN never reaches the buffers."""
-    ae = small()
-    with pytest.raises(ValueError, match="latent statistics"):
-        ae.set_latent_stats(mean, std)
-    assert torch.equal(ae.latent_mean, torch.zeros(3)) and torch.equal(ae.latent_std, torch.ones(3))
+    for mean, std in ((0.0, 0.0), (float("nan"), 1.0), ([0.0] * 3, [1.0, -1.0, 1.0])):
+        with pytest.raises(ValueError, match="latent statistics"):
+            ae.set_latent_stats(mean, std)
+    torch.testing.assert_close(ae.denormalize(n), z)        # the buffers stayed
 
 
 # ---------------------------------------------------------------------------- names and shapes
@@ -199,11 +176,3 @@ def test_vavae_attends_at_the_last_level():
     assert found == {
         "encoder.down.4.attn.0", "encoder.down.4.attn.1", "encoder.mid.attn_1",
         "decoder.up.4.attn.0", "decoder.up.4.attn.1", "decoder.up.4.attn.2", "decoder.mid.attn_1"}
-
-
-def test_config_survives_a_checkpoint():
-    """asdict and back, directly or through JSON, which turns tuples into lists, is the same."""
-    for name, config in CONFIGS.items():
-        assert name.startswith(f"f{config.reduction}d{config.latent_channels}")
-        fields = dataclasses.asdict(config)
-        assert AEConfig(**fields) == config == AEConfig(**json.loads(json.dumps(fields)))

@@ -6,12 +6,10 @@ import argparse
 import collections
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 import tempfile
 import types
-import zipfile
 
 import numpy as np
 import pytest
@@ -21,8 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from common import weights
 from common.weights import diffusers_name, load_autoencoder, load_transformer
-from dit import Interpolant, SiT, UViT
-from test_dit import TINY, batch, tiny
+from dit import SiT, UViT
+from test_dit import batch, tiny
 from test_vae import SMALL, meta_shapes, small
 from vae import CONFIGS, AutoencoderKL
 
@@ -126,7 +124,6 @@ def test_our_checkpoint(tmp_path):
     assert torch.equal(state, torch.get_rng_state()) and not back.training
     assert same(ae, back)
     refused(write(path, our_checkpoint(ae, stage="diffusion")), "stage 'diffusion'")
-    refused(write(path, our_checkpoint(ae, depth=3)), "depth")
 
 
 @pytest.mark.parametrize("name", ["f8d4", "f16d16", "f16d32"])
@@ -140,14 +137,13 @@ def test_architecture_is_inferred(tmp_path, name):
 @pytest.mark.parametrize("file", [f"{DIFFUSERS_FILE}.bin", f"{DIFFUSERS_FILE}.fp16.safetensors"])
 @pytest.mark.parametrize("old", [False, True])
 def test_diffusers_folder(tmp_path, file, old):
-    """The same weights, the latents' scale from config.json: by folder, by file, through a link."""
+    """The same weights, the latents' scale from config.json: by folder or by file."""
     ae = small(dataclasses.replace(SMALL, norm_groups=16))
     write(tmp_path / "vae" / file, to_diffusers(ae, old))
     write(tmp_path / "vae" / "config.json",
           dict(norm_num_groups=16, scaling_factor=0.3611, shift_factor=0.1159))
-    (tmp_path / "link.pt").symlink_to(f"vae/{file}")
     z = torch.randn(1, 3, 2, 5)
-    for given in (tmp_path, tmp_path / "vae", str(tmp_path / "vae" / file), tmp_path / "link.pt"):
+    for given in (tmp_path, tmp_path / "vae", str(tmp_path / "vae" / file)):
         back = load_autoencoder(given)
         # diffusers' own formula
         torch.testing.assert_close(back.normalize(z), (z - 0.1159) * 0.3611)
@@ -167,13 +163,6 @@ def test_diffusers_settings(tmp_path):
                        latents_std=[4.0, 5.0, 6.0]))
     back = load_autoencoder(file)
     assert back.latent_mean.tolist() == [1, 2, 3] and back.latent_std.tolist() == [8, 10, 12]
-    for content in (b"{", [], dict(norm_num_groups=7), dict(scaling_factor=0), b"\xff\xfe",
-                    b"[" * 200_000, dict(scaling_factor={}), dict(latents_mean=[[[]]])):
-        write(config, content)
-        refused(file, "config.json")
-    config.unlink()
-    os.mkfifo(config)
-    refused(file, "config.json", "no file")
     config.unlink()
     # beside CompVis' layout, of 32 groups, it belongs to something else
     assert same(little(), load_autoencoder(write(tmp_path / "ae.ckpt", to_compvis(little()))))
@@ -181,17 +170,14 @@ def test_diffusers_settings(tmp_path):
 
 @pytest.mark.parametrize("layout", [to_compvis, to_diffusers])
 def test_unusual_convolutions(tmp_path, layout):
-    """
-    Without quant convolutions (SD3, FLUX): as with identities in their place. RGB with alpha would
-    fail in the first convolution: refused.
-    """
+    """No quant convolutions (SD3, FLUX): as with identities. RGB with alpha is refused."""
     ae = small()
     for conv in (ae.quant_conv, ae.post_quant_conv):
         nn.init.dirac_(conv.weight)
         nn.init.zeros_(conv.bias)
     state = {key: value for key, value in layout(ae).items() if "quant_conv" not in key}
     assert same(ae, load_autoencoder(write(tmp_path / "ae.pt", state)))
-    refused(write(tmp_path / "ae.pt", layout(little(in_channels=4))), "images of 4 channels", "RGB")
+    refused(write(tmp_path / "ae.pt", layout(little(in_channels=4))), "images of 4 channels")
 
 
 def test_hash_covers_the_groups_of_the_norms():
@@ -216,70 +202,46 @@ def test_a_folder(tmp_path, names):
     assert same(load_autoencoder(str(tmp_path)), little())
 
 
-def test_a_hub_snapshot_of_links(tmp_path):
-    """Its files lead into blobs/, where no config.json lies."""
-    vae = tmp_path / "snapshots" / "aaa" / "vae"
-    write(vae / "config.json", dict(scaling_factor=0.25))
-    write(tmp_path / "blobs" / "3f9a0c77", to_diffusers(little()))
-    (vae / f"{DIFFUSERS_FILE}.bin").symlink_to("../../../blobs/3f9a0c77")
-    write(tmp_path / "refs" / "main", b"aaa\n")
-    write(tmp_path / "snapshots" / "bbb" / "vae.bin", to_compvis(little()))
-    for given in (tmp_path, vae.parent, vae, vae / f"{DIFFUSERS_FILE}.bin"):
+def test_a_snapshot_of_links_into_the_hubs_blobs(tmp_path):
+    """Where no config.json lies: it is beside the link."""
+    link = tmp_path / "aaa" / f"{DIFFUSERS_FILE}.bin"
+    write(link.with_name("config.json"), dict(scaling_factor=0.25))
+    link.symlink_to(write(tmp_path / "blobs" / "3f9a0c77", to_diffusers(little())))
+    for given in (link.parent, link):
         assert load_autoencoder(given).latent_std.tolist() == [4, 4, 4]
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\xb1", b"a\0b", b"", b"x" * 5000, os.mkfifo])
-def test_a_hub_folder_without_a_readable_revision(tmp_path, content):
-    """refs/main is no text, holds a NUL, nothing, a name too long, or is a pipe: one line."""
-    (tmp_path / "refs").mkdir()
-    path = tmp_path / "refs" / "main"
-    content(path) if callable(content) else path.write_bytes(content)
-    refused(tmp_path, error=(ValueError, OSError))
-
-
-def test_pipes_are_no_weights(tmp_path):
-    """In a folder, under any name that would be taken, and given itself."""
-    for name in ("ckpt.pt", "vae/diffusion_pytorch_model.bin"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        os.mkfifo(tmp_path / name)
-        for given in (tmp_path, tmp_path / name):
-            refused(given, "no such file", error=FileNotFoundError)
-
-
 def test_a_folder_without_a_clear_choice(tmp_path):
-    """Nothing there, no weights, several files: what is there is named."""
+    """Nothing there, no weights, several files."""
     refused(tmp_path / "none.pt", "no such file", "train_ae.py", error=FileNotFoundError)
-    refused(write(tmp_path / "a.msgpack", b"x").parent, "here: none", error=FileNotFoundError)
+    refused(write(tmp_path / "a.msgpack", b"x").parent, "(0 are)", error=FileNotFoundError)
     for name in ("a.ckpt", "b.bin"):
         write(tmp_path / name, b"x")
-    refused(tmp_path, "a.ckpt, b.bin", error=FileNotFoundError)
+    refused(tmp_path, "(2 are)", error=FileNotFoundError)
 
 
 # ---------------------------------------------------------------------------- files
-@pytest.mark.parametrize("format", ["torch.save", "torch.save of 2020", "safetensors"])
-@pytest.mark.parametrize("name", ["3f9a0c77", "model.safetensors"])
 @NETS
-def test_the_content_says_the_format(tmp_path, name, format, net):
-    """No suffix, a wrong one: the first bytes tell."""
-    file = tmp_path / "x"
-    if format == "safetensors":
-        file = write(tmp_path / "x.safetensors", net.state_dict())
-    else:
-        torch.save(net.state_dict(), file, _use_new_zipfile_serialization="2020" not in format)
-    assert same(load(net, file.rename(tmp_path / name)), net)
+def test_the_content_says_the_format(tmp_path, net):
+    """No suffix, a wrong one: the first bytes tell. In safetensors, and torch.save now and then."""
+    file = write(tmp_path / "x.safetensors", net.state_dict())
+    assert same(load(net, file.rename(tmp_path / "3f9a0c77")), net)
+    for zipped in (True, False):
+        torch.save(net.state_dict(), file, _use_new_zipfile_serialization=zipped)
+        assert same(load(net, file), net)
 
 
 @NETS
 def test_files_that_are_no_checkpoint(tmp_path, net):
-    """A git-lfs pointer, a web page, cut short, another object or model: one line, nothing run."""
+    """A git-lfs pointer, a web page, cut short, another model: one line, nothing run."""
     class Malice:
         def __reduce__(self):
             return tempfile.mkdtemp, ("", "made", str(tmp_path))
     path, whole = tmp_path / "model.pt", write(tmp_path / "whole", net.state_dict()).read_bytes()
     for content in (b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n" * 9,
                     b"<!DOCTYPE html><html>", whole[:len(whole) // 2], whole[:-100]):
-        refused(write(path, content), "cannot be read", "git-lfs", net=net)
-    for content, word in [([torch.zeros(2)], "list"), (torch.zeros(2), "Tensor"), ({}, "dict"),
+        refused(write(path, content), "not a complete file of weights", net=net)
+    for content, word in [([torch.zeros(2)], "list"),
                           ({"stage0.fc.weight": torch.zeros(2)}, "stage0.fc.weight")]:
         refused(write(path, content), word, net=net)
     for zipped in (True, False):
@@ -297,57 +259,12 @@ def test_a_flipped_bit_is_refused(tmp_path, net):
     name = max(net.state_dict(), key=lambda name: net.state_dict()[name].numel())
     place = content.index(net.state_dict()[name].numpy().tobytes())
     content[place + 1001] ^= 1
-    refused(write(path, bytes(content)), "cannot be read", "checksum", net=net)
-
-
-def test_a_zip_of_weights_that_unpacks_to_gigabytes_is_refused(tmp_path):
-    """A small file that declares 3 GB in one or in many parts: before anything is unpacked."""
-    path = tmp_path / "model.pt"
-    for parts in (1, 30):
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for i in range(parts):
-                archive.writestr(f"model/data/{i}", bytes(2 ** 16))
-            for entry in archive.infolist():               # what the directory at the end says
-                entry.file_size = 3 * 2 ** 30 // parts
-        refused(path, "unpack to 3,221,225,", "cannot be read")
-
-
-def nested(depth):
-    data = {"encoder.conv_in.weight": torch.zeros(2)}
-    for _ in range(depth):
-        data = {"model": data}
-    return data
-
-
-def in_itself():
-    data = {"stage": None}
-    return data | {"model": data, "ema": data.setdefault("model", data)}
-
-
-@pytest.mark.parametrize("content", [
-    nested(3000), in_itself(), {"stage": torch.eye(3)}, {"stage": {"a": 1}}, {"stage": "ae"},
-    {"stage": "ae", "ae_config": 3, "encoder.conv_in.weight": torch.zeros(2)},
-    {"encoder.conv_in.weight": torch.zeros(())},
-    {"encoder.conv_in.weight": torch.eye(3).to_sparse()},
-    {key: value.to("meta") for key, value in to_compvis(little()).items()},
-    {key: value[..., :0] for key, value in to_compvis(little()).items()},
-], ids=["nested", "in itself", "tensor", "dict", "no config", "number", "scalar", "sparse", "meta",
-        "empty"])
-def test_fields_of_a_wrong_kind_are_one_line(tmp_path, content):
-    """Nesting without an end, tensors for names, weights without values: no traceback."""
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(50_000)                          # to write it
-    write(tmp_path / "model.pt", content)
-    sys.setrecursionlimit(limit)
-    refused(tmp_path / "model.pt", "model.pt")
-    if "stage" not in content:
-        refused(tmp_path / "model.pt", net=tiny(SiT))
+    refused(write(path, bytes(content)), "checksum", net=net)
 
 
 def test_safetensors_is_optional(tmp_path, monkeypatch):
     """Without the package only its files fail, and the message says what to install."""
     path = write(tmp_path / "model.safetensors", to_compvis(little()))
-    monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     refused(path, "pip install safetensors")
 
@@ -418,7 +335,7 @@ def test_several_networks_in_a_file(tmp_path):
                                        "ema": sit.state_dict()})
     assert same(load(ae, path), ae) and same(load(sit, path), sit)
     write(path, {"vae": to_compvis(ae), "model": to_compvis(ae)})
-    refused(path, "2 networks", "vae.decoder", "model.decoder")
+    refused(path, "2 networks", "vae.encoder")
 
 
 @NETS
@@ -437,7 +354,7 @@ def test_every_floating_point_is_read(tmp_path, net):
 @pytest.mark.parametrize("net, state, name", [
     (little(), to_compvis(little()), "encoder.mid.block_2.conv2.weight"),
     (little(), to_diffusers(little()), "encoder.mid_block.resnets.1.conv2.weight"),
-    (tiny(SiT), tiny(SiT).state_dict(), "x_embedder.proj.weight")], ids=["cv", "diffusers", "sit"])
+    (tiny(SiT), tiny(SiT).state_dict(), "blocks.1.mlp.fc1.weight")], ids=["cv", "diffusers", "sit"])
 def test_a_wrong_tensor_is_named(tmp_path, net, state, name, change, words):
     """Diverged, quantised, of another shape, missing, of no known use: named as in our networks."""
     path = write(tmp_path / "model.pt", state | {name: change(state[name])})
@@ -456,32 +373,12 @@ def save_learn_sigma(model, path):
 
 
 def test_time_of_the_original_sit_is_reversed(tmp_path):
-    """
-    SiT: x_t = t x + (1 - t) eps and velocity x - eps. Loaded, it must be -SiT(x, 1 - t), and saving
-    it keeps that.
-    """
+    """Its x_t = t x + (1 - t) eps, velocity x - eps: loaded it is -SiT(x, 1 - t), saved as well."""
     original, (x, t, y) = tiny(SiT), batch()
     loaded = load(original, save_learn_sigma(original, tmp_path / "sit.pt"))
     want = -original(x, 1 - t, y)
     torch.testing.assert_close(loaded(x, t, y), want, rtol=1e-4, atol=1e-4)
     assert same(load(original, write(tmp_path / "ours.pt", {"ema": loaded.state_dict()})), loaded)
-
-
-def test_the_original_sit_samples_towards_the_data(tmp_path):
-    """
-    A SiT that predicts x - eps = c whatever it sees moves every noise by c; with the wrong sign it
-    would end at -c.
-    """
-    original, c = SiT((6, 10), 3, 0, **TINY), torch.tensor([50.0, -30.0, 20.0])
-    with torch.no_grad():
-        original.final_layer.linear.bias.copy_(c.repeat(4))     # rows are (row, column, channel)
-    path = save_learn_sigma(original, tmp_path / "sit.pt")
-    loaded = load_transformer(SiT((6, 10), 3, 0, **TINY), path)
-    # x_t = (1 - t) c solves the SDE's drift
-    for sampler, start in (("ode", torch.randn(2, 3, 6, 10)), ("em", torch.zeros(2, 3, 6, 10))):
-        end = Interpolant().sample(loaded, start.shape, steps=7, sampler=sampler,
-                                   noise=lambda shape, start=start: start)
-        torch.testing.assert_close(end, start + c.view(3, 1, 1), rtol=1e-5, atol=1e-4)
 
 
 def test_uvit_files_with_and_without_the_final_convolution(tmp_path):
@@ -500,7 +397,7 @@ def test_a_transformer_of_another_kind_or_size(tmp_path):
     file = write(tmp_path / "ckpt.pt", {"stage": "diffusion", "ema": tiny(SiT).state_dict()})
     original = save_learn_sigma(tiny(SiT), tmp_path / "sit.pt")
     for path, model, words in [(tmp_path, tiny(SiT, num_classes=9), "embedding_table"),
-                               (file, tiny(UViT), "does not fit this UViT"),
+                               (file, tiny(UViT), "0 networks .*x_embedder"),
                                (file, tiny(SiT, input_size=8), "pos_embed"),
                                (original, tiny(SiT, depth=2), "blocks.2.*unknown")]:
         with pytest.raises(ValueError, match=rf"(ckpt|sit).pt: .*{words}"):
