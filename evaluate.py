@@ -265,7 +265,7 @@ COMMANDS = {                                           # name: (function, flags 
             "sampler cfg cfg_interval labels jpeg dtype reference_images folder"),
     "fid": (evaluate_fid, "a b image_size batch_size"),
     "spectrum": (figures.spectrum_figure,
-                 f"{IMAGES} ae out seed gamma published encoder encoder_source"),
+                 f"{IMAGES} ae latents out seed gamma published encoder encoder_source"),
     "bands": (figures.bands_figure, f"{IMAGES} ae out"),
     "latents": (figures.latents_figure, f"{IMAGES} ae out"),
     "similarity": (figures.similarity_figure, f"{IMAGES} out image token encoder encoder_source"),
@@ -333,6 +333,8 @@ def get_args():
     add("--folder", False, action="store_true", help="also write every sample as a PNG")
     # spectrum and similarity
     add("--gamma", 1.0, type=float, help="flattening exponent of the target")
+    add("--latents", nargs="+", metavar="FILE.npy", help="latents (N, C, h, w) of any autoencoder, "
+        "in the place of --ae; with images only if --data is given")
     add("--published", choices=figures.CURVES, help="the authors' curves, all in their form")
     add("--encoder", help="DINOv2 model")
     add("--encoder_source", help="a local clone of facebookresearch/dinov2, or random (for tests)")

@@ -260,3 +260,27 @@ def test_diffusability_has_a_row_for_each_autoencoder(material, evaluated):
     assert set(results[0]) >= {"esm", "esm_shape", "alpha", "neighbours", "high_band", "dsm"}
     with pytest.raises(ValueError, match="lowpass: 12x12 does not tile"):
         evaluated("diffusability", "--ae", ae, "--image_size", 24)
+
+
+def test_halfway_to_the_nearest_neighbour():
+    """On the sphere of their common length, the same angle from both; nobody is his neighbour."""
+    z = F.normalize(torch.randn(5, 24, generator=torch.Generator().manual_seed(0)), dim=1)
+    z[1] = F.normalize(z[0] + 0.1 * z[1], dim=0)           # 0 and 1 are each other's
+    halfway = theory.halfway_to_neighbours(3 * z.view(5, 2, 3, 4)).flatten(1)
+    torch.testing.assert_close(halfway.norm(dim=1), torch.full((5,), 3.0))
+    torch.testing.assert_close(halfway[0], 3 * F.normalize(z[0] + z[1], dim=0))
+    torch.testing.assert_close(halfway[1], halfway[0])
+
+
+def test_interpolation_distance():
+    """
+    Of an autoencoder that returns its input: 0 for pairs of equal images, whose midpoints are the
+    images; for others the distance of these midpoints, here in the features mean and contrast.
+    """
+    ae = SimpleNamespace(encode=lambda x: Posterior(x, torch.full_like(x, -60.0)),
+                         decode=lambda z: z)
+    features = lambda x: torch.stack([x.float().mean((1, 2, 3)), x.float().std((1, 2, 3))], 1)
+    images = torch.rand(6, 3, 8, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pairs = images.repeat(2, 1, 1, 1)
+    assert theory.interpolation_distance(ae, pairs, features, 5) == pytest.approx(0, abs=1e-3)
+    assert theory.interpolation_distance(ae, images, features, 5) > 1
