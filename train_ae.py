@@ -378,7 +378,7 @@ def main():
                  disc_optimizer=disc_optimizer)            # what a checkpoint carries
     parts = {name: part for name, part in parts.items() if part is not None}
     if checkpoint:                                         # a run shorter than --gan_start has no
-        run.restore(args.out, checkpoint, {                # discriminator yet
+        run.restore(checkpoint, {                          # discriminator yet
             name: part for name, part in parts.items() if name in checkpoint or "disc" not in name})
     log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"])
     del checkpoint                                         # gigabytes at paper scale
@@ -399,10 +399,11 @@ def main():
     def evaluate(step, since):
         """Held-out numbers, checkpoint, figure. since: (step, seconds) of the last time."""
         speed = (step - since[0]) * args.batch_size / (time.perf_counter() - since[1])
-        with run.uncompiled(args):
+        # rare, in shapes of its own: not worth a compilation
+        with torch.compiler.set_stance("force_eager" if args.compile == "on" else "default"):
             report = validate(ae, val_batches(val_set, args.batch_size, rank, world,
                                               device=device), args, autocast)
-            log.line(step, **report)
+            log.write(step, **report)
             save(step)
             if rank == 0:
                 progress.write(summary(step, report, speed), file=sys.stdout)
@@ -418,7 +419,6 @@ def main():
     for step in range(start_step, args.steps + 1):
         if interrupt.asked(step):                          # save and stop, without validating
             save(step)
-            run.print0(interrupt.message(step, args))
             break
         if step == args.steps or step % args.eval_every == 0:
             since = evaluate(step, since)
@@ -434,7 +434,8 @@ def main():
         train_ae = not gan or args.gan_every_step or step % 2 == 0
         train_disc = gan and (args.gan_every_step or step % 2 == 1)
         for i, (images, eps) in enumerate(zip(batch.chunk(accum), noise.chunk(accum))):
-            run.sync_gradients(trained, i == accum - 1)    # DDP averages them once per step
+            for network in trained:                        # DDP averages gradients once per step
+                network.require_backward_grad_sync = i == accum - 1
             with autocast, torch.set_grad_enabled(train_ae):           # Fig. 1, and Alg. 2 by pair
                 recon, target, latents, posterior = ae_ddp(images, eps, pair)
             terms = {}

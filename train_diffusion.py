@@ -250,7 +250,7 @@ def main():
     parts = dict(model=model, optimizer=optimizer, ema=ema)        # what a checkpoint carries
     parts |= dict(projector=projector) if projector else {}
     if checkpoint:
-        run.restore(args.out, checkpoint, parts)
+        run.restore(checkpoint, parts)
     log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"])
     del checkpoint                                         # gigabytes at paper scale
     run.print0(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on "
@@ -289,7 +289,6 @@ def main():
     for step in range(start_step, args.steps + 1):
         if interrupt.asked(step):
             save(step)
-            run.print0(interrupt.message(step, args))
             break
         last_step = step == args.steps
         if last_step or step % args.eval_every == 0:
@@ -318,7 +317,8 @@ def main():
         for i in range(n):                                 # micro-batches
             part = slice(i * b // n, (i + 1) * b // n)
             y = labels[part] if classes else None
-            run.sync_gradients(trained, i == n - 1)
+            for network in trained:
+                network.require_backward_grad_sync = i == n - 1
             with autocast:                                 # velocity or noise, mean squared error
                 loss = process.loss(model_ddp, latents[part], t[part], eps[part], y, drop[part],
                                     args.repa_depth if encoder else None)
