@@ -549,6 +549,8 @@ def add_run_flags(parser):
     add("--grad_accum", type=int, default=1, help="micro-batches per step, to save memory")
     add("--workers", type=int, default=8, help="loader processes per training process")
     add("--log_every", type=int, default=100, help="steps between lines of log.jsonl")
+    add("--encoder_source", help="a folder with hubconf.py, such as a clone of "
+        "facebookresearch/dinov2, or random (for tests) (default: torch.hub)")
 
 
 def parse_args(parser, presets, subparser=None):
