@@ -373,6 +373,7 @@ def open_run(args, stage, identity):
     need(args.overwrite or (args.resume if path.exists() else not kept), f"--out {args.out}: holds "
          "a run already; --resume continues it from its ckpt.pt, --overwrite replaces it")
     if get_rank() == 0:
+        locks.close()                                  # of an earlier run of the same process
         locks.enter_context(file_lock(path.with_name(".lock"), wait=False))
     checkpoint, step = None, 0
     if args.resume and path.exists():
