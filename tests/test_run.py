@@ -119,6 +119,33 @@ def test_ema_arithmetic():
         assert abs(ema.shadow["weight"].item() - expected) < 1e-6
 
 
+@pytest.mark.parametrize("before, after", [
+    (torch.channels_last, torch.contiguous_format), (torch.contiguous_format, torch.channels_last)])
+def test_moments_follow_their_parameters_layout(before, after, tmp_path):
+    """A checkpoint of one memory layout goes on in the other: AdamW's steps, bit for bit."""
+    def trained(layout, start=None):
+        torch.manual_seed(0)
+        network = torch.nn.Conv2d(8, 16, 3).to(memory_format=layout)   # whole vectors
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
+        parts, steps = dict(model=network, optimizer=optimizer), range(3)
+        if start:
+            run.restore(torch.load(start, weights_only=True), parts)
+            steps = range(3, 6)
+        for step in steps:
+            for p in network.parameters():
+                generator = torch.Generator().manual_seed(step)
+                p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+            optimizer.step()
+        return parts
+    file = tmp_path / "ckpt.pt"
+    run.save_checkpoint(file, {k: v.state_dict() for k, v in trained(before).items()})
+    switched, straight = trained(after, file), trained(before, file)
+    for a, b in zip(switched["model"].parameters(), straight["model"].parameters()):
+        assert torch.equal(a, b)
+    for p, state in switched["optimizer"].state.items():
+        assert state["exp_avg"].stride() == p.stride()
+
+
 def test_presets_set_defaults_and_flags_win(monkeypatch):
     """--preset replaces defaults, an explicit flag replaces the preset's."""
     parser = argparse.ArgumentParser()
@@ -134,12 +161,13 @@ def test_two_processes(tmp_path):
     """
     Two gloo processes: rank 0's first weights are everybody's, under bare names; gradients are
     averaged, or kept local and added up until the last micro-batch; None stays None. The log's
-    means are over both, and what is not finite on one is skipped by both.
+    means are over both, and what is not finite on one is skipped by both. Two nodes write no file
+    together, and do not resume from different steps.
     """
     script = tmp_path / "two.py"
     script.write_text(f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-import torch
+import argparse, sys; sys.path.insert(0, {str(ROOT)!r})
+import pytest, torch
 from common import run
 network = torch.nn.Sequential(torch.nn.Linear(2, 1))
 assert run.ddp(network) is network                     # no process group yet
@@ -168,6 +196,16 @@ with run.one_line_errors():
     log.add(1, dict(a=torch.tensor(rank + 2)))
     assert log.finite(1) and log.write(1) == dict(a=1.5, b=1.0)
     del step, network
+    run.need_one_node("samples")
+    run.platform.node = lambda: f"node{{rank}}"         # which reads its own disk
+    out = {str(tmp_path)!r} + f"/run{{rank}}"
+    if rank == 0:
+        run.save_checkpoint(f"{{out}}/ckpt.pt", dict(stage="ae", step=5, args={{}}))
+    args = argparse.Namespace(out=out, resume=True, overwrite=False, steps=9)
+    for words, refused in (("samples: .*--nnodes=1", lambda: run.need_one_node("samples")),
+                           ("at steps .5, 0.", lambda: run.open_run(args, "ae", {{}}))):
+        with pytest.raises(ValueError, match=words):
+            refused()
 """)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     result = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, timeout=120)

@@ -4,12 +4,15 @@ gradients are those of the plain loss, resuming is invisible, warm-up counts upd
 """
 import functools
 import json
+import os
 import shutil
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models import VGG16_Weights, vgg16
 
 import losses
 import train_ae
@@ -281,6 +284,37 @@ def test_what_saves_memory_changes_no_number(tmp_path, monkeypatch):
     first = [next(line["loss"] for line in log if "loss" in line) for log in (plain, half)]
     assert first[1] == pytest.approx(first[0], rel=2e-2) and first[0] != first[1]
     assert all(torch.tensor(list(line.values())).isfinite().all() for line in half)
+
+
+@pytest.mark.parametrize("reg", ["kl", "uae"])
+def test_compiled_training_is_eager_training(reg, tmp_path, monkeypatch, request):
+    """GAN from step 2, LPIPS, alignment; from a cold and a warm Inductor cache: eager's losses."""
+    if not request.config.getoption("--long"):
+        pytest.skip("--long compiles (about two minutes a method)")
+    place = tmp_path / "hub" / "checkpoints" / os.path.basename(VGG16_Weights.IMAGENET1K_V1.url)
+    place.parent.mkdir(parents=True)
+    torch.save(vgg16().state_dict(), place)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    logs = {}
+    for name, compile in (("eager", "off"), ("cold", "on"), ("warm", "on")):
+        torch.compiler.reset()
+        logs[name] = train(tmp_path / name, "--reg", reg, "--gan_weight", 0.5, "--gan_start", 2,
+                           "--lpips_weight", 0.5, "--lr", 1e-6, "--steps", 6, "--eval_every", 3,
+                           "--compile", compile, monkeypatch=monkeypatch)
+    assert logs["cold"] == logs["warm"]
+    for eager, cold in zip(logs["eager"], logs["cold"], strict=True):
+        assert eager == pytest.approx(cold, rel=5e-4, abs=1e-5)    # of the ratios, too
+
+
+@pytest.mark.parametrize("reg, flags, compiled", [
+    ("esm", [], None), ("eq", [], "off"), ("se", [], "off"), ("vf", [], "off"),
+    ("eq", ["--compile", "on"], "on")])
+def test_methods_that_would_compile_again_and_again_are_not_compiled_by_default(
+        reg, flags, compiled, monkeypatch):
+    """eq and se use many sizes, vf runs backward twice; --compile on wins."""
+    monkeypatch.setattr(sys, "argv", ["train_ae.py", "--reg", reg, *flags])
+    assert train_ae.get_args().compile == compiled
 
 
 @pytest.mark.parametrize("script", [train_ae, train_diffusion])
