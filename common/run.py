@@ -49,6 +49,11 @@ def init_distributed(kind=None):
         return 0, 1, device
     if "SLURM_LOCALID" in os.environ:                  # srun, with RANK and WORLD_SIZE given
         os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])
+    bad = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+           if not os.environ.get(name, "").isdigit()]
+    bad += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR"]
+    need(not bad, f"RANK is set, which means several processes, but {', '.join(bad)} is missing or "
+         "no number; start the script with torchrun, or unset RANK for one process")    # it waits
     group = dict(backend="gloo", timeout=datetime.timedelta(hours=2))  # rank 0 may download alone
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -341,7 +346,7 @@ def file_lock(path, wait=True):
         except BlockingIOError:
             need(wait, f"--out {path.parent}: another process is writing there; wait for it, or "
                  "name another folder")
-            print(f"{path}: waiting for the process that holds this lock", flush=True)
+            print(f"{path}: another process holds this lock; waiting for it", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         except (ImportError, OSError) as error:
             print(f"{path}: no file locks here ({reason(error)}); start no second run that writes "
@@ -381,9 +386,9 @@ def open_run(args, stage, identity):
         saved, step = checkpoint["args"], checkpoint["step"]
         changed = [f"--{k} {v} (was {saved[k]})" for k, v in vars(args).items()
                    if k in saved and k not in FREE and saved[k] != v]
-        changed += [k for k, value in identity.items() if checkpoint.get(k) != value]
-        need(not changed, f"--resume: {path} was made with other {', '.join(changed)}; restore "
-             "them, or name another --out")
+        changed += [f"{k} of other content" for k, value in identity.items() if checkpoint.get(k) != value]
+        need(not changed, f"--resume: {path} was made with other flags: {', '.join(changed)}; "
+             "restore them, or name another --out")
         need(step <= args.steps, f"--steps {args.steps}: {args.out} has {step} steps behind it")
         print0(f"resuming {args.out} at step {step}")
     steps = all_gather(step)                           # each node reads its own disk
