@@ -386,9 +386,10 @@ def open_run(args, stage, identity):
         saved, step = checkpoint["args"], checkpoint["step"]
         changed = [f"--{k} {v} (was {saved[k]})" for k, v in vars(args).items()
                    if k in saved and k not in FREE and saved[k] != v]
-        changed += [f"{k} of other content" for k, value in identity.items() if checkpoint.get(k) != value]
-        need(not changed, f"--resume: {path} was made with other flags: {', '.join(changed)}; "
-             "restore them, or name another --out")
+        need(not changed, f"--resume: {path} was made with other flags: {', '.join(changed)}; give "
+             "the same ones or another --out")
+        other = [name for name, value in identity.items() if checkpoint.get(name) != value]
+        need(not other, f"--resume: {' and '.join(other)}: not what {path} was trained on")
         need(step <= args.steps, f"--steps {args.steps}: {args.out} has {step} steps behind it")
         print0(f"resuming {args.out} at step {step}")
     steps = all_gather(step)                           # each node reads its own disk

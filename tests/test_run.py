@@ -80,7 +80,7 @@ def test_open_run_protects_what_is_there(tmp_path):
     assert open_run(resume=True, steps=20)["step"] == 5
     with pytest.raises(ValueError, match=r"--lr 2.0 \(was 1.0\), --seed 1 \(was 0\)"):
         open_run(resume=True, lr=2.0, seed=1)
-    with pytest.raises(ValueError, match="images of other content; restore"):
+    with pytest.raises(ValueError, match="--resume: images: not what"):
         open_run("b", resume=True)
     with pytest.raises(ValueError, match="--steps 4: .* 5 steps behind"):
         open_run(resume=True, steps=4)
