@@ -132,10 +132,7 @@ def need_one_node(what):
 
 
 def ddp(network, static_graph=False):
-    """
-    The network in DistributedDataParallel under torchrun, else itself; None stays None.
-    static_graph  every step runs the same graph with one backward pass, all of them synchronised
-    """
+    """Under torchrun in DistributedDataParallel. static_graph: a step has one backward pass."""
     if network is None or not dist.is_initialized():
         return network
     warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated")    # since torch 2.14
@@ -178,8 +175,7 @@ class Interrupt:
 def device_choices(args, device, fixed_size=True):
     """
     What differs between a CPU and a GPU: --dtype and --compile where not given, cuDNN's modes.
-    fixed_size  the networks see one image size: cuDNN may try its algorithms for each layer
-    returns     the autocast context for the networks
+    Returns the autocast context of the networks. fixed_size: cuDNN may try its algorithms.
     """
     cuda = device.type == "cuda"
     args.dtype = args.dtype or ("bf16" if cuda else "fp32")
@@ -207,10 +203,7 @@ def step_seed(seed, step):
 
 
 def sharded(draw, shape, generator, rank, world):
-    """
-    This rank's slice (b, ...) of what `draw`, torch.randn or torch.rand, gives for the global batch
-    of world * b, by a generator seeded alike on every rank.
-    """
+    """This rank's (b, ...) of what `draw`, torch.randn or torch.rand, gives for world * b."""
     b = shape[0]
     values = draw(world * b, *shape[1:], generator=generator, device=generator.device)
     return values[rank * b:(rank + 1) * b]
@@ -271,10 +264,7 @@ class EMA:
 # What a run writes into --out: ckpt.pt, kept checkpoints, log.jsonl
 
 def write_atomic(path, write):
-    """
-    write(binary file) to a temporary file beside path, renamed to path once it is whole. OSError in
-    one line if that fails, as on a full disk.
-    """
+    """write(binary file) beside path, renamed to path once it is whole; OSError in one line."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -333,10 +323,7 @@ def load_checkpoint(path, stage):
 
 @contextlib.contextmanager
 def file_lock(path, wait=True):
-    """
-    Hold the lock file at path, which ends with its process. Yields whether there are locks here.
-    wait     for another process that holds it; False: ValueError
-    """
+    """The lock of this process at path; yields whether there are locks here. wait: or ValueError"""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         held = True
@@ -500,10 +487,7 @@ class Log:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
     def state(self):
-        """
-        Add up what is pending, NaN and Inf left out, with a line for each step that has some.
-        Returns all that is not yet written, for a checkpoint. ValueError after ten such steps.
-        """
+        """All that is not yet written, for a checkpoint; a line for each step with NaN or Inf."""
         if not self.pending:
             return self.counts
         values = torch.stack([value for *_, value in self.pending])                     # (n,)
@@ -561,10 +545,7 @@ def add_run_flags(parser):
 
 
 def parse_args(parser, presets, subparser=None):
-    """
-    parser.parse_args(), where --preset NAME replaces defaults by presets[NAME], {flag: value};
-    explicit flags win. subparser: whose defaults are meant, if there are commands.
-    """
+    """The flags, where --preset NAME sets defaults {flag: value}, those of a subparser if given."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     preset = presets.get(first.parse_known_args()[0].preset, {})
