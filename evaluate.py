@@ -141,7 +141,7 @@ def evaluate_recon(args, device):
         sums += torch.stack([score.cpu().double() for score in scores]).sum(1)
         for moment, x in zip(moments, pair):
             moment.add(inception(x)[0])
-    sums = run.all_sum(sums.to(device)).cpu()
+    sums = run.all_sum(sums)
     values = dict(zip(names, (sums[1:] / sums[0]).tolist()))
     if moments and sums[0] > 1:
         (n, *a), (_, *b) = (moment.mean_cov() for moment in moments)
@@ -341,7 +341,7 @@ def get_args():
     add("--image", help="an image file (default: the first --val_images held-out ones of --data)")
     add("--token", type=int, help="number of the token, row by row from 0 (default: the middle)")
     add("--out", f"out/{command}.png", help="figure; of gen a folder (default: beside --ckpt)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
+    add("--device", choices=run.DEVICES, help="default: cuda when there is a GPU")
     add("--results", "results.jsonl", help="every result is appended here")
     few = DEFAULTS.get(command, {}).get("val_images")  # for the eye: presets leave them alone
     return run.parse_args(parser, {name: {k: v for k, v in values.items() if k in takes and not few}

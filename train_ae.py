@@ -69,8 +69,10 @@ def get_args():
         "VA-VAE, UAE; none = reconstruction only")
     add("--gamma", type=float, default=1.0, help="ESM: flattening exponent of the target, 0..10")
     add("--esm_weight", type=float, default=0.01, help="ESM: weight of the divergence (Table 5)")
-    add("--dsm_masks", type=int, nargs="+", default=list(DSM_MASKS), choices=range(15),
+    add("--dsm_masks", type=int, nargs="+", default=list(DSM_MASKS),
         metavar="N", help="DSM: anti-diagonals cut, 0..14 each (Table 8)")
+    add("--dsm_block", type=int, default=8,
+        help="DSM: side of the DCT blocks, of image and latent alike")
     add("--kl_weight", type=float, help="KL: weight (default: 1e-6; for eq and vf divided by "
         "3 * image_size^2, since their authors sum the reconstruction loss over pixels)")
     add("--vf_weight", type=float, default=0.1, help="VA-VAE: weight, times the adaptive weight")
@@ -116,8 +118,12 @@ def check(args, config):
                        (("vf", "uae"), "both align the latent with the same features")):
         both = [reg for reg in group if reg in args.reg]
         need(len(both) <= 1, f"--reg {' '.join(both)}: {why}; choose one of them")
-    need("dsm" not in args.reg or args.image_size % (8 * f) == 0, "--reg dsm: cuts 8x8 blocks of "
-         f"latents, so --image_size must be a multiple of {8 * f}")
+    run.need_range(args, 2, 4096, "dsm_block")
+    need("dsm" not in args.reg or args.image_size % (args.dsm_block * f) == 0, f"--image_size "
+         f"{args.image_size}: must be a multiple of {args.dsm_block * f}, since --reg dsm cuts "
+         f"{args.dsm_block}x{args.dsm_block} blocks of latents; or another --dsm_block")
+    need(all(0 <= n <= 2 * args.dsm_block - 2 for n in args.dsm_masks),
+         f"--dsm_masks {args.dsm_masks}: each must lie in 0..{2 * args.dsm_block - 2}")
     need("vf" not in args.reg or args.compile != "on", "--reg vf --compile on: its adaptive ratio "
          "runs the decoder's backward pass twice, which compiled code does not allow")
     run.need_range(args, 0, 10, "gamma")                   # 16^gamma stays far from float32's end
@@ -151,7 +157,7 @@ def draw_pair(args, rng):
     """
     unchanged = lambda images, latents: (images, latents)
     if "dsm" in args.reg:                                  # Alg. 2: one mask m_n for both
-        return 1.0, partial(losses.dsm_pair, n=rng.choice(args.dsm_masks))
+        return 1.0, partial(losses.dsm_pair, n=rng.choice(args.dsm_masks), block=args.dsm_block)
     if "se" in args.reg:
         return 1.0, partial(losses.scale_pair, k=rng.choice(SCALES))
     if "eq" in args.reg:
@@ -250,12 +256,12 @@ def validate(ae, batches, args, autocast):
         esm = torch.stack([losses.esm_loss(x[None], z[None], args.gamma)
                            for x, z in zip(images, latents)])
         scores = [torch.ones_like(l1), psnr(recon, images), ssim(recon, images), l1, esm]
-        profiles = [radial_profile(power_spectrum(x)).double().sum(0)                # (16,) each
+        profiles = [radial_profile(power_spectrum(x)).cpu().double().sum(0)          # (16,) each
                     for x in (match_resolution(images, latents.shape[-2:]), latents)]
-        cells = latents.double().movedim(1, -1).reshape(-1, C)
+        cells = latents.cpu().double().movedim(1, -1).reshape(-1, C)       # no float64 on mps
         moments = torch.full_like(cells[0], len(cells)), cells.sum(0), cells.square().sum(0)
-        totals += torch.cat([torch.stack(scores).double().sum(1), *profiles, *moments]).cpu()
-    totals = run.all_sum(totals.to(ae.latent_mean.device)).cpu()
+        totals += torch.cat([torch.stack(scores).cpu().double().sum(1), *profiles, *moments])
+    totals = run.all_sum(totals)
     scores, image_psd, latent_psd, count, first, second = totals.split([5, 16, 16, C, C, C])
     mean = first / count
     ae.set_latent_stats(mean, (second / count - mean ** 2).clamp_min(1e-12).sqrt())
@@ -291,12 +297,13 @@ def print_config(args, ae, train_set, val_set, world, device):
     run.print_run(args, world, device)
 
 
-def summary(step, report, speed):
-    """One line of held-out numbers; speed: images/s since the start."""
+def summary(step, report, usage):
+    """One line of held-out numbers; usage: images/s since the start, peak memory in GB."""
     return (f"step {step}: PSNR {report['val_psnr']:.2f} dB, SSIM {report['val_ssim']:.4f}, L1 "
             f"{report['val_l1']:.4f}, ESM divergence {report['val_esm']:.4f}, latents: std "
             f"{report['val_latent_std']:.2f}, PSD ~ f^-{report['val_alpha']:.2f} (images of that "
-            f"size: f^-{report['val_alpha_image']:.2f}), {speed:.1f} images/s")
+            f"size: f^-{report['val_alpha_image']:.2f}), {usage['images_per_s']:.1f} images/s, "
+            f"{usage['memory_GB']:.1f} GB")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -334,7 +341,8 @@ def main():
     if checkpoint:                                         # without disc before --gan_start
         run.restore(checkpoint, {
             name: part for name, part in parts.items() if name in checkpoint or "disc" not in name})
-    log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"])
+    log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"],
+                  run.open_tracker(args, start_step))
     del checkpoint                                         # gigabytes at paper scale
     print_config(args, ae, train_set, val_set, world, device)
     ae_ddp, disc_ddp, projection_ddp = run.ddp(ae), run.ddp(disc), run.ddp(projection)
@@ -352,7 +360,9 @@ def main():
 
     def evaluate(step):
         """Held-out numbers, checkpoint, figure."""
-        speed = (step - start_step) * args.batch_size / (time.perf_counter() - start_time)
+        images = (step - start_step) * args.batch_size
+        usage = dict(images_per_s=images / (time.perf_counter() - start_time),
+                     memory_GB=run.peak_memory(device))
         # rare, in shapes of its own: not worth a compilation
         with torch.compiler.set_stance("force_eager" if args.compile == "on" else "default"):
             report = validate(ae, val_batches(val_set, args.batch_size, rank, world,
@@ -360,8 +370,9 @@ def main():
             log.write(step, **report)
             save(step)
             if rank == 0:
-                progress.write(summary(step, report, speed), file=sys.stdout)
+                progress.write(summary(step, report, usage), file=sys.stdout)
                 draw_reconstructions(ae, val_set, f"{args.out}/reconstructions.png", device)
+                log.track(step, usage | dict(figure=f"{args.out}/reconstructions.png"))
         if step == args.steps:
             run.print0(f"wrote {args.out}/ckpt.pt, log.jsonl, reconstructions.png")
 

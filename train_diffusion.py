@@ -13,8 +13,8 @@ The argparse defaults train U-ViT on CelebA 256. A run lives in --out: ckpt.pt, 
 samples.png.
 """
 import argparse
-import itertools
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -79,6 +79,8 @@ def get_args():
         help="REPA, iREPA, or the paper's DoG band-pass target")
     add("--encoder", default="dinov2_vitb14", help="whose features are the target")
     add("--repa_weight", type=float, default=0.5, help="of the alignment loss")
+    add("--repa_until", type=int, default=-1, metavar="STEP",
+        help="first step without alignment; -1 = aligned to the end")
     add("--repa_depth", type=int, default=4, help="the block, from 1, whose output is aligned")
     add("--dog_sigma1", type=float, default=DOG_SIGMAS[0], help="dog: in tokens of a 16x16 grid")
     add("--dog_sigma2", type=float, default=DOG_SIGMAS[1], help="dog: the wide Gaussian, in tokens")
@@ -226,7 +228,8 @@ def main():
     parts |= dict(projector=projector) if projector else {}
     if checkpoint:
         run.restore(checkpoint, parts)
-    log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"])
+    log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"],
+                  run.open_tracker(args, start_step))
     del checkpoint                                         # gigabytes at paper scale
     run.print0(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on "
                f"latents of {ae.config.latent_channels} x {size // f} x {size // f}, "
@@ -238,11 +241,12 @@ def main():
     if args.compile == "on":
         model.compile()
     n = args.grad_accum
-    model_ddp, projector_ddp = (run.ddp(net, static_graph=n == 1) for net in (model, projector))
+    static = n == 1 and args.repa_until < 0                # every step has the same graph
+    model_ddp, projector_ddp = (run.ddp(net, static) for net in (model, projector))
     trained = [network for network in (model_ddp, projector_ddp) if network]
     stream = (args.batch_size, start_step, args.seed, rank, world)
     latent_batches = cache.batches(*stream, device, args.mirror == "on")
-    image_batches = itertools.repeat(None)                 # with --repa the same stream of images
+    image_batches = iter(())                               # with --repa the same stream of images
     if encoder:
         image_batches = train_batches(take(train_set, cache.rows), *stream, args.workers, device,
                                       args.mirror == "on")
@@ -260,7 +264,7 @@ def main():
 
     latent_batches, image_batches = (run.save_on_error(batches, start_step, save)
                                      for batches in (latent_batches, image_batches))
-    interrupt = run.Interrupt()
+    interrupt, start_time = run.Interrupt(), time.perf_counter()
     for step in range(start_step, args.steps + 1):
         if interrupt.asked(step):
             save(step)
@@ -272,6 +276,7 @@ def main():
                 averaged.load_state_dict(ema.shadow)
                 image_grid(sample_grid(args, averaged, seen, process, ae, autocast, device),
                              f"{args.out}/samples.png")
+                log.track(step, dict(samples=f"{args.out}/samples.png"))
         if last_step:
             run.print0(f"wrote {args.out}/ckpt.pt, log.jsonl, samples.png")
             break
@@ -280,13 +285,14 @@ def main():
         generator = torch.Generator(device).manual_seed(run.step_seed(args.seed, step))
         draw = partial(run.sharded, generator=generator, rank=rank, world=world)
         posterior, labels, indices, _ = next(latent_batches)
-        images = next(image_batches)
+        aligned = encoder and not 0 <= args.repa_until <= step
+        images = next(image_batches) if aligned else None
         latents = ae.normalize(posterior.sample(draw(torch.randn, posterior.mean.shape)))   # std 1
         b = len(latents)                                   # global batch / world
         t = draw(torch.rand, (b,))                         # 0 = data, 1 = noise
         eps = draw(torch.randn, latents.shape)             # (b, C, h, w)
         drop = draw(torch.rand, (b,)) < args.label_dropout     # these take the null label
-        if encoder:
+        if aligned:
             images = aligned_images(cache, indices, images)
 
         for i in range(n):                                 # micro-batches
@@ -296,9 +302,9 @@ def main():
                 network.require_backward_grad_sync = i == n - 1
             with autocast:                                 # velocity or noise, mean squared error
                 loss = process.loss(model_ddp, latents[part], t[part], eps[part], y, drop[part],
-                                    args.repa_depth if encoder else None)
+                                    args.repa_depth if aligned else None)
             terms = dict(loss=loss)
-            if encoder:                                    # Sec. 3.5: tokens (b, T, D) of one block
+            if aligned:                                    # Sec. 3.5: tokens (b, T, D) of one block
                 terms["loss"], tokens = loss
                 features = encoder(images[part], model.grid)
                 target = filter_target(features, REPA_KINDS[args.repa][0], model.grid,
@@ -318,8 +324,12 @@ def main():
         if step % args.log_every == 0:
             means = log.write(step)
             progress.set_postfix(means)
+            speed = (step + 1 - start_step) * args.batch_size / (time.perf_counter() - start_time)
+            memory = run.peak_memory(device)
+            log.track(step, dict(images_per_s=speed, memory_GB=memory))
             if rank == 0 and step % (10 * args.log_every) == 0:
-                progress.write(f"step {step}: loss {means.get('loss', np.nan):.4f}", sys.stdout)
+                progress.write(f"step {step}: loss {means.get('loss', np.nan):.4f}, {speed:.1f} "
+                               f"images/s, {memory:.1f} GB", sys.stdout)
     progress.close()
 
 

@@ -30,19 +30,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
+from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parents[1]             # of this project
+DEVICES = "cpu", "cuda", "mps"
 
 # --------------------------------------------------------------------------------------------------
 # Processes: one per GPU under torchrun (NCCL), per CPU worker (gloo), or a single plain `python`
 
 def init_distributed(kind=None):
     """
-    Join torchrun's process group, if any, for "cpu", "cuda" or None (CUDA when there is a GPU).
+    Join torchrun's process group, if any, for one of DEVICES or None (CUDA when there is a GPU).
     returns  (rank, world, torch.device); tensors on CUDA travel by NCCL, those on the CPU by gloo
     """
-    need(kind != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no GPU here")
+    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    need(there[kind or "cpu"], f"--device {kind}: PyTorch sees no such device here")
     torch.backends.cudnn.allow_tf32 = False            # where float32 is written, float32 is meant
     device = torch.device(kind or ("cuda" if torch.cuda.is_available() else "cpu"))
     if "RANK" not in os.environ:
@@ -178,6 +181,8 @@ def device_choices(args, device, fixed_size=True):
     Returns the autocast context of the networks. fixed_size: cuDNN may try its algorithms.
     """
     cuda = device.type == "cuda"
+    need(device.type != "mps" or args.dtype != "bf16" and args.compile != "on",
+         "--device mps: takes neither --dtype bf16 nor --compile on")
     args.dtype = args.dtype or ("bf16" if cuda else "fp32")
     args.compile = args.compile or ("on" if cuda else "off")
     if args.compile == "on" and not shutil.which(os.environ.get("CXX", "g++")):
@@ -350,8 +355,8 @@ locks = contextlib.ExitStack()         # of this process' run, until it ends
 # Flags that may change when a run is resumed: where and how fast it runs, how long it lasts, what
 # it reports. Whether images and autoencoder are the same is decided by their content.
 FREE = ("out resume overwrite preset device dtype compile grad_checkpoint grad_accum workers steps "
-        "log_every eval_every keep_every encoder_source data ae cache encode_batch sample_steps "
-        "cfg").split()
+        "log_every eval_every keep_every track encoder_source data ae cache encode_batch "
+        "sample_steps cfg").split()
 
 
 def open_run(args, stage, identity):
@@ -445,8 +450,8 @@ class Log:
     be written again; a fresh start removes the checkpoints of the run that it replaces.
     """
 
-    def __init__(self, path, start_step=0, state=None):
-        self.path = Path(path)
+    def __init__(self, path, start_step=0, state=None, track=lambda step, values: None):
+        self.path, self.track = Path(path), track          # track also gets every line
         self.pending = []                              # (step, names, values (k,)) on the device
         # by name [sum, count] since the last line, and for how many steps it was not finite
         self.counts = state or dict(sums={}, bad={}, skipped=0)
@@ -485,6 +490,7 @@ class Log:
         if get_rank() == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+            self.track(step, values)
 
     def state(self):
         """All that is not yet written, for a checkpoint; a line for each step with NaN or Inf."""
@@ -514,6 +520,53 @@ class Log:
         return self.counts
 
 
+def open_tracker(args, start_step):
+    """
+    --track: a function of (step, {name: number or path of an image}), which on ranks above 0 and
+    without --track does nothing. A run that is resumed at start_step continues its curves.
+    """
+    if not args.track or get_rank() > 0:
+        return lambda step, values: None
+    try:
+        if args.track == "wandb":
+            import wandb
+            file = Path(args.out, "wandb_id.txt")
+            known = file.read_text() if start_step and file.exists() else None
+            tracked = wandb.init(project="spectrum-matching", dir=args.out, config=vars(args),
+                                 id=known, resume="allow")
+            file.write_text(tracked.id)
+        else:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(args.out, purge_step=start_step)
+            writer.add_text("flags", json.dumps(vars(args), indent=4), start_step)
+    except ImportError:
+        raise ValueError(f"--track {args.track}: needs `pip install {args.track}`") from None
+
+    def track(step, values):
+        images = {name: value for name, value in values.items() if isinstance(value, str)}
+        values = {name: value for name, value in values.items() if isinstance(value, float)}
+        if args.track == "wandb":
+            tracked.log(values | {name: wandb.Image(path) for name, path in images.items()}, step)
+            return
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        for name, path in images.items():
+            writer.add_image(name, np.asarray(Image.open(path)), step, dataformats="HWC")
+    return track
+
+
+def peak_memory(device):
+    """GB at the most so far: allocated on a GPU, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024         # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
 # --------------------------------------------------------------------------------------------------
 # Command lines
 
@@ -532,7 +585,7 @@ def add_run_flags(parser):
     add("--resume", action="store_true", help="continue the run in --out, or start it")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--seed", type=int, default=0, help="of weights, data order and every draw, >= 0")
-    add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is a GPU)")
+    add("--device", choices=DEVICES, help="mps: an Apple GPU (default: cuda if there is one)")
     add("--dtype", choices=("fp32", "bf16"), help="(default: bf16 on cuda, fp32 on cpu)")
     add("--compile", choices=("on", "off"), help="torch.compile the networks (default: on on cuda, "
         "but for --reg eq, se and vf; off on cpu)")
@@ -540,6 +593,8 @@ def add_run_flags(parser):
     add("--grad_accum", type=int, default=1, help="micro-batches per step, to save memory")
     add("--workers", type=int, default=8, help="loader processes per training process")
     add("--log_every", type=int, default=100, help="steps between lines of log.jsonl")
+    add("--track", choices=("tensorboard", "wandb"), help="also show log.jsonl, figures, memory "
+        "and speed there (default: log.jsonl alone)")
     add("--encoder_source", help="a folder with hubconf.py, such as a clone of "
         "facebookresearch/dinov2, or random (for tests) (default: torch.hub)")
 
