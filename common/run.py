@@ -329,6 +329,7 @@ def load_checkpoint(path, stage):
 @contextlib.contextmanager
 def file_lock(path, wait=True):
     """The lock of this process at path; yields whether there are locks here. wait: or ValueError"""
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         held = True
@@ -348,6 +349,9 @@ def file_lock(path, wait=True):
             yield held
         finally:
             path.unlink(missing_ok=True)
+            for folder in made:
+                with contextlib.suppress(OSError):     # not empty: something was written
+                    folder.rmdir()
 
 
 locks = contextlib.ExitStack()         # of this process' run, until it ends

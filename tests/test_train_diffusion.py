@@ -26,11 +26,14 @@ TINY = ("--preset quick --model SiT-tiny/4 --batch_size 4 --device cpu --log_eve
         "--eval_every 100 --warmup_steps 2 --sample_steps 2 --encode_batch 8").split()
 
 
+def flags_of(material, out, *flags):
+    return [*TINY, "--ae", str(material / "ae" / "ckpt.pt"), "--data", str(material / "images"),
+            "--cache", str(material / "cache"), "--out", str(out), *map(str, flags)]
+
+
 def train(material, out, *flags, monkeypatch):
     """train_diffusion.main in this process; returns log.jsonl and the checkpoint."""
-    run_main(train_diffusion, *TINY, "--ae", material / "ae" / "ckpt.pt", "--data",
-             material / "images", "--cache", material / "cache", "--out", out, *flags,
-             monkeypatch=monkeypatch)
+    run_main(train_diffusion, *flags_of(material, out, *flags), monkeypatch=monkeypatch)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return log, run.load_checkpoint(out / "ckpt.pt", "diffusion")
 
