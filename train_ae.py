@@ -19,7 +19,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import losses
 from analysis.figures import figure_rows, pca_rgb
@@ -341,14 +340,13 @@ def main():
     if checkpoint:                                         # without disc before --gan_start
         run.restore(checkpoint, {
             name: part for name, part in parts.items() if name in checkpoint or "disc" not in name})
-    log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"],
-                  run.open_tracker(args, start_step))
+    log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"])
+    log.track = run.open_tracker(args, start_step)
     del checkpoint                                         # gigabytes at paper scale
     print_config(args, ae, train_set, val_set, world, device)
     ae_ddp, disc_ddp, projection_ddp = run.ddp(ae), run.ddp(disc), run.ddp(projection)
     trained = [network for network in (ae_ddp, disc_ddp, projection_ddp) if network]
-    progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size,
-                    disable=rank > 0 or not sys.stderr.isatty())
+    progress = run.progress_bar(args, start_step)
 
     def save(step):
         """Networks, optimisers, flags: one dict, from which --resume continues bit for bit."""
@@ -360,9 +358,7 @@ def main():
 
     def evaluate(step):
         """Held-out numbers, checkpoint, figure."""
-        images = (step - start_step) * args.batch_size
-        usage = dict(images_per_s=images / (time.perf_counter() - start_time),
-                     memory_GB=run.peak_memory(device))
+        usage = run.usage((step - start_step) * args.batch_size, start_time, device)
         # rare, in shapes of its own: not worth a compilation
         with torch.compiler.set_stance("force_eager" if args.compile == "on" else "default"):
             report = validate(ae, val_batches(val_set, args.batch_size, rank, world,

@@ -170,6 +170,12 @@ def aligned_images(cache, indices, batch):
     return images
 
 
+def summary(step, means, usage):
+    """One line of a log line's loss and run.usage."""
+    return (f"step {step}: loss {means.get('loss', np.nan):.4f}, {usage['images_per_s']:.1f} "
+            f"images/s, {usage['memory_GB']:.1f} GB")
+
+
 @torch.no_grad()
 def sample_grid(args, model, classes, process, ae, autocast, device, count=16):
     """
@@ -228,11 +234,10 @@ def main():
     parts |= dict(projector=projector) if projector else {}
     if checkpoint:
         run.restore(checkpoint, parts)
-    log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"],
-                  run.open_tracker(args, start_step))
+    log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"])
+    log.track = run.open_tracker(args, start_step)
     del checkpoint                                         # gigabytes at paper scale
-    run.print0(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on "
-               f"latents of {ae.config.latent_channels} x {size // f} x {size // f}, "
+    run.print0(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
                f"{classes or 'no'} classes; images: {origin['data'] or 'built-in'} at {size} px")
     run.print_run(args, world, device)
 
@@ -250,8 +255,7 @@ def main():
     if encoder:
         image_batches = train_batches(take(train_set, cache.rows), *stream, args.workers, device,
                                       args.mirror == "on")
-    progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size,
-                    disable=rank > 0 or not sys.stderr.isatty())
+    progress = run.progress_bar(args, start_step)
 
     def save(step):
         """Networks, optimiser, flags: one dict, from which --resume continues bit for bit."""
@@ -269,15 +273,14 @@ def main():
         if interrupt.asked(step):
             save(step)
             break
-        last_step = step == args.steps
-        if last_step or step % args.eval_every == 0:
+        if step == args.steps or step % args.eval_every == 0:
             save(step)
             if rank == 0:
                 averaged.load_state_dict(ema.shadow)
                 image_grid(sample_grid(args, averaged, seen, process, ae, autocast, device),
                              f"{args.out}/samples.png")
                 log.track(step, dict(samples=f"{args.out}/samples.png"))
-        if last_step:
+        if step == args.steps:
             run.print0(f"wrote {args.out}/ckpt.pt, log.jsonl, samples.png")
             break
 
@@ -319,17 +322,14 @@ def main():
         norm = run.optimizer_step(optimizer, lr, args.clip_grad, log.finite(step))
         log.add(step, dict(grad_norm=norm))
         ema.update(step)
-
         progress.update(1)
         if step % args.log_every == 0:
             means = log.write(step)
             progress.set_postfix(means)
-            speed = (step + 1 - start_step) * args.batch_size / (time.perf_counter() - start_time)
-            memory = run.peak_memory(device)
-            log.track(step, dict(images_per_s=speed, memory_GB=memory))
+            usage = run.usage((step + 1 - start_step) * args.batch_size, start_time, device)
+            log.track(step, usage)
             if rank == 0 and step % (10 * args.log_every) == 0:
-                progress.write(f"step {step}: loss {means.get('loss', np.nan):.4f}, {speed:.1f} "
-                               f"images/s, {memory:.1f} GB", sys.stdout)
+                progress.write(summary(step, means, usage), sys.stdout)
     progress.close()
 
 

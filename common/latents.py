@@ -99,11 +99,10 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
     partial = folder.with_name(f".{folder.name}.{unique}.tmp")
     with contextlib.ExitStack() as cleanup:
         if rank == 0:
-            held = cleanup.enter_context(file_lock(folder.with_name(f".{folder.name}.lock")))
+            cleanup.enter_context(file_lock(folder.with_name(f".{folder.name}.lock")))
             cleanup.callback(shutil.rmtree, partial, ignore_errors=True)
-            if held:                                       # left by processes that were killed
-                for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
-                    shutil.rmtree(left, ignore_errors=True)
+            for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+                shutil.rmtree(left, ignore_errors=True)    # of processes that were killed
         if broadcast_from_rank0(folder.exists):
             return
         if rank == 0:

@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import functools
 import gc
+import io
 import itertools
 import json
 import os
@@ -30,8 +31,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]             # of this project
 DEVICES = "cpu", "cuda", "mps"
@@ -202,6 +205,12 @@ def print_run(args, world, device):
            f"{args.steps:,} steps -> {args.out}")
 
 
+def progress_bar(args, start_step):
+    """Of the steps of a run, on rank 0 of a terminal."""
+    return tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size,
+                disable=get_rank() > 0 or not sys.stderr.isatty())
+
+
 def step_seed(seed, step):
     """A well-mixed 63-bit seed for one step of one run."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -328,30 +337,22 @@ def load_checkpoint(path, stage):
 
 @contextlib.contextmanager
 def file_lock(path, wait=True):
-    """The lock of this process at path; yields whether there are locks here. wait: or ValueError"""
-    made = [folder for folder in path.parents if not folder.exists()]
+    """Hold the lock file at path. wait for a process that holds it, or ValueError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        held = True
-        try:
-            import fcntl  # not on Windows
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            need(wait, f"--out {path.parent}: another process is writing there; wait for it, or "
-                 "name another folder")
-            print(f"{path}: another process holds this lock; waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError) as error:
-            print(f"{path}: no file locks here ({reason(error)}); start no second run that writes "
-                  "the same", file=sys.stderr, flush=True)
-            held = False
-        try:
-            yield held
-        finally:
-            path.unlink(missing_ok=True)
-            for folder in made:
-                with contextlib.suppress(OSError):     # not empty: something was written
-                    folder.rmdir()
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        need(wait, f"--out {path.parent}: another process is writing there; wait for it, or name "
+             "another folder")
+        print(f"{path}: another process holds this lock; waiting for it", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):             # Windows removes no open file
+            path.unlink()                              # before the release: who waits looks again
+        lock.release()
 
 
 locks = contextlib.ExitStack()         # of this process' run, until it ends
@@ -454,8 +455,8 @@ class Log:
     be written again; a fresh start removes the checkpoints of the run that it replaces.
     """
 
-    def __init__(self, path, start_step=0, state=None, track=lambda step, values: None):
-        self.path, self.track = Path(path), track          # track also gets every line
+    def __init__(self, path, start_step=0, state=None):
+        self.path, self.track = Path(path), lambda step, values: None  # or open_tracker's
         self.pending = []                              # (step, names, values (k,)) on the device
         # by name [sum, count] since the last line, and for how many steps it was not finite
         self.counts = state or dict(sums={}, bad={}, skipped=0)
@@ -559,16 +560,19 @@ def open_tracker(args, start_step):
     return track
 
 
-def peak_memory(device):
-    """GB at the most so far: allocated on a GPU, else resident in this process."""
+def usage(images, start_time, device):
+    """
+    Speed since start_time, of time.perf_counter, in which so many images were seen; peak memory,
+    allocated on a GPU or resident on the host: for printed lines and trackers, not for log.jsonl.
+    """
+    memory, unit = float("nan"), 1 if sys.platform == "darwin" else 1024       # macOS counts bytes
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return float("nan")
-    unit = 1 if sys.platform == "darwin" else 1024         # macOS counts bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        memory = torch.cuda.max_memory_allocated(device) / 1e9
+    else:
+        with contextlib.suppress(ImportError):
+            import resource  # not on Windows
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return dict(images_per_s=images / (time.perf_counter() - start_time), memory_GB=memory)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -655,12 +659,30 @@ def reason(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+class Output(io.TextIOWrapper):
+    """A standard stream whose reader may go away, which ends no run: log.jsonl has it all."""
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            super().write(text)
+            super().flush()
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """
     Around main: a ValueError of this project's own code, or an OSError about a file, is a message
     to the user: one line, exit code 2. A library's is a bug and keeps its traceback.
     """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream and stream is getattr(sys, f"__{name}__"):       # not a notebook's
+            wrapped = Output(stream.detach(), stream.encoding, "backslashreplace")
+            setattr(sys, name, wrapped)
     try:
         yield
         if dist.is_initialized():                      # not after an error: it would wait

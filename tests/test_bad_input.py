@@ -138,7 +138,6 @@ IMAGES = {
     "empty.png": b"", "page.jpg": b"<!doctype html><title>404</title>",
     "cut.png": half(encoded(NOISE)), "cut.jpg": half(encoded(NOISE, "JPEG")),
     "bomb.bmp": BMP[:18] + struct.pack("<ii", 50_000, 50_000) + BMP[26:],
-    "strip.png": encoded(np.zeros((10, 20_000), np.uint8)),
     "broken-link.png": lambda path: path.symlink_to("nowhere.png"),
     "pipe.png": os.mkfifo,                                 # reading one would block for ever
     "device.png": lambda path: path.symlink_to("/dev/zero"),
@@ -161,7 +160,6 @@ SETS = {
     "pipe.zip": os.mkfifo, "device.zip": lambda path: path.symlink_to("/dev/zero"),
     "deep/0/a.png": PNG, "deep/1/b.png": PNG, "deep/dataset.json": b"[" * 200_000,
     "piped/0/a.png": PNG, "piped/1/b.png": PNG, "piped/dataset.json": os.mkfifo,
-    "unused/0/a.png": PNG, "unused/1/b.png": PNG, "unused/2/dataset.json": os.mkfifo,
     "bomb.zip": zipped(TWO | {"dataset.json": bytes(70 * 2 ** 20)}),
 }
 for name in dict.fromkeys(name.split("/")[0] for name in SETS):
@@ -201,12 +199,6 @@ CHECKPOINTS = {                                            # fault: a good one's
     "shape": spoilt(lambda part: {name: tensor[None] for name, tensor in part.items()}),
     "nan": spoilt(lambda part: {name: tensor * float("nan") for name, tensor in part.items()}),
 }
-FIELDS = {                                                 # of a diffusion run, of another kind
-    "ae": 3, "autoencoder": None, "data": [1], "image_size": "16", "data_seed": None,
-    "latent_mean": "0", "latent_std": torch.zeros(4), "model_args": [],
-}
-ROWS += [f"evaluate gen --ckpt {{bad}}/{field}.pt --out x -> {field}.pt not what this version"
-         for field in FIELDS]
 ROWS.append("evaluate recon --ae {bad}/pipe-run -> pipe-run")
 ROWS += [f"{command}-{fault} -> {fault}/ckpt.pt" for fault in CHECKPOINTS
          for command in ("train_diffusion --ae {bad}/ae", "evaluate gen --ckpt {bad}/run")]
@@ -265,8 +257,6 @@ def made(material, tmp_path_factory):
         put(paths["bad"] / name, content)
     (paths["bad"] / "bin" / "gs").chmod(0o755)
     put(paths["home"] / "hub" / "checkpoints" / INCEPTION, half(saved({"a": torch.zeros(99)})))
-    for field, value in FIELDS.items():
-        put(paths["bad"] / f"{field}.pt", saved(states["run"] | {field: value}))
     for fault, change in CHECKPOINTS.items():
         for kind, state in states.items():
             put(paths["bad"] / f"{kind}-{fault}" / "ckpt.pt", change(state))

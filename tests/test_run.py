@@ -334,8 +334,8 @@ time.sleep(60)"""], stdout=subprocess.PIPE, text=True)
         run.locks.enter_context(run.file_lock(tmp_path / ".lock", wait=False))
     holder.kill()
     holder.wait()
-    with run.file_lock(tmp_path / ".lock", wait=False) as held:
-        assert held
+    with run.file_lock(tmp_path / ".lock", wait=False):
+        pass
     assert not (tmp_path / ".lock").exists()
 
 
@@ -360,3 +360,14 @@ def test_a_batch_that_cannot_be_had_saves_first():
         for batch in run.save_on_error(batches(), 5, saved.append):
             seen.append(batch)
     assert seen == [0, 1] and saved == [7]
+
+
+def test_output_without_a_reader_ends_nothing(tmp_path):
+    """`python train_ae.py | head`, or a terminal that was closed; an ASCII one gets escapes."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    gone = run.Output(open(writing, "wb", buffering=0), "ascii", "backslashreplace")
+    assert print("step 1", file=gone, flush=True) is None
+    here = run.Output(open(tmp_path / "a", "wb"), "ascii", "backslashreplace")
+    print("naïve", file=here)
+    assert (tmp_path / "a").read_text() == "na\\xefve\n"
