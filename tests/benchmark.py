@@ -31,6 +31,7 @@ from unittest import mock
 import lpips
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,13 +42,10 @@ from common import run
 from common.data import open_data, pack, train_batches
 from common.latents import LatentCache, build_cache
 from dit import DDPM, MODELS, Interpolant
-from losses import dsm_pair, esm_loss
+from losses import PatchDiscriminator, dsm_pair, esm_loss
 from repa import REPA_KINDS
 from spectral import block_dct2, block_idct2, triangle_mask
 from vae import CONFIGS, AEConfig, AutoencoderKL, Posterior
-
-# GFLOP per image of 256 px, forward
-GFLOP = {"f16d16": 387, "f8d4": 895, "UViT-S": 24.4, "SiT-B": 46.0, "LPIPS": 80, "PatchGAN": 6.3}
 
 
 def now(device):
@@ -249,31 +247,56 @@ def peers(args):
         report(args, f"DSM: {name}", ms=1e3 * seconds_per_call(args, lowpass))
 
 
+def gflop(build, call, *shape):
+    """Of one forward pass, call(build(), x), counted by torch on a device without memory."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        call(build(), torch.empty(1, *shape))
+    return counter.get_total_flops() / 1e9
+
+
 def training_gflop(flags):
     """Per image. A backward pass costs two forward passes, through frozen weights one."""
-    forward, disc = GFLOP[flags.model.split("/")[0]], GFLOP["PatchGAN"]
+    size = 64 if flags.preset == "one-gpu" else 256
+    call = lambda network, x: network(x)
     if hasattr(flags, "repa"):                             # DINOv2 ViT-B/14 and the projector
+        of_preset = train_ae.PRESETS.get(flags.preset, dict(model="f8d4"))     # imagenet-repa
+        config = CONFIGS[of_preset.get("model", "f16d16")]
+        side, d = size // config.reduction, config.latent_channels
+        forward = gflop(lambda: MODELS[flags.model](side, d, 0),
+                        lambda model, z: model(z, torch.zeros(1), None), d, side, side)
         return 3 * forward + (46.3 + 3 * 2.7) * (flags.repa != "none")
-    ae_step = 3 * forward + 1.5 * GFLOP["LPIPS"]           # of a pair, one of which is constant
+    forward = gflop(lambda: AutoencoderKL(CONFIGS[flags.model]),
+                    lambda ae, x: ae.decode(ae.encode(x).mean), 3, size, size)
+    disc = gflop(PatchDiscriminator, call, 3, size, size)
+    vgg = gflop(lambda: torchvision.models.vgg16().features, call, 3, size, size)
+    again = forward * flags.grad_checkpoint                # blocks are computed twice
+    ae_step = 3 * forward + again + 1.5 * 2 * vgg          # LPIPS of a pair, one of them constant
     disc_step = forward + 6 * disc                         # on a real and a reconstructed image
     gan = 1 - flags.gan_start / flags.steps                # share of the steps, which alternate
     return (1 - gan) * ae_step + gan * (ae_step + 2 * disc + disc_step) / 2
 
 
+RECIPES = [(script, preset, f"--preset {preset}") for script in (train_ae, train_diffusion)
+           for preset in ("celeba-f16d16", "celeba-f8d4", "imagenet-f16d16", "imagenet-repa",
+                          "one-gpu") if preset in script.PRESETS]
+RECIPES.append((train_ae, "fine-tuning (GUIDE)", "--preset celeba-f8d4 --reg dsm --steps 10000 "
+                "--batch_size 8 --gan_start 0 --grad_checkpoint"))
+
+
 def costs(args):
-    """The paper's presets. That 40% of --tflops are reached is assumed."""
+    """The recipes of GUIDE.md. That 40% of --tflops are reached is assumed."""
     hours = " | ".join(f"hours, 8 x {rate:g} TFLOP/s" for rate in args.tflops)
-    print(f"| preset | TFLOP per image | total EFLOP | {hours} |")
-    for script, options in ((train_ae, []), (train_diffusion, ["--ae=none"])):
-        for preset in [name for name in script.PRESETS if name.startswith(("celeba", "imagenet"))]:
-            sys.argv = [script.__name__, f"--preset={preset}", *options]
-            flags = script.get_args()
-            gflop, images = training_gflop(flags), flags.steps * flags.batch_size
-            name = f"{script.__name__}, {preset}" + f" ({flags.model})" * bool(options)
-            hours = [gflop * images / (8 * 0.4 * 1e3 * rate) / 3600 for rate in args.tflops]
-            cells = [f"{gflop / 1e3:.2f}", *(f"{x:.1f}" for x in (gflop * images / 1e9, *hours))]
-            print(f"| {name} | {' | '.join(cells)} |")
-            args.rows.append(dict(name=name, gflop_per_image=gflop, images=images, hours=hours))
+    print(f"| recipe | TFLOP per image | total EFLOP | {hours} |")
+    for script, recipe, flags in RECIPES:
+        sys.argv = [script.__name__, *flags.split()]
+        sys.argv += ["--ae=none"] if script is train_diffusion else []
+        flags = script.get_args()
+        each, images = training_gflop(flags), flags.steps * flags.batch_size
+        name = f"{script.__name__}, {recipe}" + f" ({flags.model})" * (script is train_diffusion)
+        hours = [each * images / (8 * 0.4 * 1e3 * rate) / 3600 for rate in args.tflops]
+        cells = [f"{each / 1e3:.3g}", f"{each * images / 1e9:.3g}", *(f"{x:.2g}" for x in hours)]
+        print(f"| {name} | {' | '.join(cells)} |")
+        args.rows.append(dict(name=name, gflop_per_image=each, images=images, hours=hours))
 
 
 SECTIONS = {f.__name__: f for f in (ae, diffusion, samplers, loader, peers, costs)}
