@@ -37,7 +37,7 @@ from analysis import fid, figures, theory
 from common import metrics, run
 from common.data import LARGEST_SIDE, open_data, spread, val_batches
 from common.weights import compare_images, load_autoencoder, load_diffusion
-from dit import DDPM, Interpolant, NoiseStream
+from dit import Interpolant, NoiseStream
 from losses import PerceptualLoss
 
 PRESETS = {
@@ -61,19 +61,17 @@ def report(values, settings, results):
     number = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
     run.print0("  ".join(f"{k} {number(v)}" for k, v in values.items()))
     run.print0("  with " + ", ".join(f"{k} {v}" for k, v in settings.items()))
-    commit, hardware = "", f"{platform.machine()}, {os.cpu_count()} cores"
+    cuda, commit = torch.cuda.is_available(), ""
     with contextlib.suppress(OSError):                 # no git here
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
-    line = dict(values, **settings, command=" ".join(["evaluate.py", *sys.argv[1:]]),
-                commit=commit, hardware=hardware, torch=torch.__version__,
-                time=time.strftime("%Y-%m-%d %H:%M:%S"))
-    with fid.naming(results):
-        Path(results).parent.mkdir(parents=True, exist_ok=True)
-        with open(results, "a") as file:
-            file.write(json.dumps(line) + "\n")
+    hardware = f"{platform.machine()}, {os.cpu_count()} cores"
+    line = dict(values, **settings, command=" ".join(["evaluate.py", *sys.argv[1:]]), commit=commit,
+                hardware=torch.cuda.get_device_name() if cuda else hardware,
+                torch=torch.__version__, time=time.strftime("%Y-%m-%d %H:%M:%S"))
+    Path(results).parent.mkdir(parents=True, exist_ok=True)
+    with open(results, "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def load_or_none(load, device):
@@ -175,28 +173,21 @@ def evaluate_gen(args, device):
         null_class = model.num_classes and checkpoint["args"].get("label_dropout") != 0
         run.need(args.cfg == 1 or null_class, f"--cfg {args.cfg}: {file} was trained without "
                  "classes or with --label_dropout 0, so there is no null class; leave --cfg at 1")
-        run.need(args.steps <= 1000 or not isinstance(process, DDPM),
-                 f"--steps {args.steps}: {file} has 1000 noise levels, so take at most 1000")
         size, n, data = checkpoint["image_size"], args.num_samples, args.data or checkpoint["data"]
         classes = fid.sampled_classes(file, checkpoint)
         figures.need_outside(out / "images", data)
         training_set = fid.training_images(file, checkpoint, args)
-        if training_set is not None:
-            fid.reference_statistics(training_set, None, args, device)  # if damaged, say it now
         network, count, values, described = None, 0, {}, "none"
+        if training_set is not None:       # before hours of sampling: images may prove unreadable
+            reference = fid.reference_statistics(training_set, inception, args, device)
+            network = inception()
+            count = min(n, len(training_set), 2048)            # in memory, unlike all else here
+            batches = val_batches(spread(training_set, count), args.batch_size)
+            real = [images for images, _, _ in batches] if run.get_rank() == 0 else []
+            described = f"{len(training_set)} training images of {data or 'built-in'} at {size} px"
         draw = partial(fid.sample_images, file, model, process, ae, classes, args=args,
                        device=device)
-        with fid.shared_samples(out, (n, size, size, 3)) as samples:
-            if training_set is not None:   # before hours of sampling: images may prove unreadable
-                network = inception()
-                if network:
-                    reference = fid.reference_statistics(training_set, network, args, device)
-                count = min(n, len(training_set), 2048)    # in memory, unlike all else here
-                batches = val_batches(spread(training_set, count), args.batch_size)
-                real = [images for images, _, _ in batches] if run.get_rank() == 0 else []
-                place = f"{data or 'built-in'} at {size} px"
-                described = f"{len(training_set)} training images of {place}"
-            seconds = fid.write_samples(draw, samples, out, args)
+        samples, seconds = fid.write_samples(draw, (n, size, size, 3), out, args)
         if network:
             values = fid.inception_metrics(network, samples, reference, args, device)
         if count and run.get_rank() == 0:
@@ -215,18 +206,11 @@ def evaluate_gen(args, device):
             seconds=round(seconds, 1))
         results.append((values, settings))
         yield values, settings
-    if len(checkpoints) > 1:
-        run.print0(best_line(results))
-
-
-def best_line(results):
-    """Which of [(values, settings)] has the smallest FID, or SWD of the finest level without it."""
-    key = next((key for key in results[0][0] if key.startswith(("FID", "SWD"))), None)
-    if not all(key in values for values, _ in results):
-        return "no best of these: they have no FID or SWD in common"
-    value, step, file = min((values[key], settings["step"], settings["ckpt"])
-                            for values, settings in results)
-    return f"best of {len(results)}: {key} {value:.4g} at step {step}, {file}"
+    if len(results) > 1 and values:                    # FID, or SWD of the finest level without it
+        key = next(key for key in values if key.startswith(("FID", "SWD")))
+        values, settings = min(results, key=lambda result: result[0].get(key, math.inf))
+        run.print0(f"best of {len(results)}: {key} {values[key]:.4g} at step {settings['step']}, "
+                   f"{settings['ckpt']}")
 
 
 def evaluate_fid(args, device):
@@ -234,21 +218,23 @@ def evaluate_fid(args, device):
     Frechet distance of two sets, each a folder, a zip, an npz of images (arr_0) or an npz of
     statistics (mu, sigma).
 
-    Images are compared at one size: --image_size, else that of the npz, else that of all images of
-    the folders and zips, else 256. Larger and smaller ones are cropped and resized as ADM does.
+    Images are compared at one size: --image_size, else that of the npz, else the shorter side of
+    the first image of A. Larger and smaller ones are cropped and resized as ADM does.
     """
     a, b = sets = [fid.open_set(spec) for spec in (args.a, args.b)]
-    dims = [len(entry.moments[0]) if entry.moments else 2048 for entry in sets]
-    run.need(dims[0] == dims[1], f"{a.spec} and {b.spec}: features of {dims[0]} and {dims[1]} "
-             "dimensions; make both with one network")
-    size = fid.common_resolution(sets, args.image_size)
-    inception = metrics.load_inception(device) if a.images or b.images else None
+    images, size = a.images or b.images, args.image_size or a.size or b.size
+    if images and not size:
+        size = min(images.source.image(0).size)
+    for entry in sets:                                 # those that gen keeps know their size
+        run.need(not entry.moments or entry.size in (None, size), f"{entry.spec}: statistics of "
+                 f"images of {entry.size} px, not {size}; compare at --image_size {entry.size}")
+    inception = metrics.load_inception(device) if images else None
     for entry in sets:
         if entry.images:
             entry.images.size = size
             found = fid.set_statistics(inception, entry.images, [], 0, args, device)
             entry.n, *entry.moments = found[:3]
-    known = [entry.n for entry in sets if entry.n]
+    known = [entry.n for entry in sets if entry.n]     # images; of statistics it is not known
     name = fid.fid_at(min(known)) if known else "FID"
     yield {name: metrics.frechet_distance(*a.moments, *b.moments)}, dict(
         a=a.spec, b=b.spec, n_a=a.n, n_b=b.n, size=size,
@@ -346,15 +332,14 @@ def get_args():
                                    for name, values in PRESETS.items()})
 
 
-def check_path(flag, path, kind):
-    """ValueError now, not after hours, unless a "file", "folder" or "figure" can be written."""
+def need_writable(flag, path, suffixes=()):
+    """ValueError now, not after hours, if a file with such a suffix, or a folder, cannot be."""
     path = Path(path)
-    # what exists of it; the rest is made when it is needed
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    fits = existing.is_dir() if kind == "folder" or existing != path else existing.is_file()
-    suffix = kind != "figure" or path.suffix in ("", ".png", ".jpg", ".pdf", ".svg")
-    run.need(fits and suffix and os.access(existing, os.W_OK), f"{flag} {path}: cannot be written "
-             f"there; name a {kind}, such as x.png for a figure")
+    fits = existing.is_dir() if existing != path or not suffixes else existing.is_file()
+    fits = fits and (not suffixes or path.suffix in suffixes) and os.access(existing, os.W_OK)
+    run.need(fits, f"{flag} {path}: cannot be written there; name a "
+             + (f"file, as x{suffixes[0]}" if suffixes else "folder"))
 
 
 def check_flags(args):
@@ -366,20 +351,13 @@ def check_flags(args):
             ("gamma", 0, 10)):                         # 16^gamma is to fit float32
         if getattr(args, name, None) is not None:
             run.need_range(args, low, high, name)
-    run.need(getattr(args, "reference_images", 0) != 1, "--reference_images 1: must be 0 or >= 2")
     start, end = getattr(args, "cfg_interval", (0, 1))
     run.need(0 <= start <= end <= 1, f"--cfg_interval {start} {end}: two times in order, in 0..1")
     if hasattr(args, "results"):
-        check_path("--results", args.results, "file")
-        held = Path(args.results).open("rb").read(1) if Path(args.results).exists() else b""
-        run.need(held in (b"", b"{"), f"--results {args.results}: holds something else, to which "
-                 "results would be appended; name another file")
+        need_writable("--results", args.results, (".jsonl", ".json", ".txt"))
     if getattr(args, "out", None):
-        check_path("--out", args.out, "folder" if args.command == "gen" else "figure")
-        given = [getattr(args, name, None) or [] for name in ("ckpt", "ae", "image", "runs")]
-        given = (path for some in given for path in ([some] if type(some) is str else some))
-        run.need(Path(args.out).resolve() not in {Path(path).resolve() for path in given},
-                 f"--out {args.out}: is what is read; name another place")
+        figure = (".png", ".jpg", ".pdf", ".svg", "")
+        need_writable("--out", args.out, () if args.command == "gen" else figure)
 
 
 def main():
