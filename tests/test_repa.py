@@ -1,7 +1,4 @@
-"""
-What repa.py promises: the filters against scipy, the spectrum of their output, the loss, the
-projectors, and torch.hub's real path.
-"""
+"""repa.py: filters against scipy, spectra, the loss, the projectors, torch.hub's real path."""
 import urllib.error
 import warnings
 
@@ -31,7 +28,6 @@ def random_encoder():
 
 
 # ---- filters
-
 def test_dog_equals_scipy():
     """Eq. 6 by scipy's Gaussian with the same boundary (abc|ba), then the std over the tokens."""
     tokens = torch.randn(2, 126, 5)
@@ -45,16 +41,6 @@ def test_dog_equals_scipy():
         close(result, expected, rtol=1e-3, atol=1e-4)
     close(filter_target(tokens + 7, "dog", GRID), filter_target(tokens, "dog", GRID),
           rtol=1e-3, atol=1e-4)
-
-
-def test_dog_removes_ramps_away_from_the_border():
-    """Symmetric kernels pass no slope, but a mirrored border is a kink."""
-    y, x = torch.meshgrid(torch.arange(40.0), torch.arange(50.0), indexing="ij")
-    ramp = (0.3 * y - 0.2 * x + 1).reshape(1, 2000, 1)
-    out = on_grid(filter_target(ramp, "dog", (40, 50)), (40, 50))[0, :, :, 0]
-    margin = 10                                            # 4 sigma2: the longer kernel's radius
-    assert out[margin:-margin, margin:-margin].abs().max() < 1e-3
-    assert out[0].abs().max() > 1                          # and it was not zero everywhere
 
 
 def test_norm_std_is_the_factor_on_the_mean():
@@ -73,9 +59,8 @@ def test_norm_std_is_the_factor_on_the_mean():
 
 def test_default_sigmas_pass_the_layout_band():
     """The docstring's numbers: zero at DC, peak 0.59 at u = 4.3, half at 1.9 and 7.9."""
-    n, u = 16, np.arange(0, 16, 0.05)                      # 16-token side: u / 32 cycles per token
-    x = np.arange(-40, 41)
-    waves = np.cos(2 * np.pi * u[:, None] / (2 * n) * x)   # (U, 81): one row per frequency
+    u = np.arange(0, 16, 0.05)                             # 16-token side: u / 32 cycles per token
+    waves = np.cos(2 * np.pi * u[:, None] / 32 * np.arange(-40, 41))       # (U, 81)
     waves = torch.from_numpy(waves).float()[:, None, None].expand(-1, 1, 3, -1)
     gain = dog(waves, *DOG_SIGMAS)[:, 0, 1, 40].numpy()    # at the crest, far from the border
     assert abs(gain[0]) < 1e-6
@@ -109,7 +94,6 @@ def test_filters_are_float32_under_bf16_and_finite_without_structure():
 
 
 # ---- loss and projector
-
 def test_alignment_loss_is_minus_the_mean_cosine():
     """-1 with itself at any scale, +1 with the opposite; by its formula; float32 from bf16."""
     a, b = torch.randn(3, 126, 7), torch.randn(3, 126, 7)
@@ -120,7 +104,7 @@ def test_alignment_loss_is_minus_the_mean_cosine():
         loss = alignment_loss(a.bfloat16(), b)
     assert loss.dtype == torch.float32
     close(loss, alignment_loss(a.bfloat16().float(), b))
-    with pytest.raises(ValueError, match="differ in shape"):
+    with pytest.raises(ValueError, match="shape"):
         alignment_loss(a, b[:, :1])                        # would broadcast
 
 
@@ -130,13 +114,12 @@ def test_gradient_goes_to_the_projection_only():
     raw = encoder(images, (4, 6))
     assert not raw.requires_grad
     assert not raw.is_inference()           # an inference tensor cannot be saved for backward
-    projected = torch.randn(2, 24, 64, requires_grad=True)
-    free = torch.randn(2, 24, 64, requires_grad=True)
+    projected, free = (torch.randn(2, 24, 64, requires_grad=True) for _ in range(2))
     total = lambda x: alignment_loss(x, raw) + alignment_loss(x, free)
     before = total(projected)
     before.backward()
     assert free.grad is None and images.grad is None
-    assert all(p.grad is None and not p.requires_grad for p in encoder.parameters())
+    assert not any(p.requires_grad for p in encoder.parameters())
     assert total(projected - 50 * projected.grad) < before
 
 
@@ -160,7 +143,6 @@ def test_the_mlp_projector_is_repas():
 
 
 # ---- encoder
-
 class MeanColour(torch.nn.Module):
     """A stand-in for DINOv2: the token of a patch is its mean colour."""
     embed_dim = 3
@@ -186,8 +168,7 @@ def test_encoder_normalises_then_resizes():
     close(tokens, F.avg_pool2d(x, 14).flatten(2).transpose(1, 2))
     vavae = Encoder(MeanColour(), resize="bilinear", imagenet=False)
     vavae(images, (4, 6))
-    expected = F.interpolate(images, (56, 84), mode="bilinear", align_corners=False)
-    close(vavae.network.seen, expected)
+    close(vavae.network.seen, F.interpolate(images, (56, 84), mode="bilinear"))
     small = random_encoder()
     with torch.autocast("cpu", torch.bfloat16):
         assert encoder(images.bfloat16(), (4, 6)).dtype == torch.float32
@@ -206,7 +187,6 @@ def test_encoder_refuses_a_wrong_grid_or_patch_size(patch_size, grid, match):
 
 def test_random_encoder_is_always_the_same_and_says_that_it_teaches_nothing():
     """Independent of the global generator, which it leaves alone; depends on where things are."""
-    torch.manual_seed(1)
     before = torch.get_rng_state()
     with pytest.warns(UserWarning, match="NOTHING"):
         first = load_encoder(source="random")
@@ -220,7 +200,6 @@ def test_random_encoder_is_always_the_same_and_says_that_it_teaches_nothing():
 
 
 # ---- torch.hub
-
 HUBCONF = """
 import torch
 import torch.nn.functional as F
@@ -239,8 +218,7 @@ def dinov2_vitb14_reg(pretrained=True):
     assert not pretrained
     return Tiny(768)
 
-def tiny():
-    return Tiny(5)
+tiny = lambda: Tiny(5)
 """
 FILE = "dinov2_vitb14_reg4_pretrain.pth"
 
@@ -267,15 +245,14 @@ def test_torch_hub_with_a_clone_and_planted_weights(hub):
     checkpoints, clone, requested = hub
     weights = {"colours.weight": torch.randn(768, 3), "colours.bias": torch.randn(768)}
     torch.save(weights, checkpoints / FILE)
-    encoder = load_encoder("dinov2_vitb14_reg", source=str(clone))
+    encoder, images = load_encoder("dinov2_vitb14_reg", str(clone)), torch.rand(2, 3, 32, 48)
     assert torch.equal(encoder.network.colours.weight, weights["colours.weight"])
-    images = torch.rand(2, 3, 32, 48)
     tokens = encoder(images, (4, 6))
     assert tokens.shape == (2, 24, 768) and encoder.width == 768
     assert not any(p.requires_grad for p in encoder.parameters())
-    clone.rename(checkpoints.parent / repa.REPOSITORY.replace("/", "_").replace(":", "_"))
-    close(load_encoder("dinov2_vitb14_reg")(images, (4, 6)), tokens)
     own = checkpoints.parent / repa.REPOSITORY.replace("/", "_").replace(":", "_")
+    clone.rename(own)
+    close(load_encoder("dinov2_vitb14_reg")(images, (4, 6)), tokens)
     assert load_encoder("tiny", source=str(own))(images, (4, 6)).shape == (2, 24, 5)
     assert requested == []
 
@@ -283,14 +260,12 @@ def test_torch_hub_with_a_clone_and_planted_weights(hub):
 def test_without_network_one_line_says_what_goes_where(hub):
     """No code and no weights, or code without weights: URL, path and flag, in one line."""
     checkpoints, clone, requested = hub
+    url = f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/{FILE}"
     for source in (None, str(clone)):
         with pytest.raises(FileNotFoundError) as error:
             load_encoder("dinov2_vitb14_reg", source)
-        message = str(error.value)
-        assert f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/{FILE}" in message
-        assert str(checkpoints / FILE) in message
-        assert "--encoder_source DIR" in message and "no route" in message
-        assert "\n" not in message
+        for word in (url, str(checkpoints / FILE), "--encoder_source DIR"):
+            assert word in str(error.value) and "\n" not in str(error.value)
     commit = repa.REPOSITORY.split(":")[1]
     # the pinned commit at once: torch.hub would look for a branch of this name
     assert len(commit) == 40 and commit in requested[0] and len(requested) == 2
@@ -306,6 +281,5 @@ def test_unknown_names_and_wrong_weights_are_named(hub):
             ("dinov3_vitb16", None, "dinov2_vitg14_reg"),
             ("dinov2_vitl14", str(clone), "Cannot find callable dinov2_vitl14"),
             ("dinov2_vitb14_reg", str(clone), f"{FILE}.*colours.bias")]:
-        with pytest.raises(ValueError, match=match) as error:
+        with pytest.raises(ValueError, match=f"^.*{match}.*$"):            # one line
             load_encoder(name, source)
-        assert "\n" not in str(error.value)
