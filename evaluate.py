@@ -293,8 +293,7 @@ def get_args():
     add("--preset", "celeba-f16d16", choices=PRESETS, help="defaults by name; explicit flags win")
     several = command in ("spectrum", "bands", "latents", "diffusability")
     add("--ae", nargs="+" if several else None, help="ckpt.pt or released weights (default: what "
-        "--ckpt was trained on, or the newest of out/ae/<preset>-*/ckpt.pt; where several can be "
-        "given, all of them)")
+        "--ckpt was trained on; of out/ae/<preset>-*/ckpt.pt the newest, or all if all can be)")
     add("--ckpt", nargs="+", help="run(s) of train_diffusion.py or their ckpt.pt (default: the "
         "newest out/diffusion/<preset>-*/ckpt.pt)")
     add("--every", False, action="store_true", help="all ckpt_<step>.pt of the run, in order")
@@ -332,16 +331,6 @@ def get_args():
                                    for name, values in PRESETS.items()})
 
 
-def need_writable(flag, path, suffixes=()):
-    """ValueError now, not after hours, if a file with such a suffix, or a folder, cannot be."""
-    path = Path(path)
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    fits = existing.is_dir() if existing != path or not suffixes else existing.is_file()
-    fits = fits and (not suffixes or path.suffix in suffixes) and os.access(existing, os.W_OK)
-    run.need(fits, f"{flag} {path}: cannot be written there; name a "
-             + (f"file, as x{suffixes[0]}" if suffixes else "folder"))
-
-
 def check_flags(args):
     """ValueError naming the first flag whose value makes no sense, before anything is read."""
     for name, low, high in (
@@ -353,11 +342,12 @@ def check_flags(args):
             run.need_range(args, low, high, name)
     start, end = getattr(args, "cfg_interval", (0, 1))
     run.need(0 <= start <= end <= 1, f"--cfg_interval {start} {end}: two times in order, in 0..1")
-    if hasattr(args, "results"):
-        need_writable("--results", args.results, (".jsonl", ".json", ".txt"))
-    if getattr(args, "out", None):
-        figure = (".png", ".jpg", ".pdf", ".svg", "")
-        need_writable("--out", args.out, () if args.command == "gen" else figure)
+    for flag in ("results", "out"):                    # now, not after hours
+        path = Path(getattr(args, flag, None) or "x").absolute()
+        existing = next(p for p in (path, *path.parents) if p.exists())
+        folder = existing != path or (args.command, flag) == ("gen", "out")
+        fits = existing.is_dir() if folder else existing.is_file()
+        run.need(fits and os.access(existing, os.W_OK), f"--{flag} {path}: cannot be written there")
 
 
 def main():

@@ -339,12 +339,11 @@ def bands_figure(args, device):
 
 def latents_figure(args, device):
     """Fig. 3: a few held-out images, and under them the latents of every autoencoder as PCA-RGB."""
-    rows, shown = {}, None
+    rows = {}
     for label, ae, images in autoencoders(args, device):
-        shown = images if shown is None else shown     # the same ones for all
-        rows["image"] = shown * 0.5 + 0.5
+        shown = rows.setdefault("image", images)       # the same ones for all
         rows[label] = pca_rgb(encode_all(ae, shown, args.batch_size))
-    figure_rows(rows, args.out)
+    figure_rows(rows | dict(image=rows["image"] * 0.5 + 0.5), args.out)
     print(f"wrote {args.out}")
     return ()                                          # nothing is measured
 
