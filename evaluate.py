@@ -41,10 +41,8 @@ from dit import Interpolant, NoiseStream
 from losses import PerceptualLoss
 
 PRESETS = {
-    "celeba-f16d16": {},
-    "celeba-f8d4": {},
-    "imagenet-f16d16": dict(cfg=1.8),
-    "imagenet-repa": dict(cfg=1.8),
+    "celeba-f16d16": {}, "celeba-f8d4": {},
+    "imagenet-f16d16": dict(cfg=1.8), "imagenet-repa": dict(cfg=1.8),
     "one-gpu": dict(num_samples=10_000),
     "quick": dict(num_samples=128, steps=50, batch_size=64, val_images=128, reference_images=1000,
                   workers=0),

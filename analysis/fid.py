@@ -123,8 +123,8 @@ def set_statistics(inception, images, keep, workers, args, device):
     """inception_statistics of a set (ImageSet or built in), each rank a part of every batch."""
     rank, world = run.get_rank(), run.get_world_size()
     batches = val_batches(images, args.batch_size * world, rank, world, workers, device)
-    batches = ((to_uint8(x), rows.numpy()) for x, _, rows in batches)
-    return inception_statistics(inception, batches, keep, device)
+    uint8 = ((to_uint8(x), rows.numpy()) for x, _, rows in batches)
+    return inception_statistics(inception, uint8, keep, device)
 
 
 def inception_statistics(inception, batches, keep, device):
@@ -173,7 +173,7 @@ def reference_statistics(images, load_inception, args, device):
                           crop="ADM centre crop, 8 bit", network="torch-fidelity"))
     if run.broadcast_from_rank0(file.exists):          # another run may be writing it just now
         stored = read_npz(file)
-        run.need(str(stored.get("how")) == how,        # --reference_images was another number
+        run.need(str(stored.get("how")) == how,
                  f"{file}: statistics of {stored.get('how')}, wanted {how}; remove the file")
         return stored
     inception = load_inception()
@@ -229,21 +229,22 @@ def open_set(spec):
              them None; size, the pixels a side of an npz's images if known, else None
     """
     found = SimpleNamespace(spec=spec, n=None, images=None, moments=None, size=None)
-    if not spec.lower().endswith(".npz") or not Path(spec).is_file():
-        source = open_source(spec)
-    else:
-        stored = read_npz(spec)
-        if {"mu", "sigma"} <= stored.keys():
-            found.moments = stored["mu"], stored["sigma"]
-            run.need(all(np.isfinite(x).all() for x in found.moments), f"{spec}: is not finite")
-            found.size = json.loads(str(stored.get("how", "{}"))).get("size")  # out/reference's
-            return found
+    npz = spec.lower().endswith(".npz") and Path(spec).is_file()       # a pipe would block
+    stored = read_npz(spec) if npz else {}
+    if {"mu", "sigma"} <= stored.keys():
+        found.moments = stored["mu"], stored["sigma"]
+        run.need(all(np.isfinite(x).all() for x in found.moments), f"{spec}: is not finite")
+        found.size = json.loads(str(stored.get("how", "{}"))).get("size")  # of out/reference's
+        return found
+    if npz:
         pixels = stored.get("arr_0", np.empty(0))
         run.need(pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[-1] == 3,
                  f"{spec}: holds neither mu and sigma nor arr_0 (N, H, W, 3) uint8")
         found.size = min(pixels.shape[1:3])
-        source = SimpleNamespace(names=np.arange(len(pixels)).astype(str),
+        source = SimpleNamespace(names=np.arange(len(pixels)),
                                  image=lambda row: Image.fromarray(pixels[row]))
+    else:
+        source = open_source(spec)
     found.n = n = len(source.names)
     run.need(n > 1, f"{spec}: needs two images or more, holds {n}")
     found.images = ImageSet(spec, source, np.arange(n), np.zeros(n, np.int64), [], None)

@@ -380,6 +380,7 @@ def similarity_figure(args, device):
 
 # -------------------------------------------------------------------------- logs of training runs
 
+# What is drawn of a line of log.jsonl
 PANELS = ("loss", "l1", "lpips", "kl", "esm", "align", "gan", "disc", "grad_norm", "disc_grad_norm",
           "val_psnr", "val_ssim", "val_esm")
 
@@ -398,11 +399,11 @@ def curves_figure(args, device):
     for ax in axes.flat[len(shown):]:
         ax.set_axis_off()
     for panel, ax in zip(shown, axes.flat):
-        values = [[entry[panel] for entry in log if panel in entry] for log in logs]
-        for log, line in zip(logs, values):
-            ax.plot([entry["step"] for entry in log if panel in entry], line, lw=1)
-        linear = any(value <= 0 for line in values for value in line)
-        linear = linear or panel in ("val_psnr", "val_ssim")
+        linear = panel in ("val_psnr", "val_ssim")
+        for log in logs:
+            entries = [entry for entry in log if panel in entry]
+            ax.plot([entry["step"] for entry in entries], [entry[panel] for entry in entries], lw=1)
+            linear = linear or any(entry[panel] <= 0 for entry in entries)
         ax.set(title=panel, xlabel="step", yscale="linear" if linear else "log")
     figure.legend(axes[0, 0].lines, unique_names(paths), loc="outside lower center", fontsize=8,
                   ncols=4)

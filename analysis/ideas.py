@@ -39,22 +39,17 @@ def crop_face(image):
     return image[..., H // 8:H * 5 // 8, W // 4:W * 3 // 4]
 
 
-def plot_dog(ax):
-    """The gain of DoG filters over the frequencies of a 16x16 token grid, the default thick."""
-    omega = torch.arange(16) / 32                          # cycles per token of DCT row u
-    gain = lambda sigma: torch.exp(-2 * (math.pi * sigma * omega) ** 2)
-    for sigmas in ((0.5, 2.0), (1.0, 2.0), (1.0, 4.0), DOG_SIGMAS):
-        default = sigmas == DOG_SIGMAS
-        ax.plot(gain(sigmas[0]) - gain(sigmas[1]), "o-", ms=3, lw=3 if default else 1,
-                label="$\\sigma$ = {}, {}".format(*sigmas) + " (default)" * default)
-    ax.set(title="Eq. 6: DoG on a 16x16 token grid", ylabel="gain",
-           xlabel="DCT frequency u (0 = DC)")
-    ax.legend()
-
-
-def plot_spectra(axes, image):
-    """The image's power law, ESM's flattened targets, the power one can learn."""
-    law, targets, learnable = axes
+def plot(image):
+    """The figure of --plot. image (1, 3, H, W) in [-1, 1], H and W multiples of 8."""
+    H, W = image.shape[-2:]
+    figure = Figure((18, 9.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1)
+    whole, directions, law, targets, learnable = top.subplots(1, 5)
+    masks, quarter, dog = bottom.subfigures(1, 3, width_ratios=(3, 0.9, 1.1))
+    show(whole, image[0], f"{H} x {W} pixels")
+    show(directions, F.normalize(image[0], dim=0),         # every pixel, a vector, of length 1
+         "Fig. 2: without magnitudes\nthe layout is still there")
+    # Images follow a power law
     frequency = (torch.arange(32) + 0.5)[1:] / 32          # 1 = the corner; without DC's ring
     power = spectral.radial_profile(spectral.power_spectrum(image), 32)[0]
     alpha, power = spectral.fit_power_law(power).item(), power[1:]
@@ -64,6 +59,7 @@ def plot_spectra(axes, image):
                label=f"fit: $f^{{-{alpha:.2f}}}$")
     law.set(title="Images follow a power law", xlabel="frequency (1 = corner of the DCT grid)",
             ylabel="power")
+    # ESM's targets
     small = spectral.match_resolution(image, [side // 8 for side in image.shape[-2:]])
     for gamma in (0.0, 0.6, 1.0, 1.4):
         target = spectral.spectrum_distribution(small, 16, gamma)[0]
@@ -71,6 +67,7 @@ def plot_spectra(axes, image):
     targets.axhline(1 / 16, color="gray", ls=":", label="white")
     targets.set(title="ESM: the target, flattened by $\\gamma$", xlabel="ring (1 = low frequency)",
                 ylabel="share of log(1 + power)")
+    # Prop. 3.1
     S = power / power.mean()                               # power 1 on average, as a latent's
     for alpha_bar in (0.999, 0.9, 0.5, 0.1, 0.01):
         learnable.loglog(frequency, spectral.learnable_power(S, alpha_bar),
@@ -78,28 +75,14 @@ def plot_spectra(axes, image):
     learnable.loglog(frequency, S, "k--", label="all the power there is")
     learnable.set(title="Prop. 3.1: power a denoiser can learn", xlabel="frequency",
                   ylabel="learnable power")
-    for ax in axes:
-        ax.legend(fontsize=8)
-
-
-def plot(image):
-    """The figure of --plot. image (1, 3, H, W) in [-1, 1], H and W multiples of 8."""
-    H, W = image.shape[-2:]
-    figure = Figure((18, 9.6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1)
-    whole, directions, *spectra = top.subplots(1, 5)
-    show(whole, image[0], f"{H} x {W} pixels")
-    show(directions, F.normalize(image[0], dim=0),         # every pixel, a vector, of length 1
-         "Fig. 2: without magnitudes\nthe layout is still there")
-    masks, quarter, dog = bottom.subfigures(1, 3, width_ratios=(3, 0.9, 1.1))
-    plot_spectra(spectra, image)
-    plot_dog(dog.subplots())
+    # DSM's masks
     masks.suptitle("DSM (Fig. 10): cut the n last anti-diagonals of every 8x8 DCT block, "
                    "in the image and in the latent (dark = kept)")
     for n, column in zip(DSM_MASKS, masks.subplots(2, 4, height_ratios=(1, 2.2)).T):
         mask = spectral.triangle_mask(n)
         show(column[0], mask, f"n = {n}: {mask.sum()} of 64 kept")
         show(column[1], crop_face(spectral.lowpass(image, n))[0])
+    # downsampling is cutting the DCT
     dct, half = quarter.subplots(2, 1, height_ratios=(2, 1))
     power = spectral.dct2(image)[0].square().mean(0).log()                 # (H, W)
     dct.imshow(power, cmap="gray", vmin=power.quantile(0.02), vmax=power.quantile(0.998))
@@ -107,6 +90,18 @@ def plot(image):
     dct.set(title="Fig. 9: of the image's DCT\nthe top-left quarter ...", xticks=[], yticks=[])
     show(half, spectral.downsample_dct(image, 2)[0], "... is the image at half its size")
     half.spines[:].set(color=PURPLE, lw=3)
+    # the gain of DoG filters, the default thick
+    ax, omega = dog.subplots(), torch.arange(16) / 32      # cycles per token of DCT row u
+    gain = lambda sigma: torch.exp(-2 * (math.pi * sigma * omega) ** 2)
+    for sigmas in ((0.5, 2.0), (1.0, 2.0), (1.0, 4.0), DOG_SIGMAS):
+        default = sigmas == DOG_SIGMAS
+        ax.plot(gain(sigmas[0]) - gain(sigmas[1]), "o-", ms=3, lw=3 if default else 1,
+                label="$\\sigma$ = {}, {}".format(*sigmas) + " (default)" * default)
+    ax.set(title="Eq. 6: DoG on a 16x16 token grid", ylabel="gain",
+           xlabel="DCT frequency u (0 = DC)")
+    ax.legend()
+    for axes in (law, targets, learnable):
+        axes.legend(fontsize=8)
     return figure
 
 
