@@ -80,7 +80,7 @@ def load_or_none(load, device):
             network = load()
     except FileNotFoundError as error:                 # without its advice for train_ae.py
         run.print0(str(error).partition(", or train without it")[0])
-    return network if run.all_agree(network is not None, device) else None
+    return network if all(run.all_gather(network is not None)) else None
 
 
 # --------------------------------------------------------------------------------------------------
