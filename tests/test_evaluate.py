@@ -104,7 +104,7 @@ def test_pca_rgb_shows_the_strongest_direction_first(channels):
 
 
 @pytest.mark.filterwarnings("ignore:.*untrained")
-def test_figures_are_drawn(material, ae, main, tmp_path):
+def test_figures_are_drawn(material, ae, main):
     """bands reports a PSNR per mask, similarity an RMSC per target, spectrum draws features."""
     random = ["--encoder_source", "random", "--encoder", "dinov2_vitb14"]
     image = sorted((material / "images").glob("*/*.png"))[0]
@@ -139,14 +139,12 @@ def test_two_autoencoders_of_one_file_name(ae, main, tmp_path, monkeypatch):
 
 def test_names_in_legends_are_unique(tmp_path):
     """As much of the path as is needed; v1.5 is no file with an ending; _x would be hidden."""
-    names = lambda *paths: figures.unique_names(
-        [tmp_path / path for path in paths], taken=("image",))
-    assert names("A/ckpt_4.pt", "B/ckpt_4.pt", "C/D/ckpt.pt") == ["A/ckpt_4", "B/ckpt_4", "C/D"]
-    assert names("v1.0", "v1.5") == ["v1.0", "v1.5"]
-    assert names("x/A/ckpt.pt", "y/A/ckpt.pt", "y/A/ckpt.pt") == ["x/A", "y/A", "y/A"]
-    assert len(set(names("x.pt", "x.ckpt"))) == 2 and names("A/image.pt") == ["A/image"]
-    assert names("A/_x") == ["A/_x"]
-    assert names("$x$", "\x1b[2Jz") == [r"\$x\$", r"\x1b[2Jz"]
+    for paths, names in (("A/c_4.pt B/c_4.pt C/D/ckpt.pt", ["A/c_4", "B/c_4", "C/D"]),
+                         ("v1.0 v1.5", ["v1.0", "v1.5"]), ("x.pt x.ckpt", ["x.pt", "x.ckpt"]),
+                         ("x/A/ckpt.pt y/A/ckpt.pt", ["x/A", "y/A"]), ("A/image.pt", ["A/image"]),
+                         ("A/_x", ["A/_x"]), ("$x$ \x1b[2Jz", [r"\$x\$", r"\x1b[2Jz"])):
+        paths = [tmp_path / path for path in paths.split(" ")]
+        assert figures.unique_names(paths, taken=("image",)) == names
 
 
 @pytest.mark.filterwarnings("ignore:.*untrained")
@@ -244,18 +242,17 @@ def test_the_common_resolution_of_two_sets(tmp_path, capsys):
     for name, side in (("a", 24), ("b", 24), ("c", 40)):
         write_images(tmp_path / name, 3, side)
     Image.new("RGB", (33, 24)).save(tmp_path / "b" / "wide.png")
-    np.savez(tmp_path / "plain.npz", mu=np.zeros(3), sigma=np.eye(3))
-    kept = dict(mu=np.zeros(3), sigma=np.eye(3), how=json.dumps(dict(size=64)))
-    np.savez(tmp_path / "kept.npz", **kept)            # as gen keeps them
+    moments = dict(mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(tmp_path / "plain.npz", **moments)
+    np.savez(tmp_path / "kept.npz", **moments, how=json.dumps(dict(size=64)))      # by gen
     side = lambda *names, asked=None: fid.common_resolution(
         [fid.open_set(str(tmp_path / name)) for name in names], asked)
     assert side("a", "b") == side("a", "plain.npz") == 24 and side("kept.npz", "c") == 64
     assert side("a", "c.npz") == 40 and side("a", "c.npz", asked=32) == 32
-    assert side("plain.npz", "plain.npz") is None and not capsys.readouterr().out
-    with pytest.raises(ValueError, match="kept.npz: statistics of images of 64 px, not of 40"):
+    with pytest.raises(ValueError, match="kept.npz: .* 64 px"):
         side("kept.npz", "c", asked=40)
     assert side("a", "c") == side("a.npz", "c.npz") == 256
-    assert capsys.readouterr().out.count("no common size and are compared at 256 px") == 2
+    assert capsys.readouterr().out.count("compared at 256 px") == 2
 
 
 # ---- gen
@@ -362,8 +359,7 @@ def test_every_kept_checkpoint_is_scored(gen, diffusion, tmp_path, capsys):
     assert [line["step"] for line in lines] == [2, 4]     # not the untrained network
     best = min(lines, key=lambda line: line["SWD_16px"])
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1].startswith(f"best of 2: SWD_16px {best['SWD_16px']:.4g} at step"
-                                               f" {best['step']}, ")
+    assert f"\nbest of 2: SWD_16px {best['SWD_16px']:.4g} at step {best['step']}, " in printed
     assert printed.count("no FID: the Inception weights") == 1
     assert len(saved("out/ckpt_2")) == len(saved("out/ckpt_4")) == 3
     named = gen("--ckpt", diffusion / "ckpt_2.pt", diffusion / "ckpt_0.pt")
@@ -406,10 +402,8 @@ def test_a_set_that_changed_is_named(material, ae, main, changed, monkeypatch, c
         main(command, *commands[command], *data)
         return capsys.readouterr().out.count(f" has changed since {commands[command][1]} was ")
     assert said("latents") == said("gen") == 0
-    train_set, _ = open_data("set", 16)
-    (train_set.source.path / train_set.name(0)).unlink()
+    Path("set", open_data("set", 16)[0].name(0)).unlink()
     assert [said(command) for command in commands] == [1, 1, 1, 1]
-    assert said("latents", "--data", "set/") == 1
     assert said("latents", "--data", material / "images") == 0
 
 
@@ -443,7 +437,7 @@ def test_what_was_never_trained_is_not_sampled(diffusion, main, changed, monkeyp
     """No guidance without a trained null label; classes without an image are left out."""
     args = torch.load(diffusion / "ckpt.pt", weights_only=True)["args"]
     run = changed("run.pt", args=dict(args, label_dropout=0.0))
-    with pytest.raises(ValueError, match="--cfg 1.8: run.pt was trained .* --label_dropout 0"):
+    with pytest.raises(ValueError, match="--cfg 1.8: run.pt .* --label_dropout 0"):
         main("gen", *run, *GEN, "--cfg", 1.8)
     run = changed("run.pt", **other_classes(diffusion, 9), classes_seen=[0, 7])
     drawn, sample = [], dit.Interpolant.sample
@@ -456,7 +450,7 @@ def test_what_was_never_trained_is_not_sampled(diffusion, main, changed, monkeyp
                             ["trajectory", "--num_samples", 3, "--steps", 3]):
         drawn.clear()
         main(command, *run, *flags)
-        assert len(drawn) == 3 and set(drawn) <= {0, 7} and (drawn == [0, 7, 0] or "random" in flags)
+        assert drawn == [0, 7, 0] or "random" in flags and len(drawn) == 3 and {*drawn} <= {0, 7}
         assert capsys.readouterr().out.count("run.pt: 7 of its 9 classes had no training") == 1
     # --num_classes 9 for two class folders; but not a model of 9 folders on other data
     assert main("denoise", *run, "--val_images", 1)
@@ -521,13 +515,12 @@ def test_curves_of_running_runs(main, tmp_path, monkeypatch):
     drawn, save = [], figures.save_figure
     monkeypatch.setattr(figures, "save_figure", lambda *args: (drawn.append(args[0]), save(*args)))
     assert not main("curves", "ae/x", "sit/x/log.jsonl", "new/x")
-    legend, = drawn[0].legends
-    assert [text.get_text() for text in legend.get_texts()] == ["ae/x", "sit/x", "new/x"]
+    names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert names == ["ae/x", "sit/x", "new/x"]
     lines = {ax.get_title(): ax.lines for ax in drawn[0].axes[:4]}         # two stay empty
     assert list(lines) == ["loss", "grad_norm", "val_psnr", "val_esm"]
     assert len({line.get_color() for line in lines["loss"]}) == 3
     assert list(lines["grad_norm"][0].get_xdata()) == [0, 2]
     assert lines["loss"][1].get_xydata().tolist() == [[5, 1.0]]
-    assert (tmp_path / "out" / "curves.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="new/x: no line"):
         main("curves", "new/x")

@@ -1,4 +1,4 @@
-"""The latent cache: what goes in comes out; what is not whole is refused. What a set's hash sees."""
+"""The latent cache: what goes in comes out; only a whole one is read. What a hash sees."""
 import errno
 import json
 import os
