@@ -95,22 +95,6 @@ def test_one_flipped_bit_in_any_file_is_refused(tmp_path, name, monkeypatch):
     assert len(LatentCache(tmp_path / "cache", identity)) == 7
 
 
-def test_a_large_cache_is_compared_in_samples(tmp_path, monkeypatch):
-    """One of three blocks at each opening, another one each time."""
-    monkeypatch.setattr(latents, "BLOCK", 3)
-    _, _, identity = build(tmp_path)
-    monkeypatch.setattr(latents, "CHECKED", 1)
-    moments = np.load(tmp_path / "cache" / "moments.npy", mmap_mode="r+")
-    moments[6, 0, 0, 0, 0] += 1
-    refused = 0
-    for _ in range(40):
-        try:
-            LatentCache(tmp_path / "cache", identity)
-        except ValueError:
-            refused += 1
-    assert 2 < refused < 30
-
-
 def encode_slowly(script):
     """In another process: half a second per batch, so that two of them must overlap."""
     def slow(*args, progress, **options):

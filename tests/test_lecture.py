@@ -106,16 +106,6 @@ def test_a_wrong_answer_does_not(number, body, said, prepared, capsys):
     assert said in line
 
 
-def test_a_slider_without_ipywidgets_draws_three_values(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)   # its import fails
-    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
-    scope, drawn = {}, []
-    with plt.rc_context():                                 # the cell has settings of its own
-        execute(["helpers"], scope)
-        scope["slider"](lambda part, v: drawn.append((part, v)), "v", (1, 2, 3, 4, 5), 4)
-    assert [v for _, v in drawn] == [1, 3, 5] and len({part for part, _ in drawn}) == 3
-
-
 def test_the_kept_outputs_are_whole():
     """One run in order; an image of each figure; no error, warning or widget, no home paths."""
     assert 30 <= len(NOTEBOOK.cells) <= 50 and FILE.stat().st_size < 2e6
