@@ -94,10 +94,9 @@ def refused(path, *words, net=None, error=ValueError):
 # ---------------------------------------------------------------------------- names
 def test_diffusers_names():
     """Where shapes cannot tell tensors apart: pairs written down for f8d4; all stay different."""
+    parts = dict(q="to_q", k="to_k", v="to_v", proj_out="to_out.0", norm="group_norm")
     pairs = {f"encoder.mid.attn_1.{part}.weight": f"encoder.mid_block.attentions.0.{name}.weight"
-             for part, name in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"),
-                                ("proj_out", "to_out.0"), ("norm", "group_norm"))}
-    pairs |= {
+             for part, name in parts.items()} | {
         "decoder.mid.block_2.norm2.bias": "decoder.mid_block.resnets.1.norm2.bias",
         "encoder.down.0.downsample.conv.bias": "encoder.down_blocks.0.downsamplers.0.conv.bias",
         "encoder.down.3.attn.1.q.weight": "encoder.down_blocks.3.attentions.1.to_q.weight",
@@ -123,7 +122,6 @@ def test_our_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("name", ["f8d4", "f16d16", "f16d32"])
 def test_architecture_is_inferred(tmp_path, name):
-    """Widths, depth, channels, attention levels of published models follow from names, shapes."""
     config = dataclasses.replace(CONFIGS[name], ch=32)      # same outline, fewer weights
     path = write(tmp_path / "model.ckpt", {"state_dict": to_compvis(AutoencoderKL(config))})
     assert load_autoencoder(path).config == config
@@ -150,8 +148,7 @@ def test_diffusers_settings(tmp_path):
         assert load_autoencoder(file).latent_std.tolist() == [1, 1, 1]
     write(config, {})
     assert load_autoencoder(file).latent_std.tolist() == pytest.approx([1 / 0.18215] * 3)
-    write(config, dict(scaling_factor=0.5, shift_factor=None, latents_mean=[1.0, 2.0, 3.0],
-                       latents_std=[4.0, 5.0, 6.0]))
+    write(config, dict(scaling_factor=0.5, latents_mean=[1, 2, 3], latents_std=[4, 5, 6]))
     back = load_autoencoder(file)
     assert back.latent_mean.tolist() == [1, 2, 3] and back.latent_std.tolist() == [8, 10, 12]
     config.unlink()
@@ -230,9 +227,8 @@ def test_files_that_are_no_checkpoint(tmp_path, net):
     for content in (b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n" * 9,
                     b"<!DOCTYPE html><html>", whole[:len(whole) // 2], whole[:-100]):
         refused(write(path, content), "not a complete file of weights", net=net)
-    for content, word in [([torch.zeros(2)], "list"),
-                          ({"stage0.fc.weight": torch.zeros(2)}, "stage0.fc.weight")]:
-        refused(write(path, content), word, net=net)
+    refused(write(path, [torch.zeros(2)]), "list", net=net)
+    refused(write(path, {"stage0.fc.weight": torch.zeros(2)}), "stage0.fc.weight", net=net)
     for zipped in (True, False):
         content = {"state_dict": net.state_dict(), "x": Malice()}
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
@@ -302,8 +298,6 @@ WRAPPED = {         # network -> what a file holds
     "REPA": lambda net: {
         "model": other(net), "args": argparse.Namespace(seed=0), "opt": {"state": {}}, "steps": 3,
         "ema": renamed("module.")(net) | {"module.projectors.0.0.weight": torch.zeros(9, 32)}},
-    "ema. before model.": lambda net: renamed("ema.")(net) | {
-        f"model.{key}": value for key, value in other(net).items()},
     "inside state_dict": lambda net: {"state_dict": {"model": other(net), "ema": net.state_dict()}},
     "no ema yet": lambda net: {"model": net.state_dict(), "ema": None, "epoch": 3}}
 
@@ -318,16 +312,15 @@ def test_wrapped_state_dicts(tmp_path, how, net):
 def test_several_networks_in_a_file(tmp_path):
     """Each reader takes its own; of two that would do it takes none."""
     ae, sit = little(), tiny(SiT)
-    path = write(tmp_path / "all.pt", {"vae": to_compvis(ae), "model": other(sit),
-                                       "ema": sit.state_dict()})
+    content = {"vae": to_compvis(ae), "model": other(sit), "ema": sit.state_dict()}
+    path = write(tmp_path / "all.pt", content)
     assert same(load(ae, path), ae) and same(load(sit, path), sit)
     write(path, {"vae": to_compvis(ae), "model": to_compvis(ae)})
     refused(path, "2 networks", "vae.encoder")
 
 
 @NETS
-def test_every_floating_point_is_read(tmp_path, net):
-    """As float32, exactly the values in the file."""
+def test_every_floating_point_is_read_exactly(tmp_path, net):
     for dtype in (torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float64):
         state = {key: value.to(dtype) for key, value in net.state_dict().items()}
         back = load(net, write(tmp_path / "model.pt", state)).state_dict()
@@ -335,9 +328,8 @@ def test_every_floating_point_is_read(tmp_path, net):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda x: x * float("nan"), "not finite"), (lambda x: x / 0, "not finite"),
-    (lambda x: x.to(torch.int8), "torch.int8"), (lambda x: torch.zeros(7, 5, 2), "(7, 5, 2)"),
-    (lambda x: None, "missing")])
+    (lambda x: x / 0, "not finite"), (lambda x: x.to(torch.int8), "torch.int8"),
+    (lambda x: torch.zeros(7, 5, 2), "(7, 5, 2)"), (lambda x: None, "missing")])
 @pytest.mark.parametrize("net, state, name", [
     (little(), to_compvis(little()), "encoder.mid.block_2.conv2.weight"),
     (little(), to_diffusers(little()), "encoder.mid_block.resnets.1.conv2.weight"),
