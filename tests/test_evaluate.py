@@ -104,7 +104,7 @@ def test_pca_rgb_shows_the_strongest_direction_first(channels):
 
 
 @pytest.mark.filterwarnings("ignore:.*untrained")
-def test_figures_are_drawn(material, ae, main, tmp_path):
+def test_figures_are_drawn(material, ae, main):
     """bands reports a PSNR per mask, similarity an RMSC per target, spectrum draws features."""
     random = ["--encoder_source", "random", "--encoder", "dinov2_vitb14"]
     image = sorted((material / "images").glob("*/*.png"))[0]
@@ -139,12 +139,12 @@ def test_two_autoencoders_of_one_file_name(ae, main, tmp_path, monkeypatch):
 
 def test_names_in_legends_are_unique(tmp_path):
     """As much of the path as is needed; v1.5 is no file with an ending; _x would be hidden."""
-    names = lambda *paths: figures.unique_names([tmp_path / path for path in paths])
-    assert names("A/ckpt_4.pt", "B/ckpt_4.pt", "C/D/ckpt.pt") == ["A/ckpt_4", "B/ckpt_4", "C/D"]
-    assert names("v1.0", "v1.5") == ["v1.0", "v1.5"]
-    assert names("x/A/ckpt.pt", "y/A/ckpt.pt", "y/A/ckpt.pt") == ["x/A", "y/A", "y/A"]
-    assert len(set(names("x.pt", "x.ckpt"))) == 2 and names("A/image.pt") == ["A/image"]
-    assert names("A/_x") == ["A/_x"]
+    for paths, names in (("A/c_4.pt B/c_4.pt C/D/ckpt.pt", ["A/c_4", "B/c_4", "C/D"]),
+                         ("v1.0 v1.5", ["v1.0", "v1.5"]),
+                         ("x/A/ckpt.pt y/A/ckpt.pt", ["x/A", "y/A"]), ("A/image.pt", ["A/image"]),
+                         ("A/_x", ["A/_x"])):
+        paths = [tmp_path / path for path in paths.split(" ")]
+        assert figures.unique_names(paths) == names
 
 
 @pytest.mark.filterwarnings("ignore:.*untrained")
@@ -262,13 +262,23 @@ def diffusion(material, tmp_path_factory):
     return out
 
 
+GEN = "--num_samples 3 --steps 2 --batch_size 2 --workers 0 --out out".split()
+
+
 @pytest.fixture
 def gen(diffusion, main):
     """gen(*flags) samples into out/, without Inception weights; returns its results."""
-    def gen(*flags, count=3):
-        return main("gen", "--ckpt", diffusion / "ckpt.pt", "--num_samples", count, "--steps", 2,
-                    "--batch_size", 2, "--workers", 0, "--out", "out", *flags)
-    return gen
+    return lambda *flags, count=3: main(
+        "gen", "--ckpt", diffusion / "ckpt.pt", *GEN, "--num_samples", count, *flags)
+
+
+@pytest.fixture
+def changed(diffusion):
+    """changed(name, **fields) saves the diffusion run with other fields, and returns its --ckpt."""
+    def changed(name, **fields):
+        torch.save(torch.load(diffusion / "ckpt.pt", weights_only=True) | fields, name)
+        return "--ckpt", name
+    return changed
 
 
 def saved(folder="out"):
@@ -338,7 +348,7 @@ def test_labels_and_jpeg(gen):
     """Classes in turn or a function of (seed, index); --jpeg changes the stored samples alone."""
     assert fid.sample_labels(range(5), [1, 4]).tolist() == [1, 4, 1, 4, 1]
     whole = fid.sample_labels(range(40), range(5), 3)
-    assert whole.dtype == torch.int64 and set(whole.tolist()) == set(range(5))
+    assert set(whole.tolist()) == set(range(5))
     assert torch.equal(whole[10:13], fid.sample_labels(np.array([10, 11, 12]), range(5), 3))
     assert not torch.equal(whole, fid.sample_labels(range(40), range(5), 4))
     plain, = gen("--labels", "random")
@@ -355,8 +365,7 @@ def test_every_kept_checkpoint_is_scored(gen, diffusion, tmp_path, capsys):
     assert [line["step"] for line in lines] == [2, 4]     # not the untrained network
     best = min(lines, key=lambda line: line["SWD_16px"])
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1].startswith(f"best of 2: SWD_16px {best['SWD_16px']:.4g} at step"
-                                               f" {best['step']}, ")
+    assert f"\nbest of 2: SWD_16px {best['SWD_16px']:.4g} at step {best['step']}, " in printed
     assert printed.count("no FID: the Inception weights") == 1
     assert len(saved("out/ckpt_2")) == len(saved("out/ckpt_4")) == 3
     named = gen("--ckpt", diffusion / "ckpt_2.pt", diffusion / "ckpt_0.pt")
@@ -367,18 +376,6 @@ def test_every_kept_checkpoint_is_scored(gen, diffusion, tmp_path, capsys):
 
 
 # ---- nothing silently wrong
-@pytest.fixture
-def changed(diffusion):
-    """changed(name, **fields) saves the diffusion run with other fields, and returns its --ckpt."""
-    def changed(name, **fields):
-        torch.save(torch.load(diffusion / "ckpt.pt", weights_only=True) | fields, name)
-        return "--ckpt", name
-    return changed
-
-
-GEN = "--num_samples 3 --steps 2 --batch_size 2 --workers 0 --out out".split()
-
-
 def test_a_set_that_changed_is_named(material, ae, main, changed, monkeypatch, capsys):
     """One training image is gone: the commands say so, and measure; other --data is no change."""
     monkeypatch.setattr(evaluate, "load_or_none", lambda *args: None)
@@ -393,10 +390,8 @@ def test_a_set_that_changed_is_named(material, ae, main, changed, monkeypatch, c
         main(command, *commands[command], *data)
         return capsys.readouterr().out.count(f" has changed since {commands[command][1]} was ")
     assert said("latents") == said("gen") == 0
-    train_set, _ = open_data("set", 16)
-    (train_set.source.path / train_set.name(0)).unlink()
+    Path("set", open_data("set", 16)[0].name(0)).unlink()
     assert [said(command) for command in commands] == [1, 1, 1, 1]
-    assert said("latents", "--data", "set/") == 1
     assert said("latents", "--data", material / "images") == 0
 
 
@@ -411,21 +406,18 @@ def test_mixed_autoencoders_are_said_to_be(ae, main, capsys):
         assert capsys.readouterr().out.count("these runs differ in image") == count
 
 
-def other_classes(diffusion, n):
-    """The fields of the diffusion run as a model of n classes, of --num_classes n."""
-    checkpoint = torch.load(diffusion / "ckpt.pt", weights_only=True)
-    model_args = dict(checkpoint["model_args"], num_classes=n)
-    return dict(model_args=model_args, args=dict(checkpoint["args"], num_classes=n),
-                ema=dit.MODELS["SiT-tiny/4"](**model_args).state_dict())
 
 
 def test_what_was_never_trained_is_not_sampled(diffusion, main, changed, monkeypatch, capsys):
     """No guidance without a trained null label; classes without an image are left out."""
-    args = torch.load(diffusion / "ckpt.pt", weights_only=True)["args"]
-    run = changed("run.pt", args=dict(args, label_dropout=0.0))
-    with pytest.raises(ValueError, match="--cfg 1.8: run.pt was trained .* --label_dropout 0"):
+    trained = torch.load(diffusion / "ckpt.pt", weights_only=True)
+    run = changed("run.pt", args=dict(trained["args"], label_dropout=0.0))
+    with pytest.raises(ValueError, match="--cfg 1.8: run.pt .* --label_dropout 0"):
         main("gen", *run, *GEN, "--cfg", 1.8)
-    run = changed("run.pt", **other_classes(diffusion, 9), classes_seen=[0, 7])
+    model_args = dict(trained["model_args"], num_classes=9)
+    nine = dict(args=dict(trained["args"], num_classes=9), model_args=model_args,
+                ema=dit.MODELS["SiT-tiny/4"](**model_args).state_dict())
+    run = changed("run.pt", **nine, classes_seen=[0, 7])
     drawn, sample = [], dit.Interpolant.sample
 
     def spy(self, model, shape, steps, y=None, **options):
@@ -436,7 +428,7 @@ def test_what_was_never_trained_is_not_sampled(diffusion, main, changed, monkeyp
                             ["trajectory", "--num_samples", 3, "--steps", 3]):
         drawn.clear()
         main(command, *run, *flags)
-        assert len(drawn) == 3 and set(drawn) <= {0, 7} and (drawn == [0, 7, 0] or "random" in flags)
+        assert drawn == [0, 7, 0] or "random" in flags and len(drawn) == 3 and {*drawn} <= {0, 7}
         assert capsys.readouterr().out.count("run.pt: 7 of its 9 classes had no training") == 1
     # --num_classes 9 for two class folders; but not a model of 9 folders on other data
     assert main("denoise", *run, "--val_images", 1)
@@ -448,17 +440,15 @@ def test_what_is_not_finite_is_no_number(diffusion, ae, main, changed, tmp_path)
     """Finite weights that overflow: a line that names the file, no samples, no result."""
     ema = torch.load(diffusion / "ckpt.pt", weights_only=True)["ema"]
     run = changed("wild.pt", ema={name: 1e25 * tensor for name, tensor in ema.items()})
-    with pytest.raises(ValueError, match="^wild.pt: its samples are not finite"):
-        main("gen", *run, *GEN)
-    assert not (tmp_path / "out" / "samples.npz").exists()
     trained = torch.load(ae[1], weights_only=True)
     trained["model"] = {name: 1e25 * tensor for name, tensor in trained["model"].items()}
     torch.save(trained, "ae.pt")
     for command, flags in (("denoise", run), ("recon", ["--ae", "ae.pt", "--workers", 0]),
-                           ("trajectory", [*run, "--num_samples", 2, "--steps", 2])):
+                           ("trajectory", [*run, "--num_samples", 2, "--steps", 2]),
+                           ("gen", [*run, *GEN])):
         with pytest.raises(ValueError, match=f"^{flags[1]}: .* not finite"):
             main(command, *flags)
-    assert not (tmp_path / "results.jsonl").exists()
+    assert not list(tmp_path.rglob("results.jsonl")) and not list(tmp_path.rglob("samples.npz"))
 
 
 def test_escape_sequences_are_printed(capsys, tmp_path):
@@ -497,13 +487,12 @@ def test_curves_of_running_runs(main, tmp_path, monkeypatch):
     drawn, save = [], figures.save_figure
     monkeypatch.setattr(figures, "save_figure", lambda *args: (drawn.append(args[0]), save(*args)))
     assert not main("curves", "ae/x", "sit/x/log.jsonl", "new/x")
-    legend, = drawn[0].legends
-    assert [text.get_text() for text in legend.get_texts()] == ["ae/x", "sit/x", "new/x"]
+    names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert names == ["ae/x", "sit/x", "new/x"]
     lines = {ax.get_title(): ax.lines for ax in drawn[0].axes[:4]}         # two stay empty
     assert list(lines) == ["loss", "grad_norm", "val_psnr", "val_esm"]
     assert len({line.get_color() for line in lines["loss"]}) == 3
     assert list(lines["grad_norm"][0].get_xdata()) == [0, 2]
     assert lines["loss"][1].get_xydata().tolist() == [[5, 1.0]]
-    assert (tmp_path / "out" / "curves.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="new/x: no line"):
         main("curves", "new/x")

@@ -4,21 +4,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from losses import (
-    PatchDiscriminator,
-    PerceptualLoss,
-    adaptive_weight,
-    dsm_pair,
-    eq_pair,
-    esm_loss,
-    hinge_d_loss,
-    hinge_g_loss,
-    kl_loss,
-    low_freq_align_loss,
-    scale_images,
-    scale_pair,
-    vf_loss,
-)
+import losses
+from losses import PatchDiscriminator, PerceptualLoss, adaptive_weight, eq_pair, esm_loss, kl_loss
 from spectral import dct2, idct2, lowpass, spectrum_distribution
 
 close = torch.testing.assert_close
@@ -74,7 +61,7 @@ def test_esm_sees_the_latents_scale():
 # ---- VA-VAE and UAE
 def test_vf_loss_by_its_definition():
     """Both hinges written out with loops; 0 within the margins; gradient to the projection only."""
-    p, f = torch.randn(2, 5, 7, requires_grad=True), torch.randn(2, 5, 7, requires_grad=True)
+    p, f = (torch.randn(2, 5, 7, requires_grad=True) for _ in range(2))
     cos = lambda a, b: F.cosine_similarity(a, b, dim=0)
     points, pairs = [], []
     for b in range(2):
@@ -83,11 +70,11 @@ def test_vf_loss_by_its_definition():
             for s in range(5):
                 gap = cos(p[b, s], p[b, t]) - cos(f[b, s], f[b, t])
                 pairs.append((gap.abs() - 0.25).clamp_min(0))
-    loss = vf_loss(p, f)
+    loss = losses.vf_loss(p, f)
     close(loss, torch.stack(points).mean() + torch.stack(pairs).mean())
     loss.backward()
     assert p.grad.abs().sum() > 0 and f.grad is None
-    assert vf_loss(3 * f, f) == 0
+    assert losses.vf_loss(3 * f, f) == 0
 
 
 def test_low_freq_align_loss_is_the_error_of_the_first_zigzag_coefficients():
@@ -98,20 +85,21 @@ def test_low_freq_align_loss_is_the_error_of_the_first_zigzag_coefficients():
         X = dct2(f.transpose(1, 2).unflatten(2, (6, 10)))
         X[:, :, u, v] += 5
         return idct2(X).flatten(2).transpose(1, 2)
-    loss = lambda tokens: low_freq_align_loss(tokens, f, (6, 10), coefficients=10)
+    loss = lambda tokens: losses.low_freq_align_loss(tokens, f, (6, 10), coefficients=10)
     assert loss(f) == 0
     for u in range(6):
         for v in range(10):
             expected = 25 / 10 if u + v <= 3 else 0.0
             close(loss(change(u, v)), torch.tensor(expected), atol=1e-5, rtol=1e-4)
     changed = change(5, 9)  # the last of all 60, which are what 64 of them mean on this grid
-    close(low_freq_align_loss(changed, f, (6, 10)), (changed - f).square().mean(), rtol=1e-3,
-          atol=1e-6)
+    expected = (changed - f).square().mean()
+    close(losses.low_freq_align_loss(changed, f, (6, 10)), expected, rtol=1e-3, atol=1e-6)
 
 
 # ---- pairs
 @pytest.mark.parametrize("pair, n, identity, expected", [
-    (dsm_pair, 10, 0, lambda x: lowpass(x, 10)), (scale_pair, 2, 1, lambda x: F.avg_pool2d(x, 2))])
+    (losses.dsm_pair, 10, 0, lambda x: lowpass(x, 10)),
+    (losses.scale_pair, 2, 1, lambda x: F.avg_pool2d(x, 2))])
 def test_pairs_treat_both_sides_alike(pair, n, identity, expected):
     """Alg. 2: the same mask on image and latent; related methods halve both."""
     images, latents = torch.randn(2, 3, 32, 64), torch.randn(2, 4, 8, 16)
@@ -133,7 +121,7 @@ def test_eq_pair_scales_and_rotates_both_sides():
     assert z.shape[-2:] == (3, 4) and target.shape[-2:] == (24, 32)
     assert target[0, 0, -1, -1] == 1 and z[0, 0, -1, -1] == 1  # bottom right
     assert target[0, 0, 0, 0] == 0 and z[0, 0, 0, 0] == 0
-    assert torch.equal(scale_images(images, 11 / 32, 8), eq_pair(images, latents, 11 / 32, 0)[0])
+    assert torch.equal(losses.scale_images(images, 0.3, 8), eq_pair(images, latents, 0.3, 0)[0])
     assert eq_pair(images, latents, 0.01, 0)[1].shape[-2:] == (1, 1)
 
 
@@ -155,10 +143,9 @@ def test_discriminator_architecture():
 
 
 def test_hinge_losses_by_hand():
-    """relu(1 - real) + relu(1 + fake); -fake."""
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 1.0])
-    close(hinge_d_loss(real, fake), torch.tensor(0.25 + 1.0))
-    close(hinge_g_loss(fake), torch.tensor(1.0))
+    close(losses.hinge_d_loss(real, fake), torch.tensor(0.25 + 1.0))
+    close(losses.hinge_g_loss(fake), torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

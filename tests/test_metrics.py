@@ -11,19 +11,9 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 
+from common import metrics
 from common.builtin import BuiltInImages
-from common.metrics import (
-    Moments,
-    frechet_distance,
-    jpeg_round_trip,
-    laplacian_pyramid,
-    load_inception,
-    psnr,
-    sliced_wasserstein,
-    spectral_kl,
-    ssim,
-    to_uint8,
-)
+from common.metrics import Moments, frechet_distance, sliced_wasserstein, ssim, to_uint8
 from losses import PerceptualLoss
 
 close = torch.testing.assert_close
@@ -32,20 +22,20 @@ close = torch.testing.assert_close
 def test_psnr_closed_form():
     """Off by 16 grey levels: 20 log10(255 / 16); errors below half a level vanish in 8 bits."""
     a = (torch.randint(0, 200, (3, 3, 12, 17)).float() - 127.5) / 127.5
-    close(psnr(a, a + 16 / 127.5), torch.full((3,), 20 * math.log10(255 / 16)))
-    close(psnr(a, a + 0.3 / 127.5), torch.full((3,), 100.0))
+    close(metrics.psnr(a, a + 16 / 127.5), torch.full((3,), 20 * math.log10(255 / 16)))
+    close(metrics.psnr(a, a + 0.3 / 127.5), torch.full((3,), 100.0))
 
 
 def test_jpeg_round_trip_is_what_torchvision_saves(tmp_path):
     """The pixels of save_image("x.jpg"), read again; noise is changed, a plain grey is not."""
     images = torch.randint(0, 256, (2, 3, 24, 40), dtype=torch.uint8)
-    through = jpeg_round_trip(images)
+    through = metrics.jpeg_round_trip(images)
     for image, expected in zip(images, through):
         save_image(image / 255, tmp_path / "x.jpg")
         assert torch.equal(pil_to_tensor(Image.open(tmp_path / "x.jpg")), expected)
     assert through.shape == images.shape and (through != images).any()
     grey = torch.full((1, 3, 16, 16), 90, dtype=torch.uint8)
-    assert torch.equal(jpeg_round_trip(grey), grey)
+    assert torch.equal(metrics.jpeg_round_trip(grey), grey)
 
 
 def test_ssim_against_the_definition():
@@ -106,7 +96,7 @@ def test_equal_sets_are_at_exactly_zero(count):
 
 
 @pytest.mark.parametrize("load, words", [
-    (lambda: load_inception(torch.device("cpu")), ["https://github.com/toshas/torch-fidelity"]),
+    (lambda: metrics.load_inception(torch.device("cpu")), ["https://github.com/toshas/torch-fidelity"]),
     (PerceptualLoss, ["https://download.pytorch.org/models/vgg16-397923af.pth",
                       "hub/checkpoints/vgg16-397923af.pth", "--lpips_weight 0"])])
 def test_without_network_one_line_says_where_the_file_belongs(load, words, tmp_path, monkeypatch):
@@ -135,7 +125,7 @@ def blur(x, times=1):
 def test_laplacian_pyramid_adds_up():
     """Sides 64, 32, 16; expanding the coarse one and adding the fine ones gives the image back."""
     x = torch.randn(2, 3, 64, 96)
-    levels = laplacian_pyramid(x)
+    levels = metrics.laplacian_pyramid(x)
     assert [level.shape[-2:] for level in levels] == [(64, 96), (32, 48), (16, 24)]
     taps, image = torch.tensor([1.0, 4, 6, 4, 1]) / 16, levels[-1]
     kernel = (taps[:, None] * taps).expand(3, 1, 5, 5)
@@ -159,8 +149,8 @@ def test_swd_is_zero_on_itself_and_grows_with_blur_and_noise():
 def test_spectral_kl_is_zero_on_itself_and_sees_blur():
     """Blur moves the radial spectrum; another draw of the same images does so much less."""
     a, b = leaves(24), leaves(24, first=1000)
-    assert spectral_kl(a, a) == pytest.approx(0, abs=1e-7)
-    assert spectral_kl(blur(b), a) > 10 * spectral_kl(b, a) > 0
+    assert metrics.spectral_kl(a, a) == pytest.approx(0, abs=1e-7)
+    assert metrics.spectral_kl(blur(b), a) > 10 * metrics.spectral_kl(b, a) > 0
 
 
 def test_to_uint8_rounds_and_clips():

@@ -37,10 +37,9 @@ def test_dog_equals_scipy():
             ndimage.gaussian_filter(x, (0, s, s, 0), mode="mirror", truncate=4.0) for s in sigmas)
         band = narrow - wide
         expected = torch.from_numpy(band / band.std((1, 2), keepdims=True))
-        result = on_grid(filter_target(tokens, "dog", GRID, *sigmas)).double()
-        close(result, expected, rtol=1e-3, atol=1e-4)
-    close(filter_target(tokens + 7, "dog", GRID), filter_target(tokens, "dog", GRID),
-          rtol=1e-3, atol=1e-4)
+        for same in (tokens, tokens + 7):                  # it has no mean
+            result = on_grid(filter_target(same, "dog", GRID, *sigmas)).double()
+            close(result, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_norm_std_is_the_factor_on_the_mean():
@@ -63,12 +62,10 @@ def test_default_sigmas_pass_the_layout_band():
     waves = np.cos(2 * np.pi * u[:, None] / 32 * np.arange(-40, 41))       # (U, 81)
     waves = torch.from_numpy(waves).float()[:, None, None].expand(-1, 1, 3, -1)
     gain = dog(waves, *DOG_SIGMAS)[:, 0, 1, 40].numpy()    # at the crest, far from the border
-    assert abs(gain[0]) < 1e-6
-    assert gain.max() == pytest.approx(0.59, abs=0.005)
+    assert abs(gain[0]) < 1e-6 and gain.max() == pytest.approx(0.59, abs=0.005)
     assert u[gain.argmax()] == pytest.approx(4.3, abs=0.1)
     passed = u[gain >= gain.max() / 2]
-    assert passed.min() == pytest.approx(1.95, abs=0.06)
-    assert passed.max() == pytest.approx(7.93, abs=0.06)
+    assert [passed.min(), passed.max()] == pytest.approx([1.95, 7.93], abs=0.06)
 
 
 def test_filters_raise_the_contrast_of_smooth_features():
@@ -82,7 +79,7 @@ def test_filters_raise_the_contrast_of_smooth_features():
 
 
 def test_filters_are_float32_under_bf16_and_finite_without_structure():
-    """bf16 under autocast; constant features and a single token cause no division by zero."""
+    """Constant features and a single token cause no division by zero."""
     tokens = torch.randn(2, 126, 5).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         out = filter_target(tokens, "dog", GRID)
@@ -95,10 +92,9 @@ def test_filters_are_float32_under_bf16_and_finite_without_structure():
 
 # ---- loss and projector
 def test_alignment_loss_is_minus_the_mean_cosine():
-    """-1 with itself at any scale, +1 with the opposite; by its formula; float32 from bf16."""
-    a, b = torch.randn(3, 126, 7), torch.randn(3, 126, 7)
+    """-1 with itself at any scale; by its formula; float32 from bf16."""
+    a, b = torch.randn(2, 3, 126, 7)
     close(alignment_loss(a, 5 * a), torch.tensor(-1.0))
-    close(alignment_loss(a, -a), torch.tensor(1.0))
     close(alignment_loss(a, b), -((a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)).mean())
     with torch.autocast("cpu", torch.bfloat16):
         loss = alignment_loss(a.bfloat16(), b)
@@ -145,11 +141,11 @@ def test_the_mlp_projector_is_repas():
 # ---- encoder
 class MeanColour(torch.nn.Module):
     """A stand-in for DINOv2: the token of a patch is its mean colour."""
-    embed_dim = 3
+    embed_dim, patch_size = 3, 14
 
-    def __init__(self, patch_size=14):
+    def __init__(self):
         super().__init__()
-        self.patch_size, self.dropout = patch_size, torch.nn.Dropout(0.5)
+        self.dropout = torch.nn.Dropout(0.5)
 
     def forward_features(self, x):
         self.seen = x
@@ -164,8 +160,7 @@ def test_encoder_normalises_then_resizes():
     x = normalize((images + 1) / 2, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     x = F.interpolate(x, (56, 84), mode="bicubic")
     close(encoder.network.seen, x)
-    # no dropout: train() leaves it in eval mode
-    close(tokens, F.avg_pool2d(x, 14).flatten(2).transpose(1, 2))
+    close(tokens, F.avg_pool2d(x, 14).flatten(2).transpose(1, 2))          # no dropout
     vavae = Encoder(MeanColour(), resize="bilinear", imagenet=False)
     vavae(images, (4, 6))
     close(vavae.network.seen, F.interpolate(images, (56, 84), mode="bilinear"))
@@ -176,13 +171,9 @@ def test_encoder_normalises_then_resizes():
     close(tokens, small(images, (4, 6)), rtol=0, atol=1e-4)  # bf16 on CUDA only
 
 
-@pytest.mark.parametrize("patch_size, grid, match", [
-    (14, (6, 4), "32x48 does not fit a token grid of 6x4"),
-    (28, (4, 6), r"\(96, 3\) tokens, expected \(24, 3\)")])
-def test_encoder_refuses_a_wrong_grid_or_patch_size(patch_size, grid, match):
-    """A transposed grid, a network whose patches are not what it says."""
-    with pytest.raises(ValueError, match=match):
-        Encoder(MeanColour(patch_size))(torch.rand(1, 3, 32, 48), grid)
+def test_encoder_refuses_a_transposed_grid():
+    with pytest.raises(ValueError, match="32x48 does not fit a token grid of 6x4"):
+        Encoder(MeanColour())(torch.rand(1, 3, 32, 48), (6, 4))
 
 
 def test_random_encoder_is_always_the_same_and_says_that_it_teaches_nothing():
@@ -272,10 +263,8 @@ def test_without_network_one_line_says_what_goes_where(hub):
 
 
 def test_unknown_names_and_wrong_weights_are_named(hub):
-    """No hubconf.py, names that nobody has, the weights of another network."""
+    """Names that nobody has, the weights of another network."""
     checkpoints, clone, _ = hub
-    with pytest.raises(FileNotFoundError, match="hubconf.py"):
-        load_encoder(source=str(checkpoints))
     torch.save({"colours.weight": torch.zeros(5, 3)}, checkpoints / FILE)
     for name, source, match in [
             ("dinov3_vitb16", None, "dinov2_vitg14_reg"),
