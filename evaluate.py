@@ -59,13 +59,12 @@ def report(values, settings, results):
     number = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
     run.print0("  ".join(f"{k} {number(v)}" for k, v in values.items()))
     run.print0("  with " + ", ".join(f"{k} {v}" for k, v in settings.items()))
-    cuda, commit = torch.cuda.is_available(), ""
+    commit, cpu = "", f"{platform.machine()}, {os.cpu_count()} cores"
     with contextlib.suppress(OSError):                 # no git here
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    hardware = f"{platform.machine()}, {os.cpu_count()} cores"
     line = dict(values, **settings, command=" ".join(["evaluate.py", *sys.argv[1:]]), commit=commit,
-                hardware=torch.cuda.get_device_name() if cuda else hardware,
+                hardware=torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
                 torch=torch.__version__, time=time.strftime("%Y-%m-%d %H:%M:%S"))
     Path(results).parent.mkdir(parents=True, exist_ok=True)
     with open(results, "a") as file:

@@ -58,10 +58,8 @@ def denoised_power(model, process, latents, labels=None, times=TIMES, seed=0, ba
 
 
 def fraction_learned(found):
-    """
-    The fraction of the learnable power in found (denoised_power) that the network saves, below 0
-    where it is worse than predicting 0: of each ring (R,); of all coefficients, a float.
-    """
+    """The fraction of the learnable power that is saved: of each ring (R,); of all, a float."""
+    # below 0 where the network is worse than predicting 0
     saved, learnable = (found.power - found.error).sum(0), found.learnable.sum(0)
     return saved / learnable, float((found.sizes * saved).sum() / (found.sizes * learnable).sum())
 
