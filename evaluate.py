@@ -37,14 +37,12 @@ from analysis import fid, figures, theory
 from common import metrics, run
 from common.data import LARGEST_SIDE, open_data, spread, val_batches
 from common.weights import compare_images, load_autoencoder, load_diffusion
-from dit import DDPM, Interpolant, NoiseStream
+from dit import Interpolant, NoiseStream
 from losses import PerceptualLoss
 
 PRESETS = {
-    "celeba-f16d16": {},
-    "celeba-f8d4": {},
-    "imagenet-f16d16": dict(cfg=1.8),
-    "imagenet-repa": dict(cfg=1.8),
+    "celeba-f16d16": {}, "celeba-f8d4": {},
+    "imagenet-f16d16": dict(cfg=1.8), "imagenet-repa": dict(cfg=1.8),
     "one-gpu": dict(num_samples=10_000),
     "quick": dict(num_samples=128, steps=50, batch_size=64, val_images=128, reference_images=1000,
                   workers=0),
@@ -61,19 +59,16 @@ def report(values, settings, results):
     number = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
     run.print0("  ".join(f"{k} {number(v)}" for k, v in values.items()))
     run.print0("  with " + ", ".join(f"{k} {v}" for k, v in settings.items()))
-    commit, hardware = "", f"{platform.machine()}, {os.cpu_count()} cores"
+    commit, cpu = "", f"{platform.machine()}, {os.cpu_count()} cores"
     with contextlib.suppress(OSError):                 # no git here
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
-    line = dict(values, **settings, command=" ".join(["evaluate.py", *sys.argv[1:]]),
-                commit=commit, hardware=hardware, torch=torch.__version__,
-                time=time.strftime("%Y-%m-%d %H:%M:%S"))
-    with fid.naming(results):
-        Path(results).parent.mkdir(parents=True, exist_ok=True)
-        with open(results, "a") as file:
-            file.write(json.dumps(line) + "\n")
+    line = dict(values, **settings, command=" ".join(["evaluate.py", *sys.argv[1:]]), commit=commit,
+                hardware=torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+                torch=torch.__version__, time=time.strftime("%Y-%m-%d %H:%M:%S"))
+    Path(results).parent.mkdir(parents=True, exist_ok=True)
+    with open(results, "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def load_or_none(load, device):
@@ -175,28 +170,21 @@ def evaluate_gen(args, device):
         null_class = model.num_classes and checkpoint["args"].get("label_dropout") != 0
         run.need(args.cfg == 1 or null_class, f"--cfg {args.cfg}: {file} was trained without "
                  "classes or with --label_dropout 0, so there is no null class; leave --cfg at 1")
-        run.need(args.steps <= 1000 or not isinstance(process, DDPM),
-                 f"--steps {args.steps}: {file} has 1000 noise levels, so take at most 1000")
         size, n, data = checkpoint["image_size"], args.num_samples, args.data or checkpoint["data"]
         classes = fid.sampled_classes(file, checkpoint)
         figures.need_outside(out / "images", data)
         training_set = fid.training_images(file, checkpoint, args)
-        if training_set is not None:
-            fid.reference_statistics(training_set, None, args, device)  # if damaged, say it now
         network, count, values, described = None, 0, {}, "none"
+        if training_set is not None:       # before hours of sampling: images may prove unreadable
+            reference = fid.reference_statistics(training_set, inception, args, device)
+            network = inception()
+            count = min(n, len(training_set), 2048)            # in memory, unlike all else here
+            batches = val_batches(spread(training_set, count), args.batch_size)
+            real = [images for images, _, _ in batches] if run.get_rank() == 0 else []
+            described = f"{len(training_set)} training images of {data or 'built-in'} at {size} px"
         draw = partial(fid.sample_images, file, model, process, ae, classes, args=args,
                        device=device)
-        with fid.shared_samples(out, (n, size, size, 3)) as samples:
-            if training_set is not None:   # before hours of sampling: images may prove unreadable
-                network = inception()
-                if network:
-                    reference = fid.reference_statistics(training_set, network, args, device)
-                count = min(n, len(training_set), 2048)    # in memory, unlike all else here
-                batches = val_batches(spread(training_set, count), args.batch_size)
-                real = [images for images, _, _ in batches] if run.get_rank() == 0 else []
-                place = f"{data or 'built-in'} at {size} px"
-                described = f"{len(training_set)} training images of {place}"
-            seconds = fid.write_samples(draw, samples, out, args)
+        samples, seconds = fid.write_samples(draw, (n, size, size, 3), out, args)
         if network:
             values = fid.inception_metrics(network, samples, reference, args, device)
         if count and run.get_rank() == 0:
@@ -215,18 +203,11 @@ def evaluate_gen(args, device):
             seconds=round(seconds, 1))
         results.append((values, settings))
         yield values, settings
-    if len(checkpoints) > 1:
-        run.print0(best_line(results))
-
-
-def best_line(results):
-    """Which of [(values, settings)] has the smallest FID, or SWD of the finest level without it."""
-    key = next((key for key in results[0][0] if key.startswith(("FID", "SWD"))), None)
-    if not all(key in values for values, _ in results):
-        return "no best of these: they have no FID or SWD in common"
-    value, step, file = min((values[key], settings["step"], settings["ckpt"])
-                            for values, settings in results)
-    return f"best of {len(results)}: {key} {value:.4g} at step {step}, {file}"
+    if len(results) > 1 and values:                    # FID, or SWD of the finest level without it
+        key = next(key for key in values if key.startswith(("FID", "SWD")))
+        values, settings = min(results, key=lambda result: result[0].get(key, math.inf))
+        run.print0(f"best of {len(results)}: {key} {values[key]:.4g} at step {settings['step']}, "
+                   f"{settings['ckpt']}")
 
 
 def evaluate_fid(args, device):
@@ -234,21 +215,23 @@ def evaluate_fid(args, device):
     Frechet distance of two sets, each a folder, a zip, an npz of images (arr_0) or an npz of
     statistics (mu, sigma).
 
-    Images are compared at one size: --image_size, else that of the npz, else that of all images of
-    the folders and zips, else 256. Larger and smaller ones are cropped and resized as ADM does.
+    Images are compared at one size: --image_size, else that of the npz, else the shorter side of
+    the first image of A. Larger and smaller ones are cropped and resized as ADM does.
     """
     a, b = sets = [fid.open_set(spec) for spec in (args.a, args.b)]
-    dims = [len(entry.moments[0]) if entry.moments else 2048 for entry in sets]
-    run.need(dims[0] == dims[1], f"{a.spec} and {b.spec}: features of {dims[0]} and {dims[1]} "
-             "dimensions; make both with one network")
-    size = fid.common_resolution(sets, args.image_size)
-    inception = metrics.load_inception(device) if a.images or b.images else None
+    images, size = a.images or b.images, args.image_size or a.size or b.size
+    if images and not size:
+        size = min(images.source.image(0).size)
+    for entry in sets:                                 # those that gen keeps know their size
+        run.need(not entry.moments or entry.size in (None, size), f"{entry.spec}: statistics of "
+                 f"images of {entry.size} px, not {size}; compare at --image_size {entry.size}")
+    inception = metrics.load_inception(device) if images else None
     for entry in sets:
         if entry.images:
             entry.images.size = size
             found = fid.set_statistics(inception, entry.images, [], 0, args, device)
             entry.n, *entry.moments = found[:3]
-    known = [entry.n for entry in sets if entry.n]
+    known = [entry.n for entry in sets if entry.n]     # images; of statistics it is not known
     name = fid.fid_at(min(known)) if known else "FID"
     yield {name: metrics.frechet_distance(*a.moments, *b.moments)}, dict(
         a=a.spec, b=b.spec, n_a=a.n, n_b=b.n, size=size,
@@ -307,8 +290,7 @@ def get_args():
     add("--preset", "celeba-f16d16", choices=PRESETS, help="defaults by name; explicit flags win")
     several = command in ("spectrum", "bands", "latents", "diffusability")
     add("--ae", nargs="+" if several else None, help="ckpt.pt or released weights (default: what "
-        "--ckpt was trained on, or the newest of out/ae/<preset>-*/ckpt.pt; where several can be "
-        "given, all of them)")
+        "--ckpt was trained on; of out/ae/<preset>-*/ckpt.pt the newest, or all if all can be)")
     add("--ckpt", nargs="+", help="run(s) of train_diffusion.py or their ckpt.pt (default: the "
         "newest out/diffusion/<preset>-*/ckpt.pt)")
     add("--every", False, action="store_true", help="all ckpt_<step>.pt of the run, in order")
@@ -348,17 +330,6 @@ def get_args():
                                    for name, values in PRESETS.items()})
 
 
-def check_path(flag, path, kind):
-    """ValueError now, not after hours, unless a "file", "folder" or "figure" can be written."""
-    path = Path(path)
-    # what exists of it; the rest is made when it is needed
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    fits = existing.is_dir() if kind == "folder" or existing != path else existing.is_file()
-    suffix = kind != "figure" or path.suffix in ("", ".png", ".jpg", ".pdf", ".svg")
-    run.need(fits and suffix and os.access(existing, os.W_OK), f"{flag} {path}: cannot be written "
-             f"there; name a {kind}, such as x.png for a figure")
-
-
 def check_flags(args):
     """ValueError naming the first flag whose value makes no sense, before anything is read."""
     for name, low, high in (
@@ -368,20 +339,14 @@ def check_flags(args):
             ("gamma", 0, 10)):                         # 16^gamma is to fit float32
         if getattr(args, name, None) is not None:
             run.need_range(args, low, high, name)
-    run.need(getattr(args, "reference_images", 0) != 1, "--reference_images 1: must be 0 or >= 2")
     start, end = getattr(args, "cfg_interval", (0, 1))
     run.need(0 <= start <= end <= 1, f"--cfg_interval {start} {end}: two times in order, in 0..1")
-    if hasattr(args, "results"):
-        check_path("--results", args.results, "file")
-        held = Path(args.results).open("rb").read(1) if Path(args.results).exists() else b""
-        run.need(held in (b"", b"{"), f"--results {args.results}: holds something else, to which "
-                 "results would be appended; name another file")
-    if getattr(args, "out", None):
-        check_path("--out", args.out, "folder" if args.command == "gen" else "figure")
-        given = [getattr(args, name, None) or [] for name in ("ckpt", "ae", "image", "runs")]
-        given = (path for some in given for path in ([some] if type(some) is str else some))
-        run.need(Path(args.out).resolve() not in {Path(path).resolve() for path in given},
-                 f"--out {args.out}: is what is read; name another place")
+    for flag in ("results", "out"):                    # now, not after hours
+        path = Path(getattr(args, flag, None) or "x").absolute()
+        existing = next(p for p in (path, *path.parents) if p.exists())
+        folder = existing != path or (args.command, flag) == ("gen", "out")
+        fits = existing.is_dir() if folder else existing.is_file()
+        run.need(fits and os.access(existing, os.W_OK), f"--{flag} {path}: cannot be written there")
 
 
 def main():

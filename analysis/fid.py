@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -66,64 +65,47 @@ def sample_images(file, model, process, ae, classes, indices, args, device):
     return jpeg_round_trip(images) if args.jpeg else images
 
 
-@contextlib.contextmanager
-def naming(path):
-    """An OSError while the file or folder path is written is one line with its name."""
-    try:
-        yield
-    except OSError as error:
-        if str(path) in str(error):
-            raise
-        raise OSError(f"{path}: cannot be written ({run.reason(error)}); make room, then run "
-                      "again") from None
-
-
-@contextlib.contextmanager
-def shared_samples(out, shape):
-    """A memory-mapped uint8 array for all ranks. The folder out is this run's; others wait."""
-    path, first = out / "samples.npy", run.get_rank() == 0
-    with run.file_lock(out / ".lock") if first else contextlib.nullcontext():
-        if first:                                      # 50,000 images of 256 px are 10 GB
-            create_array(f"{path} of {shape[0]:,} rows", path, np.uint8, shape)
-        run.barrier()
-        array = np.load(path, mmap_mode="r+")
-        run.barrier()
-        if first:
-            path.unlink()                              # so a killed run leaves nothing behind
-        yield array
-        run.barrier()                                  # others may still write
-
-
 def rank_batches(n, batch_size):
     """Row numbers of this rank, every world-th of n, in arrays of at most batch_size."""
     rows = np.arange(run.get_rank(), n, run.get_world_size())
     return np.array_split(rows, math.ceil(len(rows) / batch_size)) if len(rows) else []
 
 
-def write_samples(draw, samples, out, args):
+def write_samples(draw, shape, out, args):
     """
-    draw(indices) into samples (N, H, W, 3); then, in the place of an earlier sampling's, out/grid.
-    png, samples.npz for the ADM suite, and with --folder images/NNNNNN.png. Returns the seconds.
+    draw(indices) for all of (N, H, W, 3); then, in the place of an earlier sampling's, grid.png,
+    samples.npz for the ADM suite, and with --folder images/NNNNNN.png in the folder out.
+    returns  the samples, a memory-mapped uint8 array that all ranks share, and the seconds
     """
-    start, folder = time.perf_counter(), out / "images"
-    batches = rank_batches(len(samples), args.batch_size)
-    for indices in tqdm(batches, "sampling", disable=run.get_rank() > 0 or None):
-        samples[indices] = draw(indices).movedim(1, -1).cpu().numpy()
-    run.barrier()
-    seconds = time.perf_counter() - start
-    if run.get_rank() == 0:
-        image_grid(torch.from_numpy(samples[:64]).movedim(-1, 1) / 255, out / "grid.png")
-        run.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
-        for path in folder.glob("[0-9]" * 6 + ".png"):     # an earlier sampling's, not the user's
-            path.unlink()
+    path, folder, rank = out / "samples.npy", out / "images", run.get_rank()
+    # one run at a time writes there, others wait
+    with run.file_lock(out / ".lock") if rank == 0 else contextlib.nullcontext():
+        if rank == 0:                                  # 50,000 images of 256 px are 10 GB
+            create_array(f"{path} of {shape[0]:,} rows", path, np.uint8, shape)
+        run.barrier()
+        samples = np.load(path, mmap_mode="r+")
+        run.barrier()
+        if rank == 0:
+            path.unlink()                              # so a killed run leaves nothing behind
+        start = time.perf_counter()
+        batches = rank_batches(len(samples), args.batch_size)
+        for indices in tqdm(batches, "sampling", disable=rank > 0 or None):
+            samples[indices] = draw(indices).movedim(1, -1).cpu().numpy()
+        run.barrier()
+        seconds = time.perf_counter() - start
+        if rank == 0:
+            image_grid(torch.from_numpy(samples[:64]).movedim(-1, 1) / 255, out / "grid.png")
+            run.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
+            for old in folder.glob("[0-9]" * 6 + ".png"):      # not what else lies there
+                old.unlink()
+        run.barrier()
         if args.folder:
             folder.mkdir(exist_ok=True)
-    run.barrier()
-    with naming(out):
-        for i in range(run.get_rank(), len(samples) * args.folder, run.get_world_size()):
-            Image.fromarray(samples[i]).save(folder / f"{i:06d}.png")
+            for i in itertools.chain(*batches):
+                Image.fromarray(samples[i]).save(folder / f"{i:06d}.png")
+        run.barrier()                                  # others may still write
     run.print0(f"wrote {out}/grid.png, {out}/samples.npz" + f", {folder}/" * args.folder)
-    return seconds
+    return samples, seconds
 
 
 # --------------------------------------- Inception statistics of samples and of training images
@@ -140,14 +122,14 @@ def set_statistics(inception, images, keep, workers, args, device):
     """inception_statistics of a set (ImageSet or built in), each rank a part of every batch."""
     rank, world = run.get_rank(), run.get_world_size()
     batches = val_batches(images, args.batch_size * world, rank, world, workers, device)
-    batches = ((to_uint8(x), rows.numpy()) for x, _, rows in batches)
-    return inception_statistics(inception, batches, keep, device)
+    uint8 = ((to_uint8(x), rows.numpy()) for x, _, rows in batches)
+    return inception_statistics(inception, uint8, keep, device)
 
 
 def inception_statistics(inception, batches, keep, device):
     """
     This rank's batches of (uint8 images, row numbers) through Inception: n, mean, covariance over
-    all ranks; on rank 0 features (k, 2048) and logits (k, 1008) of the k rows in keep, else None.
+    all ranks, and features (k, 2048) and logits (k, 1008) of the k rows in keep.
     """
     moments, kept = Moments(2048, device), []
     for images, rows in tqdm(batches, "Inception", disable=run.get_rank() > 0 or None):
@@ -155,14 +137,9 @@ def inception_statistics(inception, batches, keep, device):
         moments.add(features)
         wanted = np.isin(rows, keep)
         kept.append((rows[wanted], features.cpu().numpy()[wanted], logits.cpu().numpy()[wanted]))
-    parts = [kept] * run.get_world_size()
-    if dist.is_initialized():                          # 0.6 GB for 50,000 samples
-        dist.gather_object(kept, parts if run.get_rank() == 0 else None)
-    found = moments.mean_cov()
-    if run.get_rank() > 0:
-        return *found, None, None
-    rows, *values = map(np.concatenate, zip(*itertools.chain(*parts)))
-    return *found, *(torch.from_numpy(x[np.argsort(rows)]) for x in values)
+    batches = itertools.chain(*run.all_gather(kept))   # 0.6 GB for 50,000 samples
+    rows, *values = map(np.concatenate, zip(*batches))
+    return *moments.mean_cov(), *(torch.from_numpy(x[np.argsort(rows)]) for x in values)
 
 
 def training_images(file, checkpoint, args):
@@ -179,28 +156,28 @@ def training_images(file, checkpoint, args):
     return spread(images, args.reference_images or len(images))
 
 
-def reference_statistics(images, inception, args, device):
+def reference_statistics(images, load_inception, args, device):
     """
     mu, sigma, features of a set from out/reference, where the set's content names the file, or made
-    now and kept there. None on ranks above 0 if made, on all without inception.
+    now and kept there; None without Inception's weights.
     """
     identity = run.broadcast_from_rank0(lambda: images_hash(images))
     file = Path("out/reference") / f"{identity}-{images.size}.npz"
     how = json.dumps(dict(images=identity, size=images.size, n=len(images),
                           crop="ADM centre crop, 8 bit", network="torch-fidelity"))
     if run.broadcast_from_rank0(file.exists):          # another run may be writing it just now
-        stored = read_npz(file, "mu", "sigma", "features", "how")
-        run.need(len(stored) == 4 and str(stored["how"]) == how,
+        stored = read_npz(file)
+        run.need(str(stored.get("how")) == how,
                  f"{file}: statistics of {stored.get('how')}, wanted {how}; remove the file")
         return stored
+    inception = load_inception()
     if not inception:
         return None
     keep = np.linspace(0, len(images) - 1, 10_000).astype(np.int64)     # spread over the classes
     n, mu, sigma, features, _ = set_statistics(inception, images, keep, args.workers, args, device)
-    if run.get_rank() > 0:
-        return None
     made = dict(mu=mu.numpy(), sigma=sigma.numpy(), features=features.numpy())
-    run.write_atomic(file, lambda out: np.savez(out, **made, readable=n, how=how))
+    if run.get_rank() == 0:
+        run.write_atomic(file, lambda out: np.savez(out, **made, readable=n, how=how))
     return made
 
 
@@ -228,12 +205,11 @@ def inception_metrics(inception, samples, reference, args, device):
 
 # -------------------------------------------------------------------- sets that a user supplies
 
-def read_npz(file, *names):
-    """{name: array} of those names that a .npz holds, nothing unpickled; ValueError if damaged."""
+def read_npz(file):
+    """{name: array} of a .npz, nothing unpickled; ValueError if it is damaged."""
     try:
-        run.need(Path(file).is_file(), "no file")      # a pipe would block
         with np.load(file) as archive:
-            return {name: archive[name] for name in names if name in archive.files}
+            return dict(archive)
     except Exception as error:                         # a damaged file breaks its reader in any way
         raise ValueError(f"{file}: no usable .npz ({run.reason(error)}); remove it, or make it "
                          "anew") from None
@@ -243,50 +219,26 @@ def open_set(spec):
     """
     A folder, a zip, 'cifar10', or an npz of images (arr_0) or of statistics (mu, sigma).
     returns  spec; n; images, an ImageSet still without its size, and moments (mu, sigma), one of
-             them None; side, the pixels of an npz's images if known, else None
+             them None; size, the pixels a side of an npz's images if known, else None
     """
-    found = SimpleNamespace(spec=spec, n=None, images=None, moments=None, side=None)
-    npz = spec.lower().endswith(".npz") and Path(spec).is_file()
-    stored = read_npz(spec, "mu", "sigma", "arr_0", "how") if npz else {}
+    found = SimpleNamespace(spec=spec, n=None, images=None, moments=None, size=None)
+    npz = spec.lower().endswith(".npz") and Path(spec).is_file()       # a pipe would block
+    stored = read_npz(spec) if npz else {}
     if {"mu", "sigma"} <= stored.keys():
         found.moments = stored["mu"], stored["sigma"]
         run.need(all(np.isfinite(x).all() for x in found.moments), f"{spec}: is not finite")
-        found.side = json.loads(str(stored.get("how", "{}"))).get("size")  # of out/reference's
+        found.size = json.loads(str(stored.get("how", "{}"))).get("size")  # of out/reference's
         return found
     if npz:
         pixels = stored.get("arr_0", np.empty(0))
         run.need(pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[-1] == 3,
                  f"{spec}: holds neither mu and sigma nor arr_0 (N, H, W, 3) uint8")
-        source = SimpleNamespace(names=np.arange(len(pixels)).astype(str),
+        found.size = min(pixels.shape[1:3])
+        source = SimpleNamespace(names=np.arange(len(pixels)),
                                  image=lambda row: Image.fromarray(pixels[row]))
-        found.side = min(pixels.shape[1:3])
     else:
         source = open_source(spec)
     found.n = n = len(source.names)
     run.need(n > 1, f"{spec}: needs two images or more, holds {n}")
     found.images = ImageSet(spec, source, np.arange(n), np.zeros(n, np.int64), [], None)
     return found
-
-
-def common_resolution(sets, asked=None):
-    """
-    The pixels a side at which sets of open_set are compared: those asked for, else an npz's, else
-    the shorter side of all images; 256, with a line, where there are several. None if unknown.
-    """
-    sides, images = {entry.side for entry in sets} - {None}, [e.images for e in sets if e.images]
-    if asked:
-        sides = {asked}
-    elif not sides:
-        for source, row in ((x.source, row) for x in images for row in x.rows):
-            with contextlib.suppress(Exception):       # unreadable ones are named later
-                sides.add(min(source.image(row).size))
-            if len(sides) > 1:                         # without a look at a million others
-                break
-    if len(sides) > 1 or images and not sides:
-        print("the images have no common size and are compared at 256 px; see --image_size")
-        sides = {256}
-    side = next(iter(sides), None)
-    for entry in sets:
-        run.need(not entry.moments or entry.side in (None, side), f"{entry.spec}: statistics of "
-                 f"images of {entry.side} px, not of {side}; compare at --image_size {entry.side}")
-    return side

@@ -5,9 +5,7 @@ measures, and writes its figure to args.out at the end.
 
 What is drawn is in [0, 1], images for a network are in [-1, 1].
 """
-import contextlib
 import csv
-import io
 import json
 import pathlib
 from functools import partial
@@ -87,10 +85,10 @@ def image_file(path, size, device):
 
 def write_table(args, figure, columns, rows):
     """A command's figure, and the numbers of its curves beside it as CSV."""
-    table, text = pathlib.Path(args.out).with_suffix(".csv"), io.StringIO(newline="")
+    table = pathlib.Path(args.out).with_suffix(".csv")
     save_figure(figure, args.out)
-    csv.writer(text).writerows([columns, *rows])
-    run.write_atomic(table, lambda file: file.write(text.getvalue().encode()))
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
     print(f"wrote {args.out}, {table}")
 
 
@@ -101,33 +99,18 @@ def need_outside(out, data):
              f"--out {out}: lies in {data}, whose images are read; name another place")
 
 
-def unique_names(files, taken=(), compared=("images", "image_size")):
-    """
-    The run_name of each file, with as many folders before it as tell all of them apart. A line if
-    their checkpoints differ in what is compared: they stand in one figure or table.
-    """
+def unique_names(files):
+    """The run_name of each file, with as many folders before it as tell all of them apart."""
     files = [pathlib.Path(file).resolve() for file in files]
     folders = [file.parent.parent if file.name == "ckpt.pt" else file.parent for file in files]
     paths = [(*folder.parts, run.run_name(file)) for folder, file in zip(folders, files)]
     for n in range(1, 1 + max(map(len, paths))):
         names = ["/".join(path[-n:]) for path in paths]
-        # matplotlib leaves a label with _ in front out of its legend
-        fit = not any(name in taken or name[0] == "_" for name in names)
-        if fit and len(set(names)) == len(set(files)):
-            break
-    else:                                              # x.pt beside x.ckpt
-        names = map(str, files)
-    runs = []
-    for file in files:
-        with contextlib.suppress(Exception):           # released weights, a log alone
-            saved = torch.load(file / "ckpt.pt" if file.is_dir() else file, map_location="cpu",
-                               mmap=True, weights_only=True)       # the tensors stay on the disk
-            runs.append(saved["args"] | saved)
-    differ = [key for key in compared
-              if len({str(saved[key]) for saved in runs if saved.get(key)}) > 1]
-    if differ:
-        run.print0(f"these runs differ in {' and '.join(differ)}; compare them with care")
-    return [run.printable(name).replace("$", r"\$") for name in names]    # $ begins a formula
+        # "images" are a row and a curve themselves; a legend leaves out what begins with _
+        taken = any(name in ("image", "images") or name[0] == "_" for name in names)
+        if len(set(names)) == len(set(files)) and not taken:
+            return names
+    return list(map(str, files))                       # x.pt beside x.ckpt
 
 
 def named_checkpoints(args):
@@ -162,9 +145,13 @@ def autoencoders(args, device):
     files = autoencoder_files(args)
     run.need(files, f"no out/ae/{args.preset}-*/ckpt.pt here; --ae: train autoencoders with "
              "train_ae.py, or give files")
-    for file, label in zip(files, unique_names(files, taken=("image", "images"))):
+    runs = [run.checkpoint_args(file) for file in files]   # {} of released weights
+    for key in ("images", "image_size"):
+        if len({trained[key] for trained in runs if trained.get(key)}) > 1:
+            print(f"these runs differ in {key}; compare them with care")
+    for file, label, trained in zip(files, unique_names(files), runs):
         ae = load_autoencoder(file).to(device)
-        images, _, _ = held_out_images(args, run.checkpoint_args(file), device, file)
+        images, _, _ = held_out_images(args, trained, device, file)
         yield label, ae, images
 
 
@@ -371,12 +358,11 @@ def bands_figure(args, device):
 
 def latents_figure(args, device):
     """Fig. 3: a few held-out images, and under them the latents of every autoencoder as PCA-RGB."""
-    rows, shown = {}, None
+    rows = {}
     for label, ae, images in autoencoders(args, device):
-        shown = images if shown is None else shown     # the same ones for all
-        rows["image"] = shown * 0.5 + 0.5
+        shown = rows.setdefault("image", images)       # the same ones for all
         rows[label] = pca_rgb(encode_all(ae, shown, args.batch_size))
-    figure_rows(rows, args.out)
+    figure_rows(rows | dict(image=rows["image"] * 0.5 + 0.5), args.out)
     print(f"wrote {args.out}")
     return ()                                          # nothing is measured
 
@@ -389,6 +375,7 @@ def similarity_figure(args, device):
     token = side * side // 2 + side // 2 if args.token is None else args.token
     run.need(0 <= token < side * side, f"--token {token}: must lie in 0..{side * side - 1}")
     if args.image:
+        need_outside(args.out, args.image)
         images = image_file(args.image, size, device)
     else:
         images, _, _ = held_out_images(args, {}, device)
@@ -421,27 +408,24 @@ def curves_figure(args, device):
     """The log.jsonl of training runs in one figure, one colour per run; they may be going on."""
     paths = [pathlib.Path(path) for path in dict.fromkeys(args.runs)]
     paths = [path.parent if path.name == "log.jsonl" else path for path in paths]
-    names = unique_names(paths, compared=("stage", "images", "image_size", "batch_size"))
-    logs = []
-    for path in (path / "log.jsonl" for path in paths):
-        run.need(path.is_file(), f"{path}: no such log; give a run's folder or its log.jsonl")
-        lines = path.read_text(errors="replace").split("\n")[:-1]     # the last is being written
-        logs.append([json.loads(line) for line in lines])
+    # the last line is being written
+    texts = [(path / "log.jsonl").read_text(errors="replace").split("\n")[:-1] for path in paths]
+    logs = [[json.loads(line) for line in lines] for lines in texts]
     shown = [panel for panel in PANELS if any(panel in entry for log in logs for entry in log)]
     run.need(shown, f"{args.runs[0]}: no line of a log yet; try again later")
-    columns, lines = min(3, len(shown)), -(-len(shown) // 3)
-    figure, axes = subplots(lines, columns, (4.4 * columns, 3 * lines + 0.5))
+    columns, rows = min(3, len(shown)), -(-len(shown) // 3)
+    figure, axes = subplots(rows, columns, (4.4 * columns, 3 * rows + 0.5))
     for ax in axes.flat[len(shown):]:
         ax.set_axis_off()
     for panel, ax in zip(shown, axes.flat):
-        for i, log in enumerate(logs):
+        linear = panel in ("val_psnr", "val_ssim")
+        for log in logs:
             entries = [entry for entry in log if panel in entry]
-            ax.plot([entry["step"] for entry in entries], [entry[panel] for entry in entries], lw=1,
-                    color=f"C{i % 10}", ls=("-", "--", ":", "-.")[i // 10 % 4])
-        linear = any(entry.get(panel, 1) <= 0 for log in logs for entry in log)
-        linear = linear or panel in ("val_psnr", "val_ssim")
+            ax.plot([entry["step"] for entry in entries], [entry[panel] for entry in entries], lw=1)
+            linear = linear or any(entry[panel] <= 0 for entry in entries)
         ax.set(title=panel, xlabel="step", yscale="linear" if linear else "log")
-    figure.legend(axes[0, 0].lines, names, loc="outside lower center", fontsize=8, ncols=4)
+    figure.legend(axes[0, 0].lines, unique_names(paths), loc="outside lower center", fontsize=8,
+                  ncols=4)
     save_figure(figure, args.out)
     print(f"wrote {args.out}")
     return ()                                          # nothing is measured

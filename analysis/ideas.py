@@ -27,11 +27,9 @@ GREEN, BLUE, PURPLE = "#2e7d32", "#1f5fa8", "#7b1fa2"      # ESM, DSM, Fig. 9
 
 
 def show(ax, image, title=""):
-    """An image (3, H, W) in [-1, 1], or DSM's mask (8, 8), dark where it keeps; no ticks."""
-    if image.ndim == 2:
-        ax.imshow(image, cmap="Blues", vmin=0, vmax=1.4)
-    else:
-        ax.imshow((image.permute(1, 2, 0) * 0.5 + 0.5).clamp(0, 1))
+    """An image (3, H, W) in [-1, 1], or a map (H, W) in [0, 1], dark where it is 1; no ticks."""
+    rgb = (image * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0) if image.ndim == 3 else image
+    ax.imshow(rgb, cmap="Blues", vmin=0, vmax=1.4)         # a colour map is for maps alone
     ax.set(title=title, xticks=[], yticks=[])
 
 
@@ -41,22 +39,17 @@ def crop_face(image):
     return image[..., H // 8:H * 5 // 8, W // 4:W * 3 // 4]
 
 
-def plot_dog(ax):
-    """The gain of DoG filters over the frequencies of a 16x16 token grid, the default thick."""
-    omega = torch.arange(16) / 32                          # cycles per token of DCT row u
-    gain = lambda sigma: torch.exp(-2 * (math.pi * sigma * omega) ** 2)
-    for sigma1, sigma2 in ((0.5, 2.0), (1.0, 2.0), (1.0, 4.0), DOG_SIGMAS):
-        default = (sigma1, sigma2) == DOG_SIGMAS
-        ax.plot(gain(sigma1) - gain(sigma2), marker="o", ms=3, lw=3 if default else 1,
-                label=f"$\\sigma$ = {sigma1}, {sigma2}" + " (default)" * default)
-    ax.set(title="Eq. 6: DoG on a 16x16 token grid", xlabel="DCT frequency u (0 = DC)",
-           ylabel="gain")
-    ax.legend()
-
-
-def plot_spectra(axes, image):
-    """The image's power law, ESM's flattened targets, the power one can learn."""
-    law, targets, learnable = axes
+def plot(image):
+    """The figure of --plot. image (1, 3, H, W) in [-1, 1], H and W multiples of 8."""
+    H, W = image.shape[-2:]
+    figure = Figure((18, 9.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1)
+    whole, directions, law, targets, learnable = top.subplots(1, 5)
+    masks, quarter, dog = bottom.subfigures(1, 3, width_ratios=(3, 0.9, 1.1))
+    show(whole, image[0], f"{H} x {W} pixels")
+    show(directions, F.normalize(image[0], dim=0),         # every pixel, a vector, of length 1
+         "Fig. 2: without magnitudes\nthe layout is still there")
+    # Images follow a power law
     frequency = (torch.arange(32) + 0.5)[1:] / 32          # 1 = the corner; without DC's ring
     power = spectral.radial_profile(spectral.power_spectrum(image), 32)[0]
     alpha, power = spectral.fit_power_law(power).item(), power[1:]
@@ -64,44 +57,32 @@ def plot_spectra(axes, image):
     law.loglog(frequency, power, "o-", ms=3, label="radial PSD of the image")
     law.loglog(frequency, fit * (power / fit).log().mean().exp(), "k--",
                label=f"fit: $f^{{-{alpha:.2f}}}$")
+    law.set(title="Images follow a power law", xlabel="frequency (1 = corner of the DCT grid)",
+            ylabel="power")
+    # ESM's targets
     small = spectral.match_resolution(image, [side // 8 for side in image.shape[-2:]])
     for gamma in (0.0, 0.6, 1.0, 1.4):
         target = spectral.spectrum_distribution(small, 16, gamma)[0]
         targets.plot(range(1, 17), target, "o-", ms=3, label=f"$\\gamma$ = {gamma}")
     targets.axhline(1 / 16, color="gray", ls=":", label="white")
+    targets.set(title="ESM: the target, flattened by $\\gamma$", xlabel="ring (1 = low frequency)",
+                ylabel="share of log(1 + power)")
+    # Prop. 3.1
     S = power / power.mean()                               # power 1 on average, as a latent's
     for alpha_bar in (0.999, 0.9, 0.5, 0.1, 0.01):
         learnable.loglog(frequency, spectral.learnable_power(S, alpha_bar),
                          label=f"$\\bar\\alpha_t$ = {alpha_bar}")
     learnable.loglog(frequency, S, "k--", label="all the power there is")
-    for ax, title, xlabel, ylabel in (
-            (law, "Images follow a power law", "frequency (1 = corner of the DCT grid)", "power"),
-            (targets, "ESM: the target, flattened by $\\gamma$", "ring (1 = low frequency)",
-             "share of log(1 + power)"),
-            (learnable, "Prop. 3.1: power a denoiser can learn", "frequency", "learnable power")):
-        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        ax.legend(fontsize=8)
-
-
-def plot(image):
-    """The figure of --plot. image (1, 3, H, W) in [-1, 1], H and W multiples of 8."""
-    H, W = image.shape[-2:]
-    figure = Figure((18, 9.6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1)
-    whole, directions, *spectra = top.subplots(1, 5)
-    show(whole, image[0], f"{H} x {W} pixels")
-    # every pixel, as a vector, of length 1
-    show(directions, F.normalize(image[0], dim=0),
-         "Fig. 2: without magnitudes\nthe layout is still there")
-    masks, quarter, dog = bottom.subfigures(1, 3, width_ratios=(3, 0.9, 1.1))
-    plot_spectra(spectra, image)
-    plot_dog(dog.subplots())
+    learnable.set(title="Prop. 3.1: power a denoiser can learn", xlabel="frequency",
+                  ylabel="learnable power")
+    # DSM's masks
     masks.suptitle("DSM (Fig. 10): cut the n last anti-diagonals of every 8x8 DCT block, "
                    "in the image and in the latent (dark = kept)")
     for n, column in zip(DSM_MASKS, masks.subplots(2, 4, height_ratios=(1, 2.2)).T):
         mask = spectral.triangle_mask(n)
         show(column[0], mask, f"n = {n}: {mask.sum()} of 64 kept")
         show(column[1], crop_face(spectral.lowpass(image, n))[0])
+    # downsampling is cutting the DCT
     dct, half = quarter.subplots(2, 1, height_ratios=(2, 1))
     power = spectral.dct2(image)[0].square().mean(0).log()                 # (H, W)
     dct.imshow(power, cmap="gray", vmin=power.quantile(0.02), vmax=power.quantile(0.998))
@@ -109,6 +90,18 @@ def plot(image):
     dct.set(title="Fig. 9: of the image's DCT\nthe top-left quarter ...", xticks=[], yticks=[])
     show(half, spectral.downsample_dct(image, 2)[0], "... is the image at half its size")
     half.spines[:].set(color=PURPLE, lw=3)
+    # the gain of DoG filters, the default thick
+    ax, omega = dog.subplots(), torch.arange(16) / 32      # cycles per token of DCT row u
+    gain = lambda sigma: torch.exp(-2 * (math.pi * sigma * omega) ** 2)
+    for sigmas in ((0.5, 2.0), (1.0, 2.0), (1.0, 4.0), DOG_SIGMAS):
+        default = sigmas == DOG_SIGMAS
+        ax.plot(gain(sigmas[0]) - gain(sigmas[1]), "o-", ms=3, lw=3 if default else 1,
+                label="$\\sigma$ = {}, {}".format(*sigmas) + " (default)" * default)
+    ax.set(title="Eq. 6: DoG on a 16x16 token grid", ylabel="gain",
+           xlabel="DCT frequency u (0 = DC)")
+    ax.legend()
+    for axes in (law, targets, learnable):
+        axes.legend(fontsize=8)
     return figure
 
 
@@ -142,11 +135,9 @@ def pipeline(image, n=12):
     show(ax["mask"], spectral.triangle_mask(n))
     ax["mask"].set_title("DSM (Alg. 2):\none mask for both", color=BLUE, weight="bold")
     ax["mask"].set_xlabel(f"DCT; n = {n}, drawn\nfrom {{{', '.join(map(str, DSM_MASKS))}}}")
-    ends = {}                                              # name: what an arrow begins and ends at
-    for name, axes in ax.items():
-        ends[name] = axes.patch
-        for words in (axes.title, axes.xaxis.label):       # arrows pass behind them
-            words.set_bbox(dict(fc="white", ec="none", pad=1))
+    for words in (ax["latent"].title, ax["mask"].title, ax["mask"].xaxis.label):
+        words.set_bbox(dict(fc="white", ec="none", pad=1))         # arrows pass behind them
+    ends = {name: axes.patch for name, axes in ax.items()}         # where arrows begin and end
     for name, words in {"mask image": r"$\odot$", "mask latent": r"$\odot$", "decoder": "Decoder",
                         "encoder": "Encoder,\nsample", "loss": "loss:\nL1 + LPIPS + GAN",
                         "reconstruction": "reconstruction\n$\\hat{x}$"}.items():
@@ -168,24 +159,20 @@ def pipeline(image, n=12):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=run.Help,
+                                     allow_abbrev=False)
     add = parser.add_argument
     add("--plot", metavar="OUT.png", help="where the figure of the ideas goes")
     add("--pipeline", metavar="OUT.png", help="where the figure of the training goes")
     add("--image", help="an image file (default: a photograph that comes with matplotlib)")
     add("--size", type=int, default=256, help="pixels a side after a centre crop, a multiple of 64")
     args = run.parse_args(parser, {})
-    run.need(args.plot or args.pipeline, "nothing to draw: give --plot or --pipeline OUT.png")
-    run.need(64 <= args.size <= 4096 and args.size % 64 == 0,
-             f"--size {args.size}: must be a multiple of 64 in 64..4096")
+    run.need(args.size > 0 and args.size % 64 == 0, f"--size {args.size}: no multiple of 64")
     file = args.image or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
     image = image_file(file, args.size, "cpu")             # (1, 3, size, size) in [-1, 1]
-    if args.plot:
-        save_figure(plot(image), args.plot, dpi=80)
-    if args.pipeline:
-        save_figure(pipeline(image), args.pipeline, dpi=80)
+    for path, draw in ((args.plot, plot), (args.pipeline, pipeline)):
+        if path:
+            save_figure(draw(image), path, dpi=80)
     print(f"the image's power falls as f^-{psd_exponent(image, 32):.2f}")
 
 

@@ -31,11 +31,11 @@ def ring_profile(P):
 @torch.no_grad()
 def denoised_power(model, process, latents, labels=None, times=TIMES, seed=0, batch_size=64):
     """
-    Prop. 3.1 and a network, by ring and time, in float64 means per coefficient: power (R,) of the
-    latents; learnable (T, R) by Prop. 3.1; error (T, R), squared, of the predicted clean latent;
-    sizes (R,), how many coefficients a ring has.
+    Prop. 3.1 and a network, by ring and time, in float64 means per coefficient.
     latents  (N, C, h, w) normalised, on the model's device; labels (N,) or None
     times    T of them in (0, 1); the noise of a latent depends on (seed, its number) alone
+    returns  power (R,) of the latents; learnable (T, R) by Prop. 3.1; error (T, R), squared, of the
+             predicted clean latent; sizes (R,), how many coefficients a ring has
     """
     N, _, h, w = latents.shape
     S = spectral.dct2(latents.double()).square().mean(0)   # (C, h, w)
@@ -59,29 +59,21 @@ def denoised_power(model, process, latents, labels=None, times=TIMES, seed=0, ba
 
 
 def fraction_learned(found):
-    """
-    The fraction of the learnable power in found (denoised_power) that the network saves, below 0
-    where it is worse than predicting 0: of each ring (R,); of all coefficients, a float.
-    """
+    """The fraction of the learnable power that is saved: of each ring (R,); of all, a float."""
+    # below 0 where the network is worse than predicting 0
     saved, learnable = (found.power - found.error).sum(0), found.learnable.sum(0)
     return saved / learnable, float((found.sizes * saved).sum() / (found.sizes * learnable).sum())
 
 
 def held_out_latents(file, args, device):
-    """
-    Of a run of train_diffusion.py: model, process, normalised latents (N, C, h, w) of held-out
-    images, labels (N,) or None, and the settings of the result.
-    """
+    """Model, process, latents (N, C, h, w) of held-out images, labels or None, and the settings."""
     model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
     trained, classes = checkpoint | dict(seed=checkpoint["data_seed"]), model.num_classes
     images, labels, found = figures.held_out_images(args, trained, device, file)
-    # an explicit --num_classes may be more than the data has
-    fits = checkpoint["args"].get("num_classes", -1) > 0 and labels.max() < classes
-    run.need(classes in (0, found) or fits,
+    run.need(not args.data or classes in (0, found),   # an explicit --num_classes may be more
              f"--data: has {found} classes, and {file} was trained with {classes}")
     if classes:
         known = torch.isin(labels.cpu(), torch.tensor(fid.sampled_classes(file, checkpoint)))
-        run.need(known.any(), f"--data: no held-out image of a class that {file} saw")
         images, labels = images[known], labels[known]
     latents = ae.normalize(figures.encode_all(ae, images, args.batch_size, seed=args.seed))
     settings = dict(ckpt=file, step=checkpoint["step"], n=len(latents),
@@ -190,16 +182,15 @@ def trajectory_figure(args, device):
         slope, rings = slope_per_octave(half), range(1, power.shape[1] + 1)
         share = (power / power[-1]).clamp(0, 1)            # (T, R)
         top.pcolormesh(times, rings, share.T, cmap="magma", vmin=0, vmax=1, shading="nearest")
-        top.plot(half.tolist(), rings, "o", color="white", mec="gray", ms=4,
-                 label="half of the final power")
-        top.plot(ideal.tolist(), rings, "--", color="cyan", lw=1.5, label="SNR = 1")
+        top.plot(half, rings, "o", color="white", mec="gray", ms=4, label="half of the final power")
+        top.plot(ideal, rings, "--", color="cyan", lw=1.5, label="SNR = 1")
         top.set(title=f"{name}: {slope:.2f} in t per octave", xlabel="t (1 = noise)", ylabel=RING,
                 xlim=(1, 0))
         top.legend(fontsize=8, loc="upper left")
         shown = [int((times - t).abs().argmin()) for t in torch.linspace(times[0], 0, 8)]
         frames = [ae.decode(ae.denormalize(kept[k]))[0] for k in shown]  # (3, H, W) each
         strip = (torch.cat(frames, dim=2).cpu() * 0.5 + 0.5).clamp(0, 1)         # side by side
-        bottom.imshow(strip.movedim(0, -1).numpy())
+        bottom.imshow(strip.movedim(0, -1))
         bottom.set_axis_off()
         for t, line in zip(times.tolist(), power.tolist()):
             table += [(name, t, *pair) for pair in zip(rings, line)]

@@ -14,60 +14,43 @@ from common.weights import autoencoder_hash, load_autoencoder
 from conftest import run_main, same
 from vae import CONFIGS
 
-TINY = ("--image_size 32 --batch_size 4 --val_images 4 --workers 0 --device cpu --log_every 1 "
-        "--eval_every 100 --warmup_steps 2 --lpips_weight 0").split()
+TINY = ("--preset quick --image_size 32 --batch_size 4 --val_images 4 --workers 0 --device cpu "
+        "--log_every 1 --eval_every 100 --warmup_steps 2 --lpips_weight 0").split()
 
 
-@pytest.fixture()
-def tuned(tmp_path, monkeypatch):
-    """A run of one step, started from a file of f2d4-tiny; returns (file, folder of the run)."""
-    run_main(train_ae, "--preset", "quick", *TINY, "--steps", 2, "--out", tmp_path / "first",
-        monkeypatch=monkeypatch)
-    file = tmp_path / "first" / "ckpt.pt"
-    run_main(train_ae, "--preset", "quick", *TINY, "--reg", "dsm", "--steps", 1, "--init", file,
-        "--out", tmp_path / "tuned", monkeypatch=monkeypatch)
-    return file, tmp_path / "tuned"
-
-
-def test_init_starts_from_the_files_weights(tuned):
-    """Step 0 validates the file's autoencoder; the checkpoint records its hash, not its path."""
-    file, out = tuned
+def test_init_is_known_by_its_weights(tmp_path, monkeypatch):
+    """Step 0 validates them, a moved copy resumes; others under the old path are refused."""
+    file, out = tmp_path / "first" / "ckpt.pt", tmp_path / "tuned"
+    flags = [*TINY, "--reg", "dsm", "--out", out]
+    run_main(train_ae, *TINY, "--steps", 2, "--out", file.parent, monkeypatch=monkeypatch)
+    run_main(train_ae, *flags, "--steps", 1, "--init", file, monkeypatch=monkeypatch)
     last, first = [json.loads((folder / "log.jsonl").read_text().splitlines()[i])
                    for folder, i in ((file.parent, -1), (out, 0))]
     assert last["val_psnr"] == first["val_psnr"]
-    checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
-    assert checkpoint["args"]["init"] == autoencoder_hash(load_autoencoder(file))
-    before = torch.load(file, weights_only=True)
-    assert not same(before["model"]["encoder.conv_in.weight"],
-                    checkpoint["model"]["encoder.conv_in.weight"])
-
-
-def test_init_is_known_by_its_weights_on_resume(tuned, tmp_path, monkeypatch):
-    """A moved copy resumes; other weights under the old path are refused."""
-    file, out = tuned
-    flags = ["--preset", "quick", *TINY, "--reg", "dsm", "--out", out, "--resume"]
+    before, after = (torch.load(path, weights_only=True) for path in (file, out / "ckpt.pt"))
+    assert after["args"]["init"] == autoencoder_hash(load_autoencoder(file))
+    assert not same(before["model"], after["model"])
     copy = tmp_path / "elsewhere.pt"
     copy.write_bytes(file.read_bytes())
+    flags.append("--resume")
     run_main(train_ae, *flags, "--steps", 2, "--init", copy, monkeypatch=monkeypatch)
-    checkpoint = torch.load(file, weights_only=True)
-    checkpoint["model"]["encoder.conv_in.weight"] += 1
-    torch.save(checkpoint, file)
-    with pytest.raises(ValueError, match="--init .* was made with other flags|other flags: --init"):
+    before["model"]["encoder.conv_in.weight"] += 1
+    torch.save(before, file)
+    with pytest.raises(ValueError, match="other flags: --init|--init .* other flags"):
         run_main(train_ae, *flags, "--steps", 3, "--init", file, monkeypatch=monkeypatch)
 
 
 def test_the_model_follows_from_the_file(tmp_path, monkeypatch, capsys):
     """Released weights know their architecture; --model may repeat it, not contradict it."""
-    run_main(train_ae, "--preset", "quick", *TINY, "--model", "f4d4-tiny", "--steps", 0,
-        "--out", tmp_path / "f4", monkeypatch=monkeypatch)
-    file = tmp_path / "f4" / "ckpt.pt"
-    run_main(train_ae, "--preset", "quick", *TINY, "--init", file, "--steps", 1, "--out",
-        tmp_path / "run", monkeypatch=monkeypatch)
-    assert load_autoencoder(tmp_path / "run" / "ckpt.pt").config == CONFIGS["f4d4-tiny"]
+    def train(out, *flags):
+        run_main(train_ae, *TINY, "--steps", 0, "--out", tmp_path / out, *flags,
+            monkeypatch=monkeypatch)
+        return tmp_path / out / "ckpt.pt"
+    file = train("f4", "--model", "f4d4-tiny")
+    assert load_autoencoder(train("run", "--init", file)).config == CONFIGS["f4d4-tiny"]
     assert "f4d4-tiny: 242,327 parameters" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--model f8d4: --init .* is f4d4-tiny"):
-        run_main(train_ae, "--preset", "quick", *TINY, "--init", file, "--model", "f8d4", "--out",
-            tmp_path / "no", monkeypatch=monkeypatch)
+        train("no", "--init", file, "--model", "f8d4")
 
 
 def test_slurms_local_rank_will_do(tmp_path, monkeypatch):
@@ -105,12 +88,11 @@ def test_a_runs_folder_stands_for_its_checkpoint(material, tmp_path, monkeypatch
     folder = tmp_path / "run-0.5"
     folder.symlink_to(material / "ae")
     assert run.checkpoint_args(folder) == run.checkpoint_args(folder / "ckpt.pt") != {}
-    assert {run.run_name(tmp_path / name) for name in ("v1.0", "v1.5", "a.safetensors")} == \
-        {"v1.0", "v1.5", "a"}
+    names = ("v1.0", "v1.5", "a.safetensors")
+    assert [run.run_name(tmp_path / name) for name in names] == ["v1.0", "v1.5", "a"]
     monkeypatch.chdir(tmp_path)
-    run_main(train_diffusion, "--preset", "quick", "--model", "SiT-tiny/4", "--ae", folder,
-        "--steps", 1, "--batch_size", 4, "--device", "cpu", "--sample_steps", 2,
-        "--encode_batch", 8,
+    flags = "--model SiT-tiny/4 --steps 1 --batch_size 4 --device cpu --sample_steps 2".split()
+    run_main(train_diffusion, "--preset", "quick", *flags, "--encode_batch", 8, "--ae", folder,
         "--out", "sit", monkeypatch=monkeypatch)
     checkpoint = run.load_checkpoint("sit/ckpt.pt", "diffusion")
     assert checkpoint["image_size"] == 16 and checkpoint["model_args"]["num_classes"] == 2

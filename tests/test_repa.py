@@ -1,7 +1,4 @@
-"""
-What repa.py promises: the filters against scipy, the spectrum of their output, the loss, the
-projectors, and torch.hub's real path.
-"""
+"""repa.py: filters against scipy, spectra, the loss, the projectors, torch.hub's real path."""
 import urllib.error
 import warnings
 
@@ -31,7 +28,6 @@ def random_encoder():
 
 
 # ---- filters
-
 def test_dog_equals_scipy():
     """Eq. 6 by scipy's Gaussian with the same boundary (abc|ba), then the std over the tokens."""
     tokens = torch.randn(2, 126, 5)
@@ -41,20 +37,9 @@ def test_dog_equals_scipy():
             ndimage.gaussian_filter(x, (0, s, s, 0), mode="mirror", truncate=4.0) for s in sigmas)
         band = narrow - wide
         expected = torch.from_numpy(band / band.std((1, 2), keepdims=True))
-        result = on_grid(filter_target(tokens, "dog", GRID, *sigmas)).double()
-        close(result, expected, rtol=1e-3, atol=1e-4)
-    close(filter_target(tokens + 7, "dog", GRID), filter_target(tokens, "dog", GRID),
-          rtol=1e-3, atol=1e-4)
-
-
-def test_dog_removes_ramps_away_from_the_border():
-    """Symmetric kernels pass no slope, but a mirrored border is a kink."""
-    y, x = torch.meshgrid(torch.arange(40.0), torch.arange(50.0), indexing="ij")
-    ramp = (0.3 * y - 0.2 * x + 1).reshape(1, 2000, 1)
-    out = on_grid(filter_target(ramp, "dog", (40, 50)), (40, 50))[0, :, :, 0]
-    margin = 10                                            # 4 sigma2: the longer kernel's radius
-    assert out[margin:-margin, margin:-margin].abs().max() < 1e-3
-    assert out[0].abs().max() > 1                          # and it was not zero everywhere
+        for same in (tokens, tokens + 7):                  # it has no mean
+            result = on_grid(filter_target(same, "dog", GRID, *sigmas)).double()
+            close(result, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_norm_std_is_the_factor_on_the_mean():
@@ -73,17 +58,14 @@ def test_norm_std_is_the_factor_on_the_mean():
 
 def test_default_sigmas_pass_the_layout_band():
     """The docstring's numbers: zero at DC, peak 0.59 at u = 4.3, half at 1.9 and 7.9."""
-    n, u = 16, np.arange(0, 16, 0.05)                      # 16-token side: u / 32 cycles per token
-    x = np.arange(-40, 41)
-    waves = np.cos(2 * np.pi * u[:, None] / (2 * n) * x)   # (U, 81): one row per frequency
+    u = np.arange(0, 16, 0.05)                             # 16-token side: u / 32 cycles per token
+    waves = np.cos(2 * np.pi * u[:, None] / 32 * np.arange(-40, 41))       # (U, 81)
     waves = torch.from_numpy(waves).float()[:, None, None].expand(-1, 1, 3, -1)
     gain = dog(waves, *DOG_SIGMAS)[:, 0, 1, 40].numpy()    # at the crest, far from the border
-    assert abs(gain[0]) < 1e-6
-    assert gain.max() == pytest.approx(0.59, abs=0.005)
+    assert abs(gain[0]) < 1e-6 and gain.max() == pytest.approx(0.59, abs=0.005)
     assert u[gain.argmax()] == pytest.approx(4.3, abs=0.1)
     passed = u[gain >= gain.max() / 2]
-    assert passed.min() == pytest.approx(1.95, abs=0.06)
-    assert passed.max() == pytest.approx(7.93, abs=0.06)
+    assert [passed.min(), passed.max()] == pytest.approx([1.95, 7.93], abs=0.06)
 
 
 def test_filters_raise_the_contrast_of_smooth_features():
@@ -97,7 +79,7 @@ def test_filters_raise_the_contrast_of_smooth_features():
 
 
 def test_filters_are_float32_under_bf16_and_finite_without_structure():
-    """bf16 under autocast; constant features and a single token cause no division by zero."""
+    """Constant features and a single token cause no division by zero."""
     tokens = torch.randn(2, 126, 5).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         out = filter_target(tokens, "dog", GRID)
@@ -109,18 +91,16 @@ def test_filters_are_float32_under_bf16_and_finite_without_structure():
 
 
 # ---- loss and projector
-
 def test_alignment_loss_is_minus_the_mean_cosine():
-    """-1 with itself at any scale, +1 with the opposite; by its formula; float32 from bf16."""
-    a, b = torch.randn(3, 126, 7), torch.randn(3, 126, 7)
+    """-1 with itself at any scale; by its formula; float32 from bf16."""
+    a, b = torch.randn(2, 3, 126, 7)
     close(alignment_loss(a, 5 * a), torch.tensor(-1.0))
-    close(alignment_loss(a, -a), torch.tensor(1.0))
     close(alignment_loss(a, b), -((a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)).mean())
     with torch.autocast("cpu", torch.bfloat16):
         loss = alignment_loss(a.bfloat16(), b)
     assert loss.dtype == torch.float32
     close(loss, alignment_loss(a.bfloat16().float(), b))
-    with pytest.raises(ValueError, match="differ in shape"):
+    with pytest.raises(ValueError, match="shape"):
         alignment_loss(a, b[:, :1])                        # would broadcast
 
 
@@ -130,13 +110,12 @@ def test_gradient_goes_to_the_projection_only():
     raw = encoder(images, (4, 6))
     assert not raw.requires_grad
     assert not raw.is_inference()           # an inference tensor cannot be saved for backward
-    projected = torch.randn(2, 24, 64, requires_grad=True)
-    free = torch.randn(2, 24, 64, requires_grad=True)
+    projected, free = (torch.randn(2, 24, 64, requires_grad=True) for _ in range(2))
     total = lambda x: alignment_loss(x, raw) + alignment_loss(x, free)
     before = total(projected)
     before.backward()
     assert free.grad is None and images.grad is None
-    assert all(p.grad is None and not p.requires_grad for p in encoder.parameters())
+    assert not any(p.requires_grad for p in encoder.parameters())
     assert total(projected - 50 * projected.grad) < before
 
 
@@ -160,14 +139,13 @@ def test_the_mlp_projector_is_repas():
 
 
 # ---- encoder
-
 class MeanColour(torch.nn.Module):
     """A stand-in for DINOv2: the token of a patch is its mean colour."""
-    embed_dim = 3
+    embed_dim, patch_size = 3, 14
 
-    def __init__(self, patch_size=14):
+    def __init__(self):
         super().__init__()
-        self.patch_size, self.dropout = patch_size, torch.nn.Dropout(0.5)
+        self.dropout = torch.nn.Dropout(0.5)
 
     def forward_features(self, x):
         self.seen = x
@@ -182,12 +160,10 @@ def test_encoder_normalises_then_resizes():
     x = normalize((images + 1) / 2, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     x = F.interpolate(x, (56, 84), mode="bicubic")
     close(encoder.network.seen, x)
-    # no dropout: train() leaves it in eval mode
-    close(tokens, F.avg_pool2d(x, 14).flatten(2).transpose(1, 2))
+    close(tokens, F.avg_pool2d(x, 14).flatten(2).transpose(1, 2))          # no dropout
     vavae = Encoder(MeanColour(), resize="bilinear", imagenet=False)
     vavae(images, (4, 6))
-    expected = F.interpolate(images, (56, 84), mode="bilinear", align_corners=False)
-    close(vavae.network.seen, expected)
+    close(vavae.network.seen, F.interpolate(images, (56, 84), mode="bilinear"))
     small = random_encoder()
     with torch.autocast("cpu", torch.bfloat16):
         assert encoder(images.bfloat16(), (4, 6)).dtype == torch.float32
@@ -195,18 +171,13 @@ def test_encoder_normalises_then_resizes():
     close(tokens, small(images, (4, 6)), rtol=0, atol=1e-4)  # bf16 on CUDA only
 
 
-@pytest.mark.parametrize("patch_size, grid, match", [
-    (14, (6, 4), "32x48 does not fit a token grid of 6x4"),
-    (28, (4, 6), r"\(96, 3\) tokens, expected \(24, 3\)")])
-def test_encoder_refuses_a_wrong_grid_or_patch_size(patch_size, grid, match):
-    """A transposed grid, a network whose patches are not what it says."""
-    with pytest.raises(ValueError, match=match):
-        Encoder(MeanColour(patch_size))(torch.rand(1, 3, 32, 48), grid)
+def test_encoder_refuses_a_transposed_grid():
+    with pytest.raises(ValueError, match="32x48 does not fit a token grid of 6x4"):
+        Encoder(MeanColour())(torch.rand(1, 3, 32, 48), (6, 4))
 
 
 def test_random_encoder_is_always_the_same_and_says_that_it_teaches_nothing():
     """Independent of the global generator, which it leaves alone; depends on where things are."""
-    torch.manual_seed(1)
     before = torch.get_rng_state()
     with pytest.warns(UserWarning, match="NOTHING"):
         first = load_encoder(source="random")
@@ -220,7 +191,6 @@ def test_random_encoder_is_always_the_same_and_says_that_it_teaches_nothing():
 
 
 # ---- torch.hub
-
 HUBCONF = """
 import torch
 import torch.nn.functional as F
@@ -239,8 +209,7 @@ def dinov2_vitb14_reg(pretrained=True):
     assert not pretrained
     return Tiny(768)
 
-def tiny():
-    return Tiny(5)
+tiny = lambda: Tiny(5)
 """
 FILE = "dinov2_vitb14_reg4_pretrain.pth"
 
@@ -267,15 +236,14 @@ def test_torch_hub_with_a_clone_and_planted_weights(hub):
     checkpoints, clone, requested = hub
     weights = {"colours.weight": torch.randn(768, 3), "colours.bias": torch.randn(768)}
     torch.save(weights, checkpoints / FILE)
-    encoder = load_encoder("dinov2_vitb14_reg", source=str(clone))
+    encoder, images = load_encoder("dinov2_vitb14_reg", str(clone)), torch.rand(2, 3, 32, 48)
     assert torch.equal(encoder.network.colours.weight, weights["colours.weight"])
-    images = torch.rand(2, 3, 32, 48)
     tokens = encoder(images, (4, 6))
     assert tokens.shape == (2, 24, 768) and encoder.width == 768
     assert not any(p.requires_grad for p in encoder.parameters())
-    clone.rename(checkpoints.parent / repa.REPOSITORY.replace("/", "_").replace(":", "_"))
-    close(load_encoder("dinov2_vitb14_reg")(images, (4, 6)), tokens)
     own = checkpoints.parent / repa.REPOSITORY.replace("/", "_").replace(":", "_")
+    clone.rename(own)
+    close(load_encoder("dinov2_vitb14_reg")(images, (4, 6)), tokens)
     assert load_encoder("tiny", source=str(own))(images, (4, 6)).shape == (2, 24, 5)
     assert requested == []
 
@@ -283,29 +251,24 @@ def test_torch_hub_with_a_clone_and_planted_weights(hub):
 def test_without_network_one_line_says_what_goes_where(hub):
     """No code and no weights, or code without weights: URL, path and flag, in one line."""
     checkpoints, clone, requested = hub
+    url = f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/{FILE}"
     for source in (None, str(clone)):
         with pytest.raises(FileNotFoundError) as error:
             load_encoder("dinov2_vitb14_reg", source)
-        message = str(error.value)
-        assert f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/{FILE}" in message
-        assert str(checkpoints / FILE) in message
-        assert "--encoder_source DIR" in message and "no route" in message
-        assert "\n" not in message
+        for word in (url, str(checkpoints / FILE), "--encoder_source DIR"):
+            assert word in str(error.value) and "\n" not in str(error.value)
     commit = repa.REPOSITORY.split(":")[1]
     # the pinned commit at once: torch.hub would look for a branch of this name
     assert len(commit) == 40 and commit in requested[0] and len(requested) == 2
 
 
 def test_unknown_names_and_wrong_weights_are_named(hub):
-    """No hubconf.py, names that nobody has, the weights of another network."""
+    """Names that nobody has, the weights of another network."""
     checkpoints, clone, _ = hub
-    with pytest.raises(FileNotFoundError, match="hubconf.py"):
-        load_encoder(source=str(checkpoints))
     torch.save({"colours.weight": torch.zeros(5, 3)}, checkpoints / FILE)
     for name, source, match in [
             ("dinov3_vitb16", None, "dinov2_vitg14_reg"),
             ("dinov2_vitl14", str(clone), "Cannot find callable dinov2_vitl14"),
             ("dinov2_vitb14_reg", str(clone), f"{FILE}.*colours.bias")]:
-        with pytest.raises(ValueError, match=match) as error:
+        with pytest.raises(ValueError, match=f"^.*{match}.*$"):            # one line
             load_encoder(name, source)
-        assert "\n" not in str(error.value)

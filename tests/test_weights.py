@@ -1,7 +1,4 @@
-"""
-common/weights.py: released autoencoders and transformers, and our own, are read whatever the layout
-and the wrapping; every other file is refused in one line, and no code in it runs.
-"""
+"""weights.py: whatever layout and wrapping is read; else one line, and no code in a file runs."""
 import argparse
 import collections
 import dataclasses
@@ -53,9 +50,7 @@ def to_diffusers(ae, old=False):
     return state
 
 
-def our_checkpoint(ae, stage="ae", **config):
-    return {"stage": stage, "ae_config": dataclasses.asdict(ae.config) | config,
-            "model": ae.state_dict(), "step": 7}
+
 
 
 def write(path, content):
@@ -99,10 +94,9 @@ def refused(path, *words, net=None, error=ValueError):
 # ---------------------------------------------------------------------------- names
 def test_diffusers_names():
     """Where shapes cannot tell tensors apart: pairs written down for f8d4; all stay different."""
+    parts = dict(q="to_q", k="to_k", v="to_v", proj_out="to_out.0", norm="group_norm")
     pairs = {f"encoder.mid.attn_1.{part}.weight": f"encoder.mid_block.attentions.0.{name}.weight"
-             for part, name in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"),
-                                ("proj_out", "to_out.0"), ("norm", "group_norm"))}
-    pairs |= {
+             for part, name in parts.items()} | {
         "decoder.mid.block_2.norm2.bias": "decoder.mid_block.resnets.1.norm2.bias",
         "encoder.down.0.downsample.conv.bias": "encoder.down_blocks.0.downsamplers.0.conv.bias",
         "encoder.down.3.attn.1.q.weight": "encoder.down_blocks.3.attentions.1.to_q.weight",
@@ -118,17 +112,16 @@ def test_our_checkpoint(tmp_path):
     """ckpt.pt -> the same autoencoder and statistics, in eval mode, no random number drawn."""
     ae = small()
     ae.set_latent_stats(0.25, 3.0)
-    path = write(tmp_path / "ckpt.pt", our_checkpoint(ae))
-    state = torch.get_rng_state()
+    content = dict(stage="ae", ae_config=dataclasses.asdict(ae.config), model=ae.state_dict())
+    path, state = write(tmp_path / "ckpt.pt", content), torch.get_rng_state()
     back = load_autoencoder(str(path))
     assert torch.equal(state, torch.get_rng_state()) and not back.training
     assert same(ae, back)
-    refused(write(path, our_checkpoint(ae, stage="diffusion")), "stage 'diffusion'")
+    refused(write(path, content | dict(stage="diffusion")), "stage 'diffusion'")
 
 
 @pytest.mark.parametrize("name", ["f8d4", "f16d16", "f16d32"])
 def test_architecture_is_inferred(tmp_path, name):
-    """Widths, depth, channels, attention levels of published models follow from names, shapes."""
     config = dataclasses.replace(CONFIGS[name], ch=32)      # same outline, fewer weights
     path = write(tmp_path / "model.ckpt", {"state_dict": to_compvis(AutoencoderKL(config))})
     assert load_autoencoder(path).config == config
@@ -142,25 +135,20 @@ def test_diffusers_folder(tmp_path, file, old):
     write(tmp_path / "vae" / file, to_diffusers(ae, old))
     write(tmp_path / "vae" / "config.json",
           dict(norm_num_groups=16, scaling_factor=0.3611, shift_factor=0.1159))
-    z = torch.randn(1, 3, 2, 5)
+    ae.set_latent_stats(0.1159, 1 / 0.3611)                # diffusers: (z - shift) * scaling
     for given in (tmp_path, tmp_path / "vae", str(tmp_path / "vae" / file)):
-        back = load_autoencoder(given)
-        # diffusers' own formula
-        torch.testing.assert_close(back.normalize(z), (z - 0.1159) * 0.3611)
-        ae.set_latent_stats(back.latent_mean, back.latent_std)
-        assert same(ae, back)
+        assert same(ae, load_autoencoder(given))
 
 
 def test_diffusers_settings(tmp_path):
     """Statistics per channel; diffusers' default scale; none known, which a warning says."""
     file, config = tmp_path / f"{DIFFUSERS_FILE}.bin", tmp_path / "config.json"
     write(file, to_diffusers(little()))
-    with pytest.warns(UserWarning, match=".bin: no config.json beside it: .*32 groups"):
+    with pytest.warns(UserWarning, match="no config.json"):
         assert load_autoencoder(file).latent_std.tolist() == [1, 1, 1]
     write(config, {})
     assert load_autoencoder(file).latent_std.tolist() == pytest.approx([1 / 0.18215] * 3)
-    write(config, dict(scaling_factor=0.5, shift_factor=None, latents_mean=[1.0, 2.0, 3.0],
-                       latents_std=[4.0, 5.0, 6.0]))
+    write(config, dict(scaling_factor=0.5, latents_mean=[1, 2, 3], latents_std=[4, 5, 6]))
     back = load_autoencoder(file)
     assert back.latent_mean.tolist() == [1, 2, 3] and back.latent_std.tolist() == [8, 10, 12]
     config.unlink()
@@ -182,10 +170,8 @@ def test_unusual_convolutions(tmp_path, layout):
 
 def test_hash_covers_the_groups_of_the_norms():
     """Two that differ in norm_groups alone have the same weights and encode differently."""
-    a, b = little(norm_groups=8), little(norm_groups=32)
-    assert weights.autoencoder_hash(a) != weights.autoencoder_hash(b)
-    b.config = dataclasses.replace(a.config)
-    assert weights.autoencoder_hash(a) == weights.autoencoder_hash(b)
+    a, b, c = (weights.autoencoder_hash(little(norm_groups=groups)) for groups in (8, 32, 8))
+    assert a == c != b
 
 
 # ---------------------------------------------------------------------------- folders
@@ -213,7 +199,7 @@ def test_a_snapshot_of_links_into_the_hubs_blobs(tmp_path):
 
 def test_a_folder_without_a_clear_choice(tmp_path):
     """Nothing there, no weights, several files."""
-    refused(tmp_path / "none.pt", "no such file", "train_ae.py", error=FileNotFoundError)
+    refused(tmp_path / "none.pt", error=FileNotFoundError)
     refused(write(tmp_path / "a.msgpack", b"x").parent, "(0 are)", error=FileNotFoundError)
     for name in ("a.ckpt", "b.bin"):
         write(tmp_path / name, b"x")
@@ -241,9 +227,8 @@ def test_files_that_are_no_checkpoint(tmp_path, net):
     for content in (b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n" * 9,
                     b"<!DOCTYPE html><html>", whole[:len(whole) // 2], whole[:-100]):
         refused(write(path, content), "not a complete file of weights", net=net)
-    for content, word in [([torch.zeros(2)], "list"),
-                          ({"stage0.fc.weight": torch.zeros(2)}, "stage0.fc.weight")]:
-        refused(write(path, content), word, net=net)
+    refused(write(path, [torch.zeros(2)]), "list", net=net)
+    refused(write(path, {"stage0.fc.weight": torch.zeros(2)}), "stage0.fc.weight", net=net)
     for zipped in (True, False):
         content = {"state_dict": net.state_dict(), "x": Malice()}
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
@@ -256,9 +241,8 @@ def test_a_flipped_bit_is_refused(tmp_path, net):
     """torch.load does not compare the checksums of its zip; ours and released files alike."""
     path = write(tmp_path / "model.pt", net.state_dict())
     content = bytearray(path.read_bytes())
-    name = max(net.state_dict(), key=lambda name: net.state_dict()[name].numel())
-    place = content.index(net.state_dict()[name].numpy().tobytes())
-    content[place + 1001] ^= 1
+    largest = max(net.state_dict().values(), key=torch.numel)
+    content[content.index(largest.numpy().tobytes()) + 1001] ^= 1
     refused(write(path, bytes(content)), "checksum", net=net)
 
 
@@ -283,8 +267,7 @@ def test_a_lightning_checkpoint(tmp_path, monkeypatch):
             "state_dict": to_compvis(little()), "hyper_parameters": {"x": callback, "kind": dict},
             "callbacks": {module.Callback: {"best": np.float64(1), "all": np.arange(3.0)}},
             "args": argparse.Namespace(path=pathlib.PosixPath("data"), seed=0),
-            "log": collections.defaultdict(list, loss=[1.0, 2.0]), "version": torch.__version__,
-            "other": (frozenset({1}), slice(3), ..., types.SimpleNamespace(depth=3))})
+            "log": collections.defaultdict(list, loss=[1.0, 2.0]), "other": (slice(3), ...)})
     assert same(load_autoencoder(path), little())
     assert "pytorch_lightning" not in sys.modules
 
@@ -315,8 +298,6 @@ WRAPPED = {         # network -> what a file holds
     "REPA": lambda net: {
         "model": other(net), "args": argparse.Namespace(seed=0), "opt": {"state": {}}, "steps": 3,
         "ema": renamed("module.")(net) | {"module.projectors.0.0.weight": torch.zeros(9, 32)}},
-    "ema. before model.": lambda net: renamed("ema.")(net) | {
-        f"model.{key}": value for key, value in other(net).items()},
     "inside state_dict": lambda net: {"state_dict": {"model": other(net), "ema": net.state_dict()}},
     "no ema yet": lambda net: {"model": net.state_dict(), "ema": None, "epoch": 3}}
 
@@ -331,16 +312,15 @@ def test_wrapped_state_dicts(tmp_path, how, net):
 def test_several_networks_in_a_file(tmp_path):
     """Each reader takes its own; of two that would do it takes none."""
     ae, sit = little(), tiny(SiT)
-    path = write(tmp_path / "all.pt", {"vae": to_compvis(ae), "model": other(sit),
-                                       "ema": sit.state_dict()})
+    content = {"vae": to_compvis(ae), "model": other(sit), "ema": sit.state_dict()}
+    path = write(tmp_path / "all.pt", content)
     assert same(load(ae, path), ae) and same(load(sit, path), sit)
     write(path, {"vae": to_compvis(ae), "model": to_compvis(ae)})
     refused(path, "2 networks", "vae.encoder")
 
 
 @NETS
-def test_every_floating_point_is_read(tmp_path, net):
-    """As float32, exactly the values in the file."""
+def test_every_floating_point_is_read_exactly(tmp_path, net):
     for dtype in (torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float64):
         state = {key: value.to(dtype) for key, value in net.state_dict().items()}
         back = load(net, write(tmp_path / "model.pt", state)).state_dict()
@@ -348,9 +328,8 @@ def test_every_floating_point_is_read(tmp_path, net):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda x: x * float("nan"), "not finite"), (lambda x: x / 0, "not finite"),
-    (lambda x: x.to(torch.int8), "torch.int8"), (lambda x: torch.zeros(7, 5, 2), "(7, 5, 2)"),
-    (lambda x: None, "missing")])
+    (lambda x: x / 0, "not finite"), (lambda x: x.to(torch.int8), "torch.int8"),
+    (lambda x: torch.zeros(7, 5, 2), "(7, 5, 2)"), (lambda x: None, "missing")])
 @pytest.mark.parametrize("net, state, name", [
     (little(), to_compvis(little()), "encoder.mid.block_2.conv2.weight"),
     (little(), to_diffusers(little()), "encoder.mid_block.resnets.1.conv2.weight"),
@@ -376,8 +355,7 @@ def test_time_of_the_original_sit_is_reversed(tmp_path):
     """Its x_t = t x + (1 - t) eps, velocity x - eps: loaded it is -SiT(x, 1 - t), saved as well."""
     original, (x, t, y) = tiny(SiT), batch()
     loaded = load(original, save_learn_sigma(original, tmp_path / "sit.pt"))
-    want = -original(x, 1 - t, y)
-    torch.testing.assert_close(loaded(x, t, y), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded(x, t, y), -original(x, 1 - t, y), rtol=1e-4, atol=1e-4)
     assert same(load(original, write(tmp_path / "ours.pt", {"ema": loaded.state_dict()})), loaded)
 
 
@@ -392,13 +370,12 @@ def test_uvit_files_with_and_without_the_final_convolution(tmp_path):
     torch.testing.assert_close(loaded(x, 1000 * t, y), source(x, 1000 * t, y))
 
 
-def test_a_transformer_of_another_kind_or_size(tmp_path):
+@pytest.mark.parametrize("model, words", [
+    (tiny(SiT, num_classes=9), "embedding_table"), (tiny(UViT), "0 networks .*x_embedder"),
+    (tiny(SiT, input_size=8), "pos_embed"), (tiny(SiT, depth=2), "blocks.2.*unknown")])
+def test_a_transformer_of_another_kind_or_size(tmp_path, model, words):
     """One line with the file's name and a tensor; an original SiT is no exception."""
-    file = write(tmp_path / "ckpt.pt", {"stage": "diffusion", "ema": tiny(SiT).state_dict()})
-    original = save_learn_sigma(tiny(SiT), tmp_path / "sit.pt")
-    for path, model, words in [(tmp_path, tiny(SiT, num_classes=9), "embedding_table"),
-                               (file, tiny(UViT), "0 networks .*x_embedder"),
-                               (file, tiny(SiT, input_size=8), "pos_embed"),
-                               (original, tiny(SiT, depth=2), "blocks.2.*unknown")]:
-        with pytest.raises(ValueError, match=rf"(ckpt|sit).pt: .*{words}"):
+    for path in (write(tmp_path / "ckpt.pt", {"stage": "diffusion", "ema": tiny(SiT).state_dict()}),
+                 save_learn_sigma(tiny(SiT), tmp_path / "sit.pt")):
+        with pytest.raises(ValueError, match=rf"{path}: .*{words}"):
             load_transformer(model, path)
