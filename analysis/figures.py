@@ -222,7 +222,7 @@ def draw_curve(axes, rows, name, batches, gamma=0.0, descriptor=True, remove_dc=
 def latents_and_images(args, device):
     """Yields (label, images or None, latents (N, C, h, w)) of every file of --latents."""
     images = held_out_images(args, {}, device)[0] if args.data else None
-    for file, label in zip(args.latents, unique_names(args.latents, taken=("image", "images"))):
+    for file, label in zip(args.latents, unique_names(args.latents)):
         array = np.load(file, mmap_mode="r")
         run.need(array.ndim == 4, f"--latents {file}: of shape {array.shape}, not (N, C, h, w)")
         yield label, images, torch.from_numpy(array[:args.val_images].astype(np.float32)).to(device)
