@@ -137,16 +137,6 @@ def test_two_autoencoders_of_one_file_name(ae, main, tmp_path, monkeypatch):
     assert sum(float(row["share"]) for row in rows) == pytest.approx(4, rel=1e-4)
 
 
-def test_names_in_legends_are_unique(tmp_path):
-    """As much of the path as is needed; v1.5 is no file with an ending; _x would be hidden."""
-    for paths, names in (("A/c_4.pt B/c_4.pt C/D/ckpt.pt", ["A/c_4", "B/c_4", "C/D"]),
-                         ("v1.0 v1.5", ["v1.0", "v1.5"]),
-                         ("x/A/ckpt.pt y/A/ckpt.pt", ["x/A", "y/A"]), ("A/image.pt", ["A/image"]),
-                         ("A/_x", ["A/_x"]), ("$x$ \x1b[2Jz", [r"\$x\$", r"\x1b[2Jz"])):
-        paths = [tmp_path / path for path in paths.split(" ")]
-        assert figures.unique_names(paths, taken=("image",)) == names
-
-
 @pytest.mark.filterwarnings("ignore:.*untrained")
 def test_published_curves(material, ae, main):
     """They sum to 1 up to the printed digits; one's own by the same descriptor, DC kept."""
