@@ -10,13 +10,8 @@ from conftest import ROOT
 
 EXISTS = {
     "Sec": "1 2 2.1 2.2 3 3.1 3.2 3.3 3.4 3.5 4 4.1 4.2 5 6",
-    "Eq": "1 2 3 4 5 6 7 8 9 10 11",
-    "Fig": "1 2 3 4 5 6 7 8 9 10",
-    "Table": "1 2 3 4 5 6 7 8",
-    "Alg": "1 2",
-    "Prop": "3.1 3.2",
-    "Lemma": "A.2",
-    "Remark": "A.1",
+    "Eq": "1 2 3 4 5 6 7 8 9 10 11", "Fig": "1 2 3 4 5 6 7 8 9 10", "Table": "1 2 3 4 5 6 7 8",
+    "Alg": "1 2", "Prop": "3.1 3.2", "Lemma": "A.2", "Remark": "A.1",
     "Appendix": "A.1 A.2 A.3 A.4 A.5 A.6 A.7 A.8",        # also without that word
 }
 LONG = dict(Section="Sec", Equation="Eq", Figure="Fig", Algorithm="Alg", Proposition="Prop")
