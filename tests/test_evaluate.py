@@ -85,18 +85,6 @@ def test_a_command_takes_its_flags_and_no_others(main, monkeypatch, capsys):
 
 
 # ---- figures
-@pytest.mark.parametrize("channels", [1, 2, 4, 16])
-def test_pca_rgb_shows_the_strongest_direction_first(channels):
-    """Red carries the direction of largest variance, for any number of channels; H != W."""
-    pattern = (torch.arange(6.0)[:, None] * 0.7 + torch.arange(9.0)).sin()
-    latents = 0.01 * torch.randn(2, channels, 6, 9)
-    latents[:, -1] += pattern
-    rgb = figures.pca_rgb(latents)
-    assert rgb.shape == (2, 3, 6, 9) and rgb.min() >= 0 and rgb.max() <= 1
-    correlation = torch.corrcoef(torch.stack([rgb[0, 0].flatten(), pattern.flatten()]))[0, 1]
-    assert correlation.abs() > 0.99
-
-
 @pytest.mark.filterwarnings("ignore:.*untrained")
 def test_figures_are_drawn(material, ae, main):
     """bands reports a PSNR per mask, similarity an RMSC per target, spectrum draws features."""

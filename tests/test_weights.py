@@ -197,8 +197,7 @@ def test_a_snapshot_of_links_into_the_hubs_blobs(tmp_path):
 
 
 def test_a_folder_without_a_clear_choice(tmp_path):
-    """Nothing there, no weights, several files."""
-    refused(tmp_path / "none.pt", error=FileNotFoundError)
+    """No weights, several files."""
     refused(write(tmp_path / "a.msgpack", b"x").parent, "(0 are)", error=FileNotFoundError)
     for name in ("a.ckpt", "b.bin"):
         write(tmp_path / name, b"x")
