@@ -321,7 +321,7 @@ def guided(model, shape, y, cfg, cfg_interval):
     Classifier-free guidance: null + cfg * (class - null) while cfg_interval[0] <= t <=
     cfg_interval[1], t in [0, 1]; the plain prediction outside. cfg == 1 is the conditional network,
     cfg == 0 the unconditional one; U-ViT's configurations count from 0 (their 0.4 is cfg 1.4).
-    returns  predict(x, t, timestep) -> (B, C, h, w) float64, and the model's device
+    returns  predict(x, t, timestep) -> (B, C, h, w) in x's precision, and the model's device
     """
     B = shape[0]
     device = next(model.parameters()).device
@@ -334,12 +334,17 @@ def guided(model, shape, y, cfg, cfg_interval):
 
     def predict(x, t, timestep):
         if cfg == 1 or not cfg_interval[0] <= t <= cfg_interval[1]:
-            return model(x, x.new_full((B,), timestep), y).double()
+            return model(x, x.new_full((B,), timestep), y).to(x)
         # both halves in one call
         out = model(torch.cat([x, x]), x.new_full((2 * B,), timestep), twice, drop=drop)
-        conditional, null = out.double().chunk(2)
+        conditional, null = out.to(x).chunk(2)
         return null + cfg * (conditional - null)
     return predict, device
+
+
+def to_state(noise, device):
+    """Noise (B, C, h, w) as a sampler's state: float64, which Apple's GPUs do not have."""
+    return noise.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
 class Interpolant:
@@ -396,7 +401,7 @@ class Interpolant:
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
         if sde:
             times = torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist() + [0.0]
-        x = noise(shape).to(device, torch.float64)
+        x = to_state(noise(shape), device)
         for t, t_next in zip(times, times[1:]):
             drift = predict(x, t, t)
             if watch:
@@ -407,7 +412,7 @@ class Interpolant:
                 drift = drift - t * score                 # w/2 = t
             x = x + (t_next - t) * drift
             if sde and t_next > 0:
-                z = noise(shape).to(device, torch.float64)
+                z = to_state(noise(shape), device)
                 x = x + math.sqrt(2 * t * (t - t_next)) * z
         return x.float()
 
@@ -447,8 +452,9 @@ class DDPM:
     def loss(self, model, x, t, eps, y=None, drop=None, return_hidden=None):
         """Mean squared error of the predicted eps; arguments as Interpolant.loss."""
         n = (1000 * t).long() + 1                         # (B,) uniform in 1 .. 1000
-        a = self.alpha_bar.to(x.device, non_blocking=True)[n].view(-1, 1, 1, 1)
-        x_n = a.sqrt().float() * x + (1 - a).sqrt().float() * eps
+        roots = torch.stack([self.alpha_bar, 1 - self.alpha_bar]).sqrt().float()       # (2, 1001)
+        signal, noise = roots.to(x.device, non_blocking=True)[:, n, None, None, None]
+        x_n = signal * x + noise * eps
         return regress(model, x_n, n.float(), eps, y, drop, return_hidden)
 
     def step(self, x, eps, n, m, eta=0.0, noise=None):
@@ -474,10 +480,10 @@ class DDPM:
             raise ValueError(f"steps={steps}: DDPM has 1000 noise levels; use 1 .. 1000")
         predict, device = guided(model, shape, y, cfg, cfg_interval)
         levels = torch.linspace(1000, 0, steps + 1, dtype=torch.float64).round().int().tolist()
-        x = noise(shape).to(device, torch.float64)
+        x = to_state(noise(shape), device)
         for n, m in zip(levels, levels[1:]):
             # sigma is 0 on the way to n = 0
-            z = noise(shape).to(device, torch.float64) if eta > 0 and m > 0 else 0.0
+            z = to_state(noise(shape), device) if eta > 0 and m > 0 else 0.0
             eps = predict(x, n / 1000, n)
             if watch:
                 watch(n / 1000, self.clean(x, eps, n / 1000))

@@ -84,7 +84,7 @@ def load_or_none(load, device):
             network = load()
     except FileNotFoundError as error:                 # without its advice for train_ae.py
         run.print0(str(error).partition(", or train without it")[0])
-    return network if run.all_agree(network is not None, device) else None
+    return network if all(run.all_gather(network is not None)) else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def evaluate_recon(args, device):
         sums += torch.stack([score.cpu().double() for score in scores]).sum(1)
         for moment, x in zip(moments, pair):
             moment.add(inception(x)[0])
-    sums = run.all_sum(sums.to(device)).cpu()
+    sums = run.all_sum(sums)
     values = dict(zip(names, (sums[1:] / sums[0]).tolist()))
     if moments and sums[0] > 1:
         (n, *a), (_, *b) = (moment.mean_cov() for moment in moments)
@@ -265,7 +265,7 @@ COMMANDS = {                                           # name: (function, flags 
             "sampler cfg cfg_interval labels jpeg dtype reference_images folder"),
     "fid": (evaluate_fid, "a b image_size batch_size"),
     "spectrum": (figures.spectrum_figure,
-                 f"{IMAGES} ae out seed gamma published encoder encoder_source"),
+                 f"{IMAGES} ae latents out seed gamma published encoder encoder_source"),
     "bands": (figures.bands_figure, f"{IMAGES} ae out"),
     "latents": (figures.latents_figure, f"{IMAGES} ae out"),
     "similarity": (figures.similarity_figure, f"{IMAGES} out image token encoder encoder_source"),
@@ -333,13 +333,15 @@ def get_args():
     add("--folder", False, action="store_true", help="also write every sample as a PNG")
     # spectrum and similarity
     add("--gamma", 1.0, type=float, help="flattening exponent of the target")
+    add("--latents", nargs="+", metavar="FILE.npy", help="latents (N, C, h, w) of any autoencoder, "
+        "in the place of --ae; with images only if --data is given")
     add("--published", choices=figures.CURVES, help="the authors' curves, all in their form")
     add("--encoder", help="DINOv2 model")
     add("--encoder_source", help="a local clone of facebookresearch/dinov2, or random (for tests)")
     add("--image", help="an image file (default: the first --val_images held-out ones of --data)")
     add("--token", type=int, help="number of the token, row by row from 0 (default: the middle)")
     add("--out", f"out/{command}.png", help="figure; of gen a folder (default: beside --ckpt)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda when there is a GPU")
+    add("--device", choices=run.DEVICES, help="default: cuda when there is a GPU")
     add("--results", "results.jsonl", help="every result is appended here")
     few = DEFAULTS.get(command, {}).get("val_images")  # for the eye: presets leave them alone
     return run.parse_args(parser, {name: {k: v for k, v in values.items() if k in takes and not few}

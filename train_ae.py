@@ -19,7 +19,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import losses
 from analysis.figures import figure_rows, pca_rgb
@@ -43,7 +42,8 @@ PRESETS = {
                   warmup_steps=40, lpips_weight=0.0, gan_weight=0.0, eval_every=200, log_every=10,
                   val_images=256, workers=0),
 }
-UNCOMPILED = ("eq", "se", "vf")        # methods that are not compiled by default, see main()
+# not compiled by default: eq and se use many image sizes, vf runs the decoder backward twice
+UNCOMPILED = {"eq", "se", "vf"}
 
 
 def get_args():
@@ -52,64 +52,55 @@ def get_args():
                                      allow_abbrev=False)
     add = parser.add_argument
     # what is run
-    add("--preset", choices=PRESETS, default="celeba-f16d16",
-        help="a named group of defaults; explicit flags win")
+    add("--preset", choices=PRESETS, default="celeba-f16d16", help="a named group of defaults")
     add("--out", help="folder of the run (default: out/ae/<preset>-<reg>[-tuned])")
     run.add_run_flags(parser)
     # data
-    add("--data", help="folder, .zip, or cifar10; built in: leaves or discs; for a folder of that "
-        "name write ./leaves (default: leaves)")
+    add("--data", help="folder, .zip, cifar10, or built in: leaves or discs (default: leaves)")
     add("--image_size", type=int, default=256, help="pixels per side")
     add("--val_images", type=int, default=1000, help="held-out images")
     # model and regulariser
-    add("--model", choices=CONFIGS, default="f16d16",
-        help="autoencoder: f = reduction, d = latent channels")
-    add("--init", metavar="FILE", help="start from these weights: a ckpt.pt, or released ones "
-        "that common/weights.py reads; the model follows from the file (default: none)")
+    add("--model", choices=CONFIGS, default="f16d16", help="f = reduction, d = latent channels")
+    add("--init", metavar="FILE", help="fine-tune these weights, and their model: a ckpt.pt, or "
+        "released ones that common/weights.py reads (default: none)")
     add("--reg", nargs="+", choices=("none", "kl", "esm", "dsm", "se", "eq", "vf", "uae"),
-        default=["kl"],
-        help="one or several: SD-VAE's KL, ESM, DSM, Scale Equivariance, EQ-VAE, VA-VAE, UAE; "
-        "none = reconstruction only")
-    add("--gamma", type=float, default=1.0, help="ESM: flattening exponent of the target, >= 0")
+        default=["kl"], help="one or several: SD-VAE's KL, ESM, DSM, Scale Equivariance, EQ-VAE, "
+        "VA-VAE, UAE; none = reconstruction only")
+    add("--gamma", type=float, default=1.0, help="ESM: flattening exponent of the target, 0..10")
     add("--esm_weight", type=float, default=0.01, help="ESM: weight of the divergence (Table 5)")
     add("--dsm_masks", type=int, nargs="+", default=list(DSM_MASKS),
-        help="DSM: anti-diagonals cut, 0..14 each (Table 8)")
+        metavar="N", help="DSM: anti-diagonals cut, 0..14 each (Table 8)")
+    add("--dsm_block", type=int, default=8,
+        help="DSM: side of the DCT blocks, of image and latent alike")
     add("--kl_weight", type=float, help="KL: weight (default: 1e-6; for eq and vf divided by "
         "3 * image_size^2, since their authors sum the reconstruction loss over pixels)")
     add("--vf_weight", type=float, default=0.1, help="VA-VAE: weight, times the adaptive weight")
-    add("--uae_weight", type=float, default=0.5,
-        help="UAE: weight of the squared error of low-frequency DCT coefficients")
-    add("--encoder", help="foundation model to align latents with (default: dinov2_vitl14 for vf, "
-        "dinov2_vitb14_reg for uae, as in the original papers)")
-    add("--encoder_source", help="a folder with hubconf.py, such as a clone of "
-        "facebookresearch/dinov2, or random (for tests) (default: torch.hub)")
+    add("--uae_weight", type=float, default=0.5, help="UAE: weight of the low-frequency DCT's MSE")
+    add("--encoder", help="foundation model to align latents with, as in the original papers "
+        "(default: dinov2_vitl14 for vf, dinov2_vitb14_reg for uae)")
     # reconstruction
     add("--lpips_weight", type=float, default=0.5, help="0 = off (needs no VGG weights)")
     add("--gan_weight", type=float, default=0.5, help="0 = off")
     add("--gan_start", type=int, default=50_000, help="first step with the discriminator")
-    add("--gan_every_step", action="store_true",
-        help="train both networks in each step (default: even steps the autoencoder, odd steps "
-        "the discriminator)")
+    add("--gan_every_step", action="store_true", help="train both networks in each step (default: "
+        "even steps the autoencoder, odd steps the discriminator)")
     # optimisation
-    add("--steps", type=int, default=500_000,
-        help="training steps; those of the discriminator count, too")
+    add("--steps", type=int, default=500_000, help="those of the discriminator count, too")
     add("--batch_size", type=int, default=48, help="images per step over all processes")
     add("--lr", type=float, default=5e-5, help="of both networks; constant after the warm-up")
     add("--warmup_steps", type=int, default=2000, help="updates of a network until its lr is --lr")
     add("--weight_decay", type=float, default=0.005, help="of AdamW, betas .9 and .999")
     add("--clip_grad", type=float, default=1.0, help="largest gradient norm; 0 = off")
     # reporting
-    add("--eval_every", type=int, default=5000,
-        help="steps between validations, each with a checkpoint")
-    add("--keep_every", type=int, default=-1,
-        help="also keep ckpt_<step>.pt at these steps; -1 = off")
+    add("--eval_every", type=int, default=5000, help="steps between validations and checkpoints")
+    add("--keep_every", type=int, default=-1, help="keep ckpt_<step>.pt at these steps; -1 = off")
     args = run.parse_args(parser, PRESETS)
     if args.kl_weight is None:
         rec_is_summed = {"eq", "vf"} & set(args.reg) and "kl" not in args.reg
         args.kl_weight = 1e-6 / max(3 * args.image_size ** 2, 1) if rec_is_summed else 1e-6
     if args.encoder is None:
         args.encoder = "dinov2_vitl14" if "vf" in args.reg else "dinov2_vitb14_reg"
-    if args.compile is None and set(UNCOMPILED) & set(args.reg):
+    if args.compile is None and UNCOMPILED & set(args.reg):
         args.compile = "off"
     tuned = "-tuned" if args.init else ""
     args.out = args.out or f"out/ae/{args.preset}-{'-'.join(args.reg)}{tuned}"
@@ -119,30 +110,21 @@ def get_args():
 def check(args, config):
     """ValueError on the first flag that cannot work, before data is read or anything written."""
     need, f = run.need, config.reduction
-    side, remainder = divmod(args.image_size, f)
-    need(16 <= args.image_size <= 16384, f"--image_size {args.image_size}: must lie in 16..16384")
-    need(remainder == 0, f"--image_size {args.image_size}: must be a multiple of {f}, the "
-         f"reduction of --model {args.model}")
-    need("none" not in args.reg or args.reg == ["none"],
-         "--reg none: stands alone, or leave it out")
-    need(not {"vf", "uae"} <= set(args.reg),
-         "--reg vf uae: both align the latent with the same features; choose one of them")
-    pairs = [reg for reg in ("dsm", "se", "eq") if reg in args.reg]
-    need(len(pairs) <= 1, f"--reg {' '.join(pairs)}: each changes the decoder's input; choose one")
-    need("dsm" not in args.reg or side % 8 == 0,
-         f"--reg dsm: a latent of {side}x{side} does not tile into 8x8 blocks; --image_size must "
-         f"be a multiple of {8 * f}")
-    need(all(0 <= n <= 14 for n in args.dsm_masks),
-         f"--dsm_masks {args.dsm_masks}: each must lie in 0..14")
-    need("se" not in args.reg or side % max(SCALES) == 0,
-         f"--reg se: a latent of {side}x{side} does not divide by {max(SCALES)}")
+    need(args.image_size >= 16 and args.image_size % f == 0, f"--image_size {args.image_size}: "
+         f"must be at least 16 and a multiple of {f}, the reduction of --model {args.model}")
+    need("none" not in args.reg or args.reg == ["none"], "--reg none: stands alone")
+    for group, why in ((("dsm", "se", "eq"), "each changes the decoder's input"),
+                       (("vf", "uae"), "both align the latent with the same features")):
+        both = [reg for reg in group if reg in args.reg]
+        need(len(both) <= 1, f"--reg {' '.join(both)}: {why}; choose one of them")
+    run.need_range(args, 2, 4096, "dsm_block")
+    need("dsm" not in args.reg or args.image_size % (args.dsm_block * f) == 0, f"--image_size "
+         f"{args.image_size}: must be a multiple of {args.dsm_block * f}, since --reg dsm cuts "
+         f"{args.dsm_block}x{args.dsm_block} blocks of latents; or another --dsm_block")
+    need(all(0 <= n <= 2 * args.dsm_block - 2 for n in args.dsm_masks),
+         f"--dsm_masks {args.dsm_masks}: each must lie in 0..{2 * args.dsm_block - 2}")
     need("vf" not in args.reg or args.compile != "on", "--reg vf --compile on: its adaptive ratio "
          "runs the decoder's backward pass twice, which compiled code does not allow")
-    smallest = args.image_size // (4 if {"se", "eq"} & set(args.reg) else 1)
-    for flag, least in (("gan_weight", 24), ("lpips_weight", 16)):
-        weight = getattr(args, flag)
-        need(weight == 0 or smallest >= least, f"--{flag} {weight}: needs images of at least "
-             f"{least} pixels per side, and here they may be {smallest}; 0 switches it off")
     run.need_range(args, 0, 10, "gamma")                   # 16^gamma stays far from float32's end
     run.need_range(args, 0, float("inf"), "esm_weight", "kl_weight", "vf_weight", "uae_weight",
                    "lpips_weight", "gan_weight", "gan_start")
@@ -150,11 +132,7 @@ def check(args, config):
 
 
 def open_model(args):
-    """
-    The configuration of --model, or with --init that of its file. args.init is replaced by a hash
-    of the weights, so that --resume accepts the file from any path; args.model by its name.
-    returns  AEConfig, and the weights to start from or None
-    """
+    """The AEConfig of --model, or with --init that of its file, and the weights of that or None."""
     if not args.init:
         return CONFIGS[args.model], None
     ae = load_autoencoder(args.init)
@@ -162,7 +140,8 @@ def open_model(args):
     default = PRESETS[args.preset].get("model", "f16d16")
     run.need(args.model in (default, *names), f"--model {args.model}: --init {args.init} is "
              f"{names[0] if names else ae.config}; leave --model out")
-    args.model, args.init = names[0] if names else "of --init", autoencoder_hash(ae)
+    args.model = names[0] if names else "of --init"
+    args.init = autoencoder_hash(ae)                       # --resume takes the file from any path
     return ae.config, ae.state_dict()
 
 
@@ -171,13 +150,13 @@ def open_model(args):
 
 def draw_pair(args, rng):
     """
-    Draw this step's transform of image and latent, the same on every rank.
-    rng      random.Random, seeded by (seed, step)
+    This step's transform of image and latent, by a random.Random that is the same on every rank.
     returns  scale of the images before encoding (EQ-VAE; 1.0 = none), and
              pair(images, latents) -> (reconstruction target, decoder input)
     """
+    unchanged = lambda images, latents: (images, latents)
     if "dsm" in args.reg:                                  # Alg. 2: one mask m_n for both
-        return 1.0, partial(losses.dsm_pair, n=rng.choice(args.dsm_masks))
+        return 1.0, partial(losses.dsm_pair, n=rng.choice(args.dsm_masks), block=args.dsm_block)
     if "se" in args.reg:
         return 1.0, partial(losses.scale_pair, k=rng.choice(SCALES))
     if "eq" in args.reg:
@@ -187,11 +166,6 @@ def draw_pair(args, rng):
         if rng.random() < 0.25:                            # EQ-VAE also encodes small images
             return scale, unchanged
     return 1.0, unchanged
-
-
-def unchanged(images, latents):
-    """The pair of methods that do not transform it."""
-    return images, latents
 
 
 def learning_rates(args, step, gan):
@@ -215,11 +189,9 @@ def alignment_networks(args, latent_channels, device):
 
 def alignment(args, teacher, projection, ae, images, latents, recon, image_grad, terms):
     """
-    VA-VAE's or UAE's term: projected latents (b, C, h, w) close to features of the images.
-    recon, image_grad  decoded images and the gradient of their losses there: VA-VAE's weight is
-             relative to what the decoder sends back to the latents
-    terms    dict of scalars for the log, to which its value and ratio are added
-    returns  the weighted term
+    VA-VAE's or UAE's weighted term: projected latents (b, C, h, w) close to features of the images.
+    Its value and ratio are added to terms, for the log. VA-VAE's weight is relative to what the
+    decoder sends back to the latents of image_grad, the gradient of the other losses at recon.
     """
     grid = latents.shape[-2:]
     features = teacher(images, grid)                       # (b, h*w, D)
@@ -267,9 +239,7 @@ def validate(ae, batches, args, autocast):
     """
     ae.eval()
     C = ae.config.latent_channels
-    scores = torch.zeros(5, dtype=torch.float64)           # count, psnr, ssim, l1, esm
-    profiles = torch.zeros(2, 16, dtype=torch.float64)     # image, latent
-    moments = torch.zeros(3, C, dtype=torch.float64)       # count, sum, sum of squares
+    totals = torch.zeros(5 + 16 + 16 + 3 * C, dtype=torch.float64)
     for images, _, indices in batches:
         with autocast:                                     # the networks; metrics are float32
             posterior = ae.encode(images)
@@ -284,33 +254,27 @@ def validate(ae, batches, args, autocast):
         # per image, since esm_loss averages over its batch
         esm = torch.stack([losses.esm_loss(x[None], z[None], args.gamma)
                            for x, z in zip(images, latents)])
-        each = [torch.ones_like(l1), psnr(recon, images), ssim(recon, images), l1, esm]
-        scores += torch.stack(each).double().sum(1).cpu()
-        for row, x in zip(profiles, (match_resolution(images, latents.shape[-2:]), latents)):
-            row += radial_profile(power_spectrum(x)).double().sum(0).cpu()
-        cells = latents.double().movedim(1, -1).reshape(-1, C)
-        count = torch.full_like(cells[0], len(cells))
-        moments += torch.stack([count, cells.sum(0), cells.square().sum(0)]).cpu()
-    totals = torch.cat([scores, profiles.flatten(), moments.flatten()])
-    totals = run.all_sum(totals.to(ae.latent_mean.device)).cpu()
-    scores, profiles = totals[:5], totals[5:37].view(2, 16)
-    count, first, second = totals[37:].view(3, C)
+        scores = [torch.ones_like(l1), psnr(recon, images), ssim(recon, images), l1, esm]
+        profiles = [radial_profile(power_spectrum(x)).cpu().double().sum(0)          # (16,) each
+                    for x in (match_resolution(images, latents.shape[-2:]), latents)]
+        cells = latents.cpu().double().movedim(1, -1).reshape(-1, C)       # no float64 on mps
+        moments = torch.full_like(cells[0], len(cells)), cells.sum(0), cells.square().sum(0)
+        totals += torch.cat([torch.stack(scores).cpu().double().sum(1), *profiles, *moments])
+    totals = run.all_sum(totals)
+    scores, image_psd, latent_psd, count, first, second = totals.split([5, 16, 16, C, C, C])
     mean = first / count
     ae.set_latent_stats(mean, (second / count - mean ** 2).clamp_min(1e-12).sqrt())
     ae.train()
-    report = dict(zip(("psnr", "ssim", "l1", "esm"), (scores[1:] / scores[0]).tolist()))
-    report |= dict(alpha=fit_power_law(profiles[1]).item(),
-                   alpha_image=fit_power_law(profiles[0]).item(),
-                   latent_std=ae.latent_std.square().mean().sqrt().item())
-    return {f"val_{name}": value for name, value in report.items()}
+    report = dict(zip(("val_psnr", "val_ssim", "val_l1", "val_esm"),
+                      (scores[1:] / scores[0]).tolist()))
+    return report | dict(val_alpha=fit_power_law(latent_psd).item(),
+                         val_alpha_image=fit_power_law(image_psd).item(),
+                         val_latent_std=ae.latent_std.square().mean().sqrt().item())
 
 
 @torch.no_grad()
 def draw_reconstructions(ae, val_set, path, device):
-    """
-    Held-out images, their reconstructions and latents, and DSM's claim: a low-passed latent decodes
-    to the low-passed image.
-    """
+    """Held-out images, and DSM's claim: a low-passed latent decodes to the low-passed image."""
     images = torch.stack([val_set[i][0] for i in range(min(8, len(val_set)))])
     images = images.to(device) / 127.5 - 1                 # (8, 3, H, W) in [-1, 1]
     latents = ae.encode(images).mode()
@@ -323,25 +287,22 @@ def draw_reconstructions(ae, val_set, path, device):
 
 
 def print_config(args, ae, train_set, val_set, world, device):
-    """What is about to be trained, in two lines."""
+    """What is about to be trained."""
     parameters = sum(p.numel() for p in ae.parameters())
     d, side = ae.config.latent_channels, args.image_size // ae.config.reduction
     run.print0(f"{args.model}: {parameters:,} parameters, {args.image_size} px -> {d} x {side} x "
                f"{side}; reg {' '.join(args.reg)}; {len(train_set):,} training and "
                f"{len(val_set):,} held-out images ({args.data or 'built-in'})")
-    if device.type == "cuda" and args.compile == "off" and set(UNCOMPILED) & set(args.reg):
-        run.print0(f"--reg {' '.join(args.reg)}: not compiled, since eq and se use many image "
-                   "sizes, each a compilation of its own, and vf runs the decoder backward twice")
     run.print_run(args, world, device)
 
 
-def summary(step, report, speed):
-    """One line of held-out numbers; speed in images/s."""
-    v = {name.removeprefix("val_"): value for name, value in report.items()}
-    line = (f"step {step}: PSNR {v['psnr']:.2f} dB, SSIM {v['ssim']:.4f}, L1 {v['l1']:.4f}, "
-            f"ESM divergence {v['esm']:.4f}, latents: std {v['latent_std']:.2f}, PSD ~ "
-            f"f^-{v['alpha']:.2f} (images of that size: f^-{v['alpha_image']:.2f})")
-    return line + (f", {speed:.1f} images/s" if speed > 0 else "")
+def summary(step, report, usage):
+    """One line of held-out numbers; usage: images/s since the start, peak memory in GB."""
+    return (f"step {step}: PSNR {report['val_psnr']:.2f} dB, SSIM {report['val_ssim']:.4f}, L1 "
+            f"{report['val_l1']:.4f}, ESM divergence {report['val_esm']:.4f}, latents: std "
+            f"{report['val_latent_std']:.2f}, PSD ~ f^-{report['val_alpha']:.2f} (images of that "
+            f"size: f^-{report['val_alpha_image']:.2f}), {usage['images_per_s']:.1f} images/s, "
+            f"{usage['memory_GB']:.1f} GB")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -359,14 +320,13 @@ def main():
     start_step = checkpoint["step"] if checkpoint else 0
     torch.manual_seed(args.seed)                           # the initial weights; nothing else
     ae = AutoencoderKL(config).to(device)
-    disc = lpips = teacher = projection = None
     if initial:
         ae.load_state_dict(initial)
+    disc = teacher = projection = None
     if args.gan_weight > 0 and args.gan_start < args.steps:
         disc = PatchDiscriminator().to(device)
     with run.local_rank_zero_first():                      # one download per node
-        if args.lpips_weight > 0:
-            lpips = PerceptualLoss().to(device)
+        lpips = PerceptualLoss().to(device) if args.lpips_weight > 0 else None
         if {"vf", "uae"} & set(args.reg):
             teacher, projection = alignment_networks(args, config.latent_channels, device)
     make_fast(args, ae, disc, lpips, device)
@@ -377,16 +337,16 @@ def main():
     parts = dict(model=ae, optimizer=optimizer, projection=projection, disc=disc,
                  disc_optimizer=disc_optimizer)            # what a checkpoint carries
     parts = {name: part for name, part in parts.items() if part is not None}
-    if checkpoint:                                         # a run shorter than --gan_start has no
-        run.restore(args.out, checkpoint, {                # discriminator yet
+    if checkpoint:                                         # without disc before --gan_start
+        run.restore(checkpoint, {
             name: part for name, part in parts.items() if name in checkpoint or "disc" not in name})
     log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"])
+    log.track = run.open_tracker(args, start_step)
     del checkpoint                                         # gigabytes at paper scale
     print_config(args, ae, train_set, val_set, world, device)
     ae_ddp, disc_ddp, projection_ddp = run.ddp(ae), run.ddp(disc), run.ddp(projection)
     trained = [network for network in (ae_ddp, disc_ddp, projection_ddp) if network]
-    progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size,
-                    disable=rank > 0 or not sys.stderr.isatty())
+    progress = run.progress_bar(args, start_step)
 
     def save(step):
         """Networks, optimisers, flags: one dict, from which --resume continues bit for bit."""
@@ -396,32 +356,32 @@ def main():
         if rank == 0:
             run.save_checkpoint(f"{args.out}/ckpt.pt", state, args.keep_every)
 
-    def evaluate(step, since):
-        """Held-out numbers, checkpoint, figure. since: (step, seconds) of the last time."""
-        speed = (step - since[0]) * args.batch_size / (time.perf_counter() - since[1])
-        with run.uncompiled(args):
+    def evaluate(step):
+        """Held-out numbers, checkpoint, figure."""
+        usage = run.usage((step - start_step) * args.batch_size, start_time, device)
+        # rare, in shapes of its own: not worth a compilation
+        with torch.compiler.set_stance("force_eager" if args.compile == "on" else "default"):
             report = validate(ae, val_batches(val_set, args.batch_size, rank, world,
                                               device=device), args, autocast)
-            log.line(step, **report)
+            log.write(step, **report)
             save(step)
             if rank == 0:
-                progress.write(summary(step, report, speed), file=sys.stdout)
+                progress.write(summary(step, report, usage), file=sys.stdout)
                 draw_reconstructions(ae, val_set, f"{args.out}/reconstructions.png", device)
+                log.track(step, usage | dict(figure=f"{args.out}/reconstructions.png"))
         if step == args.steps:
             run.print0(f"wrote {args.out}/ckpt.pt, log.jsonl, reconstructions.png")
-        return step, time.perf_counter()
 
     batches = run.save_on_error(
         train_batches(train_set, args.batch_size, start_step, args.seed, rank, world, args.workers,
                       device), start_step, save)
-    since, accum, interrupt = (start_step, time.perf_counter()), args.grad_accum, run.Interrupt()
+    start_time, accum, interrupt = time.perf_counter(), args.grad_accum, run.Interrupt()
     for step in range(start_step, args.steps + 1):
         if interrupt.asked(step):                          # save and stop, without validating
             save(step)
-            run.print0(interrupt.message(step, args))
             break
         if step == args.steps or step % args.eval_every == 0:
-            since = evaluate(step, since)
+            evaluate(step)
         if step == args.steps:
             break
         # random draws depend on (seed, step), not on the number of processes or restarts
@@ -434,7 +394,8 @@ def main():
         train_ae = not gan or args.gan_every_step or step % 2 == 0
         train_disc = gan and (args.gan_every_step or step % 2 == 1)
         for i, (images, eps) in enumerate(zip(batch.chunk(accum), noise.chunk(accum))):
-            run.sync_gradients(trained, i == accum - 1)    # DDP averages them once per step
+            for network in trained:                        # DDP averages gradients once per step
+                network.require_backward_grad_sync = i == accum - 1
             with autocast, torch.set_grad_enabled(train_ae):           # Fig. 1, and Alg. 2 by pair
                 recon, target, latents, posterior = ae_ddp(images, eps, pair)
             terms = {}

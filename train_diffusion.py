@@ -13,8 +13,8 @@ The argparse defaults train U-ViT on CelebA 256. A run lives in --out: ckpt.pt, 
 samples.png.
 """
 import argparse
-import itertools
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -54,8 +54,7 @@ def get_args():
                                      allow_abbrev=False)
     add = parser.add_argument
     # what is run
-    add("--preset", choices=PRESETS, default="celeba-f16d16",
-        help="a named group of defaults; explicit flags win")
+    add("--preset", choices=PRESETS, default="celeba-f16d16", help="a named group of defaults")
     add("--out", help="folder of the run (default: out/diffusion/<name of the autoencoder's run>"
         "[-<repa>])")
     run.add_run_flags(parser)
@@ -63,8 +62,7 @@ def get_args():
     add("--ae", help="ckpt.pt of train_ae.py, or released weights that common/weights.py reads "
         "(default: the newest out/ae/<preset>-*/ckpt.pt)")
     add("--data", help="folder, .zip, or cifar10 (default: what the autoencoder was trained on)")
-    add("--image_size", type=int,
-        help="pixels per side (default: what the autoencoder was trained on, or 256)")
+    add("--image_size", type=int, help="pixels per side (default: the autoencoder's, or 256)")
     add("--cache", help="folder of the latent cache (default: "
         "out/latents/<autoencoder>-<images>-<size>)")
     add("--encode_batch", type=int, default=64, help="images per encoder call over all processes")
@@ -74,42 +72,33 @@ def get_args():
     add("--schedule", choices=("vp", "sd"), default="vp", help="noise levels of UViT-*: the VP "
         "schedule of the authors' U-ViT, or Stable Diffusion's")
     add("--mirror", choices=("on", "off"), default="on", help="mirror half of the images")
-    add("--num_classes", type=int, default=-1,
-        help="-1: as many as the data has class folders; 0: unconditional")
-    add("--label_dropout", type=float, default=0.1,
-        help="fraction of labels replaced by the null label, for guidance")
+    add("--num_classes", type=int, default=-1, help="-1: one per class folder; 0: unconditional")
+    add("--label_dropout", type=float, default=0.1, help="fraction of null labels, for guidance")
     # representation alignment
     add("--repa", choices=("none", *REPA_KINDS), default="none",
         help="REPA, iREPA, or the paper's DoG band-pass target")
     add("--encoder", default="dinov2_vitb14", help="whose features are the target")
-    add("--encoder_source", help="a folder with hubconf.py, such as a clone of "
-        "facebookresearch/dinov2, or random (for tests) (default: torch.hub)")
-    add("--repa_weight", type=float, default=0.5,
-        help="of the alignment loss, beside the diffusion loss")
+    add("--repa_weight", type=float, default=0.5, help="of the alignment loss")
+    add("--repa_until", type=int, default=-1, metavar="STEP",
+        help="first step without alignment; -1 = aligned to the end")
     add("--repa_depth", type=int, default=4, help="the block, from 1, whose output is aligned")
-    add("--dog_sigma1", type=float, default=DOG_SIGMAS[0],
-        help="dog: the narrow Gaussian, in tokens")
+    add("--dog_sigma1", type=float, default=DOG_SIGMAS[0], help="dog: in tokens of a 16x16 grid")
     add("--dog_sigma2", type=float, default=DOG_SIGMAS[1], help="dog: the wide Gaussian, in tokens")
-    add("--norm_std", type=float, help="fraction of the mean that is subtracted from the target "
-        "(Table 6) (default: irepa 0.6, dog 1.0, which has no mean left)")
+    add("--norm_std", type=float, help="fraction of the target's mean that is subtracted (Table 6) "
+        "(default: irepa 0.6, dog 1.0, which has no mean left)")
     # optimisation
     add("--steps", type=int, default=300_000, help="optimiser steps")
     add("--batch_size", type=int, default=256, help="latents per step over all processes")
     add("--lr", type=float, default=2e-4, help="constant after the warm-up, never rescaled")
-    add("--beta2", type=float, default=0.99,
-        help="AdamW's second beta; the first is 0.99 for UViT, 0.9 for SiT")
+    add("--beta2", type=float, default=0.99, help="of AdamW; beta1 is 0.99 for UViT, 0.9 for SiT")
     add("--weight_decay", type=float, default=0.03, help="of AdamW")
     add("--warmup_steps", type=int, default=5000, help="steps until the learning rate is --lr")
     add("--clip_grad", type=float, default=0.0, help="largest gradient norm; 0 = off")
-    add("--ema", type=float, default=0.9999,
-        help="decay of the weights' moving average, which is what is sampled")
-    add("--ema_warmup", choices=("on", "off"), default="on",
-        help="a smaller decay at the start, which forgets the initial weights sooner")
+    add("--ema", type=float, default=0.9999, help="decay of the weights' average, for samples")
+    add("--ema_warmup", choices=("on", "off"), default="on", help="a smaller decay at the start")
     # reporting
-    add("--eval_every", type=int, default=25_000,
-        help="steps between sample grids, each with a checkpoint")
-    add("--keep_every", type=int, default=25_000,
-        help="also keep ckpt_<step>.pt at these steps; -1 = off")
+    add("--eval_every", type=int, default=25_000, help="steps between sample grids and checkpoints")
+    add("--keep_every", type=int, default=25_000, help="steps between kept ckpt_<step>.pt; -1: off")
     add("--sample_steps", type=int, default=100, help="network calls per sample of the grid")
     add("--cfg", type=float, default=1.0, help="guidance scale of the grid; 1 = off")
     args = run.parse_args(parser, PRESETS)
@@ -130,12 +119,10 @@ def check(args, world):
          f"--encode_batch {args.encode_batch}: must be above 0 and divide by {world} processes")
     need(args.cfg == 1 or args.label_dropout > 0, f"--cfg {args.cfg}: --label_dropout 0 never "
          "trains the null label to guide away from; leave --cfg at 1")
-    need_range(args, 0, 1, "label_dropout", "beta2", "ema", "norm_std")
-    need_range(args, 0, float("inf"), "cfg", "repa_weight")
+    need_range(args, 0, 1, "label_dropout", "ema", "norm_std")
+    need_range(args, 0, float("inf"), "cfg", "repa_weight", "dog_sigma1", "dog_sigma2")
     need_range(args, 2, 1000, "sample_steps")
-    need_range(args, 0, 1000, "dog_sigma1", "dog_sigma2")
     need_range(args, -1, 1_000_000, "num_classes")
-    need(args.beta2 < 1, f"--beta2 {args.beta2}: must be below 1")
     need(args.dog_sigma1 < args.dog_sigma2, f"--dog_sigma1 {args.dog_sigma1}: must be below "
          f"--dog_sigma2 {args.dog_sigma2}")
 
@@ -156,15 +143,9 @@ def open_latents(args, ae, train_set, identity, rank, world, device):
                         device, progress=lambda n: progress.update(n * world))
     cache = LatentCache(folder, key)
     ae.set_latent_stats(cache.mean, cache.std)
-    rows = cache.rows[:: max(1, len(cache) // 1024)]
-    posterior = cache.posterior(rows, np.zeros(len(rows), bool), device)
-    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
-    std = ae.normalize(posterior.sample(noise.to(device))).std().item()
-    run.need(0.8 < std < 1.25, f"--cache {folder}: normalised latents have std {std:.3f}, not 1; "
-             "the cache is damaged, remove it")
     run.print0(f"{'read' if there else 'wrote'} {folder}: {len(cache):,} latents and mirrors of "
                f"{list(cache.moments.shape[2:])} moments, normalised per channel from std "
-               f"{cache.std.square().mean().sqrt():.3f} to {std:.3f}")
+               f"{cache.std.square().mean().sqrt():.3f} to 1")
     return cache
 
 
@@ -177,10 +158,6 @@ def alignment_networks(args, model, size, device):
         encoder = load_encoder(args.encoder, args.encoder_source).to(device)
     projector = Projector(REPA_KINDS[args.repa][1], model.pos_embed.shape[-1], encoder.width)
     encoder(torch.zeros(1, 3, size, size, device=device), grid)    # what does not fit says so now
-    if grid != (16, 16):
-        run.print0(f"--repa: a grid of {grid[0]}x{grid[1]} tokens, so the encoder sees "
-                   f"{encoder.patch * grid[0]} x {encoder.patch * grid[1]} pixels; the DoG's "
-                   "sigmas are in tokens, and their defaults are meant for 16x16")
     return encoder, projector.to(device)
 
 
@@ -191,6 +168,12 @@ def aligned_images(cache, indices, batch):
     run.need(not moved.any(), "--data: an image that is in the latent cache can no longer be read "
              "(named above); restore it and --resume")
     return images
+
+
+def summary(step, means, usage):
+    """One line of a log line's loss and run.usage."""
+    return (f"step {step}: loss {means.get('loss', np.nan):.4f}, {usage['images_per_s']:.1f} "
+            f"images/s, {usage['memory_GB']:.1f} GB")
 
 
 @torch.no_grad()
@@ -250,11 +233,11 @@ def main():
     parts = dict(model=model, optimizer=optimizer, ema=ema)        # what a checkpoint carries
     parts |= dict(projector=projector) if projector else {}
     if checkpoint:
-        run.restore(args.out, checkpoint, parts)
+        run.restore(checkpoint, parts)
     log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"])
+    log.track = run.open_tracker(args, start_step)
     del checkpoint                                         # gigabytes at paper scale
-    run.print0(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on "
-               f"latents of {ae.config.latent_channels} x {size // f} x {size // f}, "
+    run.print0(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
                f"{classes or 'no'} classes; images: {origin['data'] or 'built-in'} at {size} px")
     run.print_run(args, world, device)
 
@@ -263,16 +246,16 @@ def main():
     if args.compile == "on":
         model.compile()
     n = args.grad_accum
-    model_ddp, projector_ddp = (run.ddp(net, static_graph=n == 1) for net in (model, projector))
+    static = n == 1 and args.repa_until < 0                # every step has the same graph
+    model_ddp, projector_ddp = (run.ddp(net, static) for net in (model, projector))
     trained = [network for network in (model_ddp, projector_ddp) if network]
     stream = (args.batch_size, start_step, args.seed, rank, world)
     latent_batches = cache.batches(*stream, device, args.mirror == "on")
-    image_batches = itertools.repeat(None)                 # with --repa the same stream of images
+    image_batches = iter(())                               # with --repa the same stream of images
     if encoder:
         image_batches = train_batches(take(train_set, cache.rows), *stream, args.workers, device,
                                       args.mirror == "on")
-    progress = tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size,
-                    disable=rank > 0 or not sys.stderr.isatty())
+    progress = run.progress_bar(args, start_step)
 
     def save(step):
         """Networks, optimiser, flags: one dict, from which --resume continues bit for bit."""
@@ -285,20 +268,19 @@ def main():
 
     latent_batches, image_batches = (run.save_on_error(batches, start_step, save)
                                      for batches in (latent_batches, image_batches))
-    interrupt = run.Interrupt()
+    interrupt, start_time = run.Interrupt(), time.perf_counter()
     for step in range(start_step, args.steps + 1):
         if interrupt.asked(step):
             save(step)
-            run.print0(interrupt.message(step, args))
             break
-        last_step = step == args.steps
-        if last_step or step % args.eval_every == 0:
+        if step == args.steps or step % args.eval_every == 0:
             save(step)
             if rank == 0:
                 averaged.load_state_dict(ema.shadow)
                 image_grid(sample_grid(args, averaged, seen, process, ae, autocast, device),
                              f"{args.out}/samples.png")
-        if last_step:
+                log.track(step, dict(samples=f"{args.out}/samples.png"))
+        if step == args.steps:
             run.print0(f"wrote {args.out}/ckpt.pt, log.jsonl, samples.png")
             break
 
@@ -306,24 +288,26 @@ def main():
         generator = torch.Generator(device).manual_seed(run.step_seed(args.seed, step))
         draw = partial(run.sharded, generator=generator, rank=rank, world=world)
         posterior, labels, indices, _ = next(latent_batches)
-        images = next(image_batches)
+        aligned = encoder and not 0 <= args.repa_until <= step
+        images = next(image_batches) if aligned else None
         latents = ae.normalize(posterior.sample(draw(torch.randn, posterior.mean.shape)))   # std 1
         b = len(latents)                                   # global batch / world
         t = draw(torch.rand, (b,))                         # 0 = data, 1 = noise
         eps = draw(torch.randn, latents.shape)             # (b, C, h, w)
         drop = draw(torch.rand, (b,)) < args.label_dropout     # these take the null label
-        if encoder:
+        if aligned:
             images = aligned_images(cache, indices, images)
 
         for i in range(n):                                 # micro-batches
             part = slice(i * b // n, (i + 1) * b // n)
             y = labels[part] if classes else None
-            run.sync_gradients(trained, i == n - 1)
+            for network in trained:
+                network.require_backward_grad_sync = i == n - 1
             with autocast:                                 # velocity or noise, mean squared error
                 loss = process.loss(model_ddp, latents[part], t[part], eps[part], y, drop[part],
-                                    args.repa_depth if encoder else None)
+                                    args.repa_depth if aligned else None)
             terms = dict(loss=loss)
-            if encoder:                                    # Sec. 3.5: tokens (b, T, D) of one block
+            if aligned:                                    # Sec. 3.5: tokens (b, T, D) of one block
                 terms["loss"], tokens = loss
                 features = encoder(images[part], model.grid)
                 target = filter_target(features, REPA_KINDS[args.repa][0], model.grid,
@@ -338,13 +322,14 @@ def main():
         norm = run.optimizer_step(optimizer, lr, args.clip_grad, log.finite(step))
         log.add(step, dict(grad_norm=norm))
         ema.update(step)
-
         progress.update(1)
         if step % args.log_every == 0:
             means = log.write(step)
             progress.set_postfix(means)
+            usage = run.usage((step + 1 - start_step) * args.batch_size, start_time, device)
+            log.track(step, usage)
             if rank == 0 and step % (10 * args.log_every) == 0:
-                progress.write(f"step {step}: loss {means.get('loss', np.nan):.4f}", sys.stdout)
+                progress.write(summary(step, means, usage), sys.stdout)
     progress.close()
 
 

@@ -232,20 +232,33 @@ def draw_curve(axes, rows, name, batches, gamma=0.0, descriptor=True, remove_dc=
     return shares
 
 
+def latents_and_images(args, device):
+    """Yields (label, images or None, latents (N, C, h, w)) of every file of --latents."""
+    images = held_out_images(args, {}, device)[0] if args.data else None
+    for file, label in zip(args.latents, unique_names(args.latents, taken=("image", "images"))):
+        array = np.load(file, mmap_mode="r")
+        run.need(array.ndim == 4, f"--latents {file}: of shape {array.shape}, not (N, C, h, w)")
+        yield label, images, torch.from_numpy(array[:args.val_images].astype(np.float32)).to(device)
+
+
 @torch.no_grad()
 def spectrum_figure(args, device):
     """
     Figs. 4, 5, 7, 8: radial power of the images (at the latents' size), of their flattened target
     and of the latents of every autoencoder: figure and CSV. With --encoder also DINOv2's features,
     unit length per token. With --published the authors' curves lie over yours, all in their form:
-    DC kept, features as the encoder scales them. Either may be drawn without autoencoders.
+    DC kept, features as the encoder scales them. Either may be drawn without autoencoders. With
+    --latents the first --val_images latents of any autoencoder, .npy (N, C, h, w); beside images
+    and their target only if --data names them.
     """
     run.need(args.encoder or not args.encoder_source,
              f"--encoder_source {args.encoder_source}: needs --encoder NAME")
     published, rows, grids, sources = args.published, [], [], []
     if args.encoder:
         encoder = repa.load_encoder(args.encoder, args.encoder_source).to(device)
-    if autoencoder_files(args) or not (args.encoder or published):
+    if args.latents:
+        sources = latents_and_images(args, device)
+    elif autoencoder_files(args) or not (args.encoder or published):
         sources = ((label, images, encode_all(ae, images, args.batch_size, args.seed))
                    for label, ae, images in autoencoders(args, device))
     elif args.encoder:                                 # features alone, as large as f16 latents
@@ -263,8 +276,11 @@ def spectrum_figure(args, device):
     draw = partial(draw_curve, axes, rows, remove_dc=not published)
     for i, (label, images, latents) in enumerate(sources):
         grid = tuple(s // 16 for s in images.shape[2:]) if latents is None else latents.shape[2:]
-        small, curves = spectral.match_resolution(images, grid), {}
-        if grid not in grids:                          # once for all latents of one size
+        n = len(images if latents is None else latents)
+        curves = {}
+        if images is not None:
+            small = spectral.match_resolution(images, grid)
+        if images is not None and grid not in grids:   # once for all latents of one size
             at = f", {grid[0]}x{grid[1]}" if grids else ""
             grids.append(grid)
             draw(f"images{at}", [small], color="black", lw=2)
@@ -278,17 +294,20 @@ def spectrum_figure(args, device):
                 curves[name] = draw(name, [features], descriptor=bool(published), **style)
         if latents is not None:
             curves[label] = draw(label, [latents], color=f"C{i}")
-        settings = dict(gamma=args.gamma, n=len(images), seed=args.seed)
-        if published:
+        settings = dict(gamma=args.gamma, n=n, seed=args.seed)
+        if published and images is not None:
             target = spectral.spectrum_distribution(small, gamma=args.gamma, remove_dc=False)
             for name, curve in curves.items():
                 yield (dict(kl_from_target=divergence(target.mean(0).cpu(), curve)),
                        dict(curve=name, **settings, rings=16, dc="kept", published=published))
         elif latents is not None:
-            values = dict(alpha=psd_exponent(latents), alpha_images=psd_exponent(small),
-                          esm=esm_loss(images, latents, args.gamma).item(),
-                          rmsc=spectral.rmsc(latents.flatten(2).mT).mean().item(),
-                          std=latents.std().item())
+            values = dict(alpha=psd_exponent(latents))
+            if images is not None:
+                values["alpha_images"] = psd_exponent(small)
+            if not args.latents:                       # whose images these are nobody knows
+                values["esm"] = esm_loss(images, latents, args.gamma).item()
+            values["rmsc"] = spectral.rmsc(latents.flatten(2).mT).mean().item()
+            values["std"] = latents.std().item()
             shape = "x".join(map(str, latents.shape[1:]))
             yield values, dict(autoencoder=label, **settings, latent=shape)
     form = "The paper's form, DC kept" if published else "What ESM compares"

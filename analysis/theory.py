@@ -8,11 +8,12 @@ Latents (N, C, h, w) normalised to std 1; t from 0 = data to 1 = noise; R rings,
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 import spectral
 from analysis import fid, figures
 from common import run
-from common.metrics import psnr
+from common.metrics import frechet_distance, load_inception, psnr, to_uint8
 from common.weights import load_diffusion
 from dit import Interpolant, NoiseStream
 from losses import DSM_MASKS, esm_loss
@@ -211,11 +212,38 @@ def trajectory_figure(args, device):
 
 # -------------------------------------------------- what an autoencoder's latents tell beforehand
 
+def halfway_to_neighbours(latents):
+    """
+    (N, C, h, w), N > 1: the points halfway, on the sphere, from each latent to its nearest
+    neighbour by cosine (iFID, arXiv 2603.05630, whose neighbours are in a second set of images).
+    """
+    direction = F.normalize(latents.flatten(1), dim=1)
+    cosine = (direction @ direction.T).fill_diagonal_(-2)      # not itself
+    cosine, nearest = cosine.max(1)                            # (N,)
+    # slerp at 1/2: both weights are sin(a / 2) / sin(a) = 1 / (2 cos(a / 2))
+    return (latents + latents[nearest]) / (2 + 2 * cosine).sqrt()[:, None, None, None]
+
+
 @torch.no_grad()
-def diffusability(ae, images, batch_size=100):
+def interpolation_distance(ae, images, features, batch_size=100):
+    """
+    iFID's idea in the features at hand: the Frechet distance of images (N, 3, H, W) to what the
+    points between their latents decode to. features: (b, 3, H, W) uint8 -> (b, D).
+    """
+    latents = halfway_to_neighbours(figures.encode_all(ae, images, batch_size, seed=0))
+    moments = []
+    for batches in (images.split(batch_size), map(ae.decode, latents.split(batch_size))):
+        rows = torch.cat([features(to_uint8(x)) for x in batches]).double().cpu()      # (N, D)
+        moments += [rows.mean(0), rows.T.cov()]
+    return frechet_distance(*moments)
+
+
+@torch.no_grad()
+def diffusability(ae, images, batch_size=100, features=None):
     """
     What is known of an autoencoder before any diffusion (Table 1's observations as numbers), of
     images (N, 3, H, W) in [-1, 1] on its device: a dict of floats, each explained beside its line.
+    With features, as of interpolation_distance, that distance as iFD.
     """
     latents = figures.encode_all(ae, images, batch_size, seed=0)
     channels = dict(dim=(0, 2, 3), keepdim=True)
@@ -227,7 +255,7 @@ def diffusability(ae, images, batch_size=100):
     plain = psnr(decoded[0], images).mean().item()
     dsm = [psnr(decoded[n], spectral.lowpass(images, n)).mean().item() for n in DSM_MASKS if n > 0]
     scales = 2 ** torch.arange(-3, 6, 0.25)                # 1/8 to 54
-    return dict(
+    values = dict(
         esm=esm_loss(images, latents).item(),              # from the target of gamma 1, nats
         # the same of normalised latents at the best scale: log(1 + P) sees the latent's scale, and
         # diffusion, which normalises, does not
@@ -239,13 +267,25 @@ def diffusability(ae, images, batch_size=100):
         high_band=plain - psnr(decoded[8], images).mean().item(),
         dsm=sum(dsm) / len(dsm),       # PSNR of decode(cut latent) against the cut image, mean of n
         psnr=plain)                                        # of the reconstruction, dB
+    if features:                                           # its authors: .85 correlated with gFID
+        values["iFD"] = interpolation_distance(ae, images, features, batch_size)
+    return values
 
 
 def diffusability_rows(args, device):
     """
     A row per autoencoder of what can be known before any diffusion: divergence from the flattened
     target, as it is and normalised; exponent of the spectrum; correlation of neighbouring cells; dB
-    in the latent's high band; DSM's consistency; PSNR.
+    in the latent's high band; DSM's consistency; PSNR; with Inception's weights also iFD, the
+    Frechet distance of the images to what points between their latents decode to.
     """
+    try:
+        inception = load_inception(device)
+        features = lambda images: inception(images)[0]
+    except FileNotFoundError as error:
+        run.print0(str(error))
+        features = None
     for label, ae, images in figures.autoencoders(args, device):
-        yield diffusability(ae, images, args.batch_size), dict(autoencoder=label, n=len(images))
+        yield (diffusability(ae, images, args.batch_size, features),
+               dict(autoencoder=label, n=len(images),
+                    weights="torch-fidelity" if features else "none"))

@@ -66,13 +66,15 @@ def _encode(folder, ae, batches, moments, labels, readable, progress):
         for mirror, x in enumerate((images, images.flip(-1))):
             q = ae.encode(x)
             both = torch.cat([q.mean, q.logvar], dim=1)                        # (b, 2C, h, w)
-            largest = both.abs().max()
+            largest = both.abs().max().item()
             need(largest <= 65504, f"--cache {folder}: a latent of {largest:.3g} does not fit the "
                  "cache's float16; the autoencoder has diverged, or its latents need rescaling")
             moments[rows, mirror] = both.half().cpu().numpy()
-            mean, logvar = (m.double().movedim(1, -1).reshape(-1, C) for m in (q.mean, q.logvar))
+            # float64 on the CPU, as Apple's GPUs have none
+            mean, logvar = (m.cpu().double().movedim(1, -1).reshape(-1, C)
+                            for m in (q.mean, q.logvar))
             second = (mean.square() + logvar.exp()).sum(0)                     # z is a sample of q
-            total += torch.stack([torch.ones_like(mean).sum(0), mean.sum(0), second]).cpu()
+            total += torch.stack([torch.ones_like(mean).sum(0), mean.sum(0), second])
         labels[rows] = classes.cpu().numpy()
         readable[rows] = True
         progress(len(images))
@@ -97,11 +99,10 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
     partial = folder.with_name(f".{folder.name}.{unique}.tmp")
     with contextlib.ExitStack() as cleanup:
         if rank == 0:
-            held = cleanup.enter_context(file_lock(folder.with_name(f".{folder.name}.lock")))
+            cleanup.enter_context(file_lock(folder.with_name(f".{folder.name}.lock")))
             cleanup.callback(shutil.rmtree, partial, ignore_errors=True)
-            if held:                                       # left by processes that were killed
-                for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
-                    shutil.rmtree(left, ignore_errors=True)
+            for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+                shutil.rmtree(left, ignore_errors=True)    # of processes that were killed
         if broadcast_from_rank0(folder.exists):
             return
         if rank == 0:
@@ -111,7 +112,7 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
         arrays = {name: np.load(partial / f"{name}.npy", mmap_mode="r+") for name in layout}
         batches = val_batches(dataset, batch_size, rank, world, workers, device)
         total = _encode(folder, ae, batches, **arrays, progress=progress)
-        count, first, second = all_sum(total.to(device)).cpu()
+        count, first, second = all_sum(total)
         for array in arrays.values():
             array.flush()
         barrier()

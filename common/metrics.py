@@ -79,10 +79,11 @@ class Moments:
 
     def __init__(self, D, device="cpu"):
         # [1, f] [1, f]^T: count, sum, outer product
+        device = "cpu" if torch.device(device).type == "mps" else device       # no float64 there
         self.sums = torch.zeros(D + 1, D + 1, dtype=torch.float64, device=device)
 
     def add(self, features):
-        rows = F.pad(features.to(self.sums), (1, 0), value=1.0)
+        rows = F.pad(features.to(self.sums.device).double(), (1, 0), value=1.0)
         self.sums += rows.T @ rows
 
     def mean_cov(self):

@@ -5,12 +5,16 @@ Weights from disk: released autoencoders and transformers, and the checkpoints o
                        in a whole latent diffusion model; diffusers' (SD-VAE, EQ-VAE, SD3, FLUX)
     load_transformer   our ckpt.pt and REPA's; the original SiT's, whose time is reversed; U-ViT's
     load_diffusion     a run of train_diffusion.py with its autoencoder, ready to sample
+    export_diffusers   an autoencoder as a folder for diffusers' AutoencoderKL.from_pretrained:
+                       python -m common.weights export --ae FILE --out DIR
 
 The first bytes of a file tell its format, the names and shapes of its tensors the network. No code
 in a file is run. Tensors are loaded to the CPU, no random number is drawn.
 """
+import argparse
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import re
@@ -73,8 +77,7 @@ def read_file(path):
                 return load_file(path)
             stubs = []
             if zipfile.is_zipfile(file):
-                with zipfile.ZipFile(file) as archive:  # torch.load compares no checksums
-                    run.need(archive.testzip() is None, "damaged: a wrong checksum")
+                run.check_archive(path)
                 names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
                 stubs = [(DictStub if name.lower().endswith("dict") else Stub, name)
                          for name in names if ALLOWED_GLOBALS.fullmatch(name)]
@@ -229,6 +232,41 @@ def load_autoencoder(path):
     return ae.eval()
 
 
+def export_diffusers(ae, out):
+    """
+    Write an autoencoder into the folder `out` in diffusers' layout: config.json and weights, in
+    safetensors' format if that is installed. load_autoencoder reads it back bit for bit.
+    raises   ValueError if the folder holds anything
+    """
+    out, config, levels = Path(out), ae.config, len(ae.config.ch_mult)
+    run.need(not out.exists() or not any(out.iterdir()), f"--out {out}: is not empty")
+    attention = ["Attn" * (level in config.attn_levels) for level in range(levels)]
+    settings = {
+        "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": config.in_channels,
+        "out_channels": config.in_channels, "latent_channels": config.latent_channels,
+        "block_out_channels": [config.ch * mult for mult in config.ch_mult],
+        "layers_per_block": config.num_res_blocks, "norm_num_groups": config.norm_groups,
+        "down_block_types": [f"{attn}DownEncoderBlock2D" for attn in attention],
+        "up_block_types": [f"{attn}UpDecoderBlock2D" for attn in reversed(attention)],
+        # of every channel; one scalar as of Stable Diffusion would say less
+        "latents_mean": ae.latent_mean.flatten().tolist(),
+        "latents_std": ae.latent_std.flatten().tolist(), "scaling_factor": 1.0}
+    weights = {}
+    for key, tensor in ae.state_dict().items():
+        if not key.startswith("latent_"):
+            linear = ".attn" in key and tensor.ndim == 4   # a 1x1 convolution here
+            weights[diffusers_name(key, levels)] = tensor[:, :, 0, 0] if linear else tensor
+    try:
+        from safetensors.torch import save
+        file, content = "diffusion_pytorch_model.safetensors", save(weights)
+    except ImportError:
+        stream = io.BytesIO()
+        torch.save(weights, stream)
+        file, content = "diffusion_pytorch_model.bin", stream.getvalue()
+    for name, data in ((file, content), ("config.json", json.dumps(settings, indent=2).encode())):
+        run.write_atomic(out / name, lambda stream, data=data: stream.write(data))
+
+
 # ---------------------------------------------------------------------------- transformers
 def reverse_time(weights, C):
     """
@@ -322,3 +360,18 @@ def load_diffusion(path, ae_path, device):
     ae.set_latent_stats(checkpoint["latent_mean"], checkpoint["latent_std"])
     model = model.to(device).eval().requires_grad_(False)
     return model, process, ae.to(device).requires_grad_(False), checkpoint
+
+
+def main():
+    parser = argparse.ArgumentParser(description=export_diffusers.__doc__)
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("--ae", required=True, help="ckpt.pt of train_ae.py, or released weights")
+    parser.add_argument("--out", required=True, help="the folder to write")
+    args = run.parse_args(parser, {})
+    with run.one_line_errors():
+        export_diffusers(load_autoencoder(args.ae), args.out)
+        print(f'wrote {args.out}: diffusers.AutoencoderKL.from_pretrained("{args.out}") opens it')
+
+
+if __name__ == "__main__":
+    main()

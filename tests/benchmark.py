@@ -85,8 +85,7 @@ def report(args, name, **values):
 
 def time_script(args, names, script, batch, **flags):
     """script.main() until args.repeats steps of each network are timed; names of their rows."""
-    hook = "optimizer_step" if hasattr(run, "optimizer_step") else "update"
-    update, marks, untimed, cuda = getattr(run, hook), [], 5, args.device.type == "cuda"
+    update, marks, untimed, cuda = run.optimizer_step, [], 5, args.device.type == "cuda"
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = contextlib.nullcontext()         # its hooks refuse train_ae.py's graphs
     counter.mod_tracker.parents = {"Global"}
@@ -113,7 +112,8 @@ def time_script(args, names, script, batch, **flags):
     random_lpips = functools.partial(lpips.LPIPS, pretrained=False, pnet_rand=True)
     with (tempfile.TemporaryDirectory() as out, contextlib.suppress(StopIteration),
           contextlib.redirect_stdout(io.StringIO()), mock.patch("lpips.LPIPS", random_lpips),
-          mock.patch.object(run, hook, timed_update), mock.patch.object(run, "save_checkpoint")):
+          mock.patch.object(run, "optimizer_step", timed_update),
+          mock.patch.object(run, "save_checkpoint")):
         torch.compiler.reset()                             # else the ninth network stays eager
         torch.compiler.set_stance("force_eager")
         sys.argv = [script.__name__, *(f"--{name}={value}" for name, value in flags.items()),

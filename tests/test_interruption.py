@@ -3,13 +3,14 @@ Nothing is lost: runs are killed at random moments, stopped by signals, put on f
 with numbers that are not finite. `--long` kills every method, 36 times in all; without it one
 method per stage, twice.
 """
+import functools
 import json
 import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -27,14 +28,13 @@ TINY_AE = ("--preset quick --image_size 32 --batch_size 4 --val_images 4 --devic
            "--gan_weight 0.5 --gan_start 4").split()
 TINY_SIT = ("--preset quick --model SiT-tiny/4 --batch_size 4 --device cpu --log_every 2 "
             "--eval_every 3 --warmup_steps 2 --sample_steps 2 --encode_batch 8 --steps 12").split()
-SIZES = dict(dsm=64, se=96, eq=96)
 METHODS = {}
 for reg in ("none", "kl", "esm", "dsm", "se", "eq", "vf", "uae"):
-    size = ["--image_size", str(SIZES[reg])] if reg in SIZES else []
-    METHODS[reg] = "train_ae", [*TINY_AE, "--reg", reg, *size]
+    size = "96" if reg in ("se", "eq") else "32"           # the discriminator needs 24 of a quarter
+    gan = "0" if reg == "kl" else "0.5"                    # fast: without --long it is the one
+    METHODS[reg] = "train_ae", [*TINY_AE, "--reg", reg, "--image_size", size, "--gan_weight", gan]
 METHODS["diffusion with dog"] = "train_diffusion", [
     *TINY_SIT, "--repa", "dog", "--repa_depth", "1", "--encoder_source", "random"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def command(method, material):
@@ -70,15 +70,12 @@ def equal_runs(a, b):
 @pytest.fixture(scope="module")
 def straight(material, tmp_path_factory):
     """straight(method) -> (folder of an uninterrupted run, seconds it took)."""
-    done = {}
-
+    @functools.cache
     def get(method):
-        if method not in done:
-            out, clock = tmp_path_factory.mktemp("straight"), time.monotonic()
-            module, flags = command(method, material)
-            finish(module, *flags, "--out", out / "run", cwd=out, output=out / "output.txt")
-            done[method] = out / "run", time.monotonic() - clock
-        return done[method]
+        out, clock = tmp_path_factory.mktemp("straight"), time.monotonic()
+        module, flags = command(method, material)
+        finish(module, *flags, "--out", out / "run", cwd=out, output=out / "output.txt")
+        return out / "run", time.monotonic() - clock
     return get
 
 
@@ -93,18 +90,15 @@ def test_killed_at_random_moments(method, material, straight, tmp_path, request)
         pytest.skip("--long runs every method")
     reference, seconds = straight(method)
     module, flags = command(method, material)
-    out, rng = tmp_path / "run", random.Random(method)
-    while_writing = 0
+    out, output, rng = tmp_path / "run", tmp_path / "output.txt", random.Random(method)
     for kill in range(4 if long else 2):
-        process = start(module, *flags, "--out", out, "--resume", cwd=tmp_path,
-                        output=tmp_path / "output.txt")
+        process = start(module, *flags, "--out", out, "--resume", cwd=tmp_path, output=output)
         begin = time.monotonic()
         moment = begin + rng.uniform(0.1, 0.9) * seconds
         end = moment if kill % 2 else begin + 2 * seconds
         while process.is_alive() and time.monotonic() < end:
             if kill % 2 == 0 and time.monotonic() > moment and list(out.glob(".ckpt.pt.*.tmp")):
-                while_writing += 1
-                break
+                break                                      # in the middle of writing
             time.sleep(0.0005)
         process.kill()
         process.join()
@@ -112,12 +106,9 @@ def test_killed_at_random_moments(method, material, straight, tmp_path, request)
             json.loads(line)                               # parseable at any time
         if (out / "ckpt.pt").exists():
             torch.load(out / "ckpt.pt", weights_only=True)
-    finish(module, *flags, "--out", out, "--resume", cwd=tmp_path,
-           output=tmp_path / "output.txt")
+    finish(module, *flags, "--out", out, "--resume", cwd=tmp_path, output=output)
     equal_runs(reference, out)
     assert not list(out.glob(".*.tmp"))
-    print(f"{method}: {kill + 1} kills survived, {while_writing} in the middle of writing a "
-          "checkpoint")
 
 
 @pytest.mark.parametrize("method, name", [("kl", "SIGTERM"), ("diffusion with dog", "SIGINT")])
@@ -185,7 +176,8 @@ def test_torchrun_passes_the_signal_on(tmp_path):
     and the run goes on from there.
     """
     out = tmp_path / "run"
-    torchrun = [*TORCHRUN, "train_ae.py", *TINY_AE, "--reg", "esm", "--steps", "100000",
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                "train_ae.py", *TINY_AE, "--reg", "esm", "--steps", "100000",
                 "--eval_every", "50000", "--gan_weight", "0", "--out", str(out)]
     process = subprocess.Popen(torchrun, cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)
@@ -193,45 +185,8 @@ def test_torchrun_passes_the_signal_on(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert "SIGTERM: stopped before step" in output and "--resume continues" in output, output
     step = torch.load(out / "ckpt.pt", weights_only=True)["step"]
-    assert f"stopped before step {step} of" in output and step > 0
-
-
-@pytest.mark.parametrize("how", ["raises", "is killed"])
-def test_a_dying_process_ends_the_run_with_its_error(how, tmp_path, request):
-    """
-    One of two processes fails in a step: torchrun ends the other one within a minute, and the
-    reason is on the screen.
-    """
-    if not request.config.getoption("--long"):
-        pytest.skip("--long runs it")
-    script = tmp_path / "dying.py"
-    script.write_text(f"""
-import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})
-import train_ae
-loss = train_ae.losses.esm_loss
-def broken(images, latents, gamma, calls=[]):
-    calls.append(0)
-    if os.environ["RANK"] == "1" and len(calls) > 12:
-        if {how == "raises"}:
-            raise RuntimeError("the cable was pulled")
-        os.kill(os.getpid(), signal.SIGKILL)
-    return loss(images, latents, gamma)
-train_ae.losses.esm_loss = broken
-sys.argv[0] = "train_ae.py"
-with train_ae.run.one_line_errors():
-    train_ae.main()
-""")
-    torchrun = [*TORCHRUN, str(script), *TINY_AE, "--reg", "esm", "--gan_weight", "0",
-                "--out", str(tmp_path / "run")]
-    begin = time.monotonic()
-    result = subprocess.run(torchrun, capture_output=True, text=True, timeout=100, cwd=tmp_path)
-    assert result.returncode != 0 and time.monotonic() - begin < 60
-    reason = "the cable was pulled" if how == "raises" else "SIGKILL"
-    assert reason in result.stderr
-    checkpoint = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
-    assert checkpoint["step"] >= 0                         # the last good one is whole
+    assert f"SIGTERM: stopped before step {step};" in output and step > 0, output
 
 
 # --------------------------------------------------------------------------------------------------
@@ -245,47 +200,33 @@ def only_error(output, module):
     return errors[0]
 
 
-def test_a_full_disk_keeps_the_checkpoint(straight, material, tmp_path):
+@pytest.mark.parametrize("module, flags, culprit, limit", [
+    ("train_diffusion", "{sit} --out run --resume", "run/ckpt.pt", 2 ** 20),
+    ("common.data", "pack --count 40 --size 64 --workers 0 --out packed.zip", "packed.zip", 8192),
+    ("train_diffusion", "{sit} --cache cache --out run2", "cache", 8192),
+    ("train_ae", "{ae} --out run2", "run2/ckpt.pt", 8192),
+    ("evaluate", "gen --ckpt run --num_samples 40 --steps 2 --batch_size 8 --workers 0 --device "
+     "cpu --out samples", "samples", 8192)])
+def test_a_full_disk_is_one_line_whatever_is_written(module, flags, culprit, limit, straight,
+                                                     material, tmp_path):
     """
-    A checkpoint that does not fit: one line that names it, exit code 2, the previous one whole, no
-    half-written file.
+    Checkpoint, packed zip, latent cache, first checkpoint, samples: exit code 2, a line with the
+    name, nothing half-written under that name, and the run that was there is whole.
     """
-    module, flags = command("diffusion with dog", material)
-    out, output = tmp_path / "run", tmp_path / "output.txt"
-    finish(module, *flags, "--steps", 2, "--out", out, cwd=tmp_path, output=output)
-    before = (out / "ckpt.pt").read_bytes()
-    output.write_text("")
-    process = start(module, *flags, "--out", out, "--resume", cwd=tmp_path, output=output,
-                    largest_file=2 ** 20)
-    process.join(60)
-    error = only_error(output, "train_diffusion")
-    assert process.exitcode == 2 and "ckpt.pt: cannot be written (File too large)" in error
-    assert (out / "ckpt.pt").read_bytes() == before and not list(out.glob(".*.tmp"))
-    assert run.load_checkpoint(out / "ckpt.pt", "diffusion")["step"] == 2
-
-
-@pytest.mark.parametrize("module, flags, culprit", [
-    ("common.data", "pack --count 40 --size 64 --workers 0 --out packed.zip", "packed.zip"),
-    ("train_diffusion", "{tiny} --ae {ae} --data {images} --cache cache --out run", "cache"),
-    ("train_ae", "{tiny_ae} --reg kl --out run", "run/ckpt.pt"),
-    ("evaluate", "gen --ckpt {run}/ckpt.pt --num_samples 40 --steps 2 --batch_size 8 --workers 0 "
-     "--device cpu --out samples", "samples")])
-def test_a_full_disk_is_one_line_whatever_is_written(module, flags, culprit, straight, material,
-                                                     tmp_path):
-    """
-    Packed zip, latent cache, first checkpoint, samples: exit code 2, a line with the name, and
-    nothing half-written under that name.
-    """
-    run_folder, _ = straight("diffusion with dog")
-    flags = flags.format(tiny=" ".join(TINY_SIT), tiny_ae=" ".join(TINY_AE), run=run_folder,
-                         ae=material / "ae" / "ckpt.pt", images=material / "images")
+    reference, _ = straight("diffusion with dog")
+    shutil.copytree(reference, tmp_path / "run")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    sit, ae = (" ".join(map(str, command(method, material)[1]))
+               for method in ("diffusion with dog", "kl"))
     output = tmp_path / "output.txt"
-    process = start(module, *flags.split(), cwd=tmp_path, output=output, largest_file=8192)
+    process = start(module, *flags.format(sit=sit, ae=ae).split(), cwd=tmp_path, output=output,
+                    largest_file=limit)
     process.join(60)
     error = only_error(output, module)
     assert process.exitcode == 2 and culprit in error and "too large" in error
-    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert left <= {"output.txt", "run/log.jsonl"}
+    left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert before.items() <= left.items()
+    assert left.keys() - before.keys() <= {output, tmp_path / "run2" / "log.jsonl"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,35 +248,26 @@ def spoil(monkeypatch, steps, value=float("nan")):
 FLAGS = [*TINY_AE, "--reg", "esm", "--gan_weight", 0, "--eval_every", 100]
 
 
-def test_a_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
+def test_steps_that_are_not_finite_change_nothing(tmp_path, monkeypatch):
     """
-    esm is nan in step 5: weights, moments and counts of that step stay; it is in the log.
+    esm is Inf in steps 3 and 4: weights, moments and counts stay, the log has a line for each with
+    the step, the terms and the count, in order, and its means are of the others.
     """
-    run_main(train_ae, *FLAGS, "--steps", 5, "--out", tmp_path / "a", monkeypatch=monkeypatch)
-    spoil(monkeypatch, {5})
-    run_main(train_ae, *FLAGS, "--steps", 6, "--out", tmp_path / "b", monkeypatch=monkeypatch)
+    run_main(train_ae, *FLAGS, "--steps", 3, "--out", tmp_path / "a", monkeypatch=monkeypatch)
+    spoil(monkeypatch, {3, 4}, float("inf"))
+    run_main(train_ae, *FLAGS, "--steps", 5, "--out", tmp_path / "b", monkeypatch=monkeypatch)
     a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in "ab")
     for checkpoint in (a, b):                              # measured anew by each validation
         del checkpoint["model"]["latent_mean"], checkpoint["model"]["latent_std"]
-    assert b["step"] == 6 and same(a["model"], b["model"])
+    assert b["step"] == 5 and same(a["model"], b["model"])
     assert same(a["optimizer"]["state"], b["optimizer"]["state"])
-    run_main(train_ae, *FLAGS, "--steps", 9, "--out", tmp_path / "b", "--resume",
-        monkeypatch=monkeypatch)
     lines = [json.loads(line) for line in log_lines(tmp_path / "b")]
-    # the others' mean
-    means = [line for line in lines if "loss" in line]
-    assert all(torch.tensor(list(line.values())).isfinite().all() for line in means)
-
-
-def test_skipped_steps_are_logged_with_their_terms(tmp_path, monkeypatch):
-    """Inf in steps 1 and 2: a line each with the step, the terms and the count, in order."""
-    spoil(monkeypatch, {1, 2}, float("inf"))
-    run_main(train_ae, *FLAGS, "--steps", 5, "--out", tmp_path, monkeypatch=monkeypatch)
-    lines = [json.loads(line) for line in log_lines(tmp_path)]
     skipped = [line for line in lines if "not_finite" in line]
-    assert [(line["step"], line["skipped"]) for line in skipped] == [(1, 1), (2, 2)]
+    assert [(line["step"], line["skipped"]) for line in skipped] == [(3, 1), (4, 2)]
     assert all(line["not_finite"] == ["esm", "grad_norm", "loss"] for line in skipped)
     assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    means = [line for line in lines if "loss" in line]
+    assert all(torch.tensor(list(line.values())).isfinite().all() for line in means)
 
 
 def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
@@ -368,48 +300,25 @@ def test_a_loss_without_a_finite_value_but_with_a_finite_gradient_is_skipped_too
     assert optimizer.state[weight]["step"] == 1
 
 
-def test_losses_that_stay_zero_are_reported(tmp_path, capsys):
-    """
-    Ten lines of exact zeros: one message that names the term; a term that is small but not zero is
-    left alone.
-    """
-    log = run.Log(tmp_path / "log.jsonl")
-    for step in range(25):
-        log.add(step, dict(align=torch.tensor(0.0), loss=torch.tensor(1e-9)))
-        log.write(step)
-    errors = capsys.readouterr().err
-    assert errors.count("align was exactly 0") == 1 and "step 9" in errors
-    assert "loss was" not in errors
-
-
 # --------------------------------------------------------------------------------------------------
 # Long runs
 
 def test_three_thousand_steps_leak_nothing(tmp_path, request):
-    """
-    Resident memory and file handles of a quick run every 300 steps: the second half's peak within
-    5% of the first's, the median of handles equal.
-    """
+    """Resident memory and file handles of a quick run: the second half's peak near the first's."""
     if not request.config.getoption("--long"):
         pytest.skip("--long runs it (five minutes)")
-    out = tmp_path / "run"
-    curve = []                                             # (step, MiB, file handles)
+    curve = {}                                             # step: (MiB, file handles)
     process = start("train_ae", "--preset", "quick", "--reg", "esm", "--steps", 3000,
-                    "--eval_every", 300, "--out", out, cwd=tmp_path,
-                    output=tmp_path / "output.txt")
+                    "--out", tmp_path / "run", cwd=tmp_path, output=tmp_path / "output.txt")
     while process.is_alive():
         time.sleep(0.2)
-        steps = [json.loads(line)["step"] for line in log_lines(out) if "psnr" in line]
-        if steps and (not curve or steps[-1] > curve[-1][0]):
+        lines = log_lines(tmp_path / "run")
+        if process.is_alive() and lines:
             pages = int(pathlib.Path(f"/proc/{process.pid}/statm").read_text().split()[1])
             handles = len(os.listdir(f"/proc/{process.pid}/fd"))
-            curve.append((steps[-1], pages * resource.getpagesize() // 2 ** 20, handles))
-    print("step, MiB, file handles:", curve)
+            curve[json.loads(lines[-1])["step"]] = (pages * resource.getpagesize(), handles)
     assert process.exitcode == 0 and len(curve) >= 10
-    first = [entry for entry in curve if 0 < entry[0] <= 1500]
-    second = [entry for entry in curve if entry[0] > 1500]
-    peaks = [max(entry[1] for entry in half) for half in (first, second)]
-    handles = [statistics.median(entry[2] for entry in half) for half in (first, second)]
-    assert peaks[1] < 1.05 * peaks[0]
-    assert handles[0] == handles[1]                        # one may be open just now
-    assert "\r" not in (tmp_path / "output.txt").read_text()   # no progress bar in a file
+    first = [entry for step, entry in curve.items() if step <= 1500]
+    second = [entry for step, entry in curve.items() if step > 1500]
+    assert max(second)[0] < 1.05 * max(first)[0]
+    assert max(handles for _, handles in second) <= max(handles for _, handles in first) + 1

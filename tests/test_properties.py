@@ -17,7 +17,7 @@ hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
 given, settings = hypothesis.given, hypothesis.settings
 
-settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True)
+settings.register_profile("ci", max_examples=20, deadline=None, derandomize=True)
 settings.register_profile("long", max_examples=300, deadline=None, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -241,3 +241,23 @@ def test_held_out_latents_are_normalised_and_have_their_labels(runs):
     assert abs(noise.mean()) < 0.2 and 0.8 < noise.std() < 1.2
     assert not torch.equal(held_out(seed=1)[2], latents)
 
+
+def test_halfway_to_the_nearest_neighbour():
+    """On the sphere of their common length, the same angle from both; nobody is his neighbour."""
+    z = F.normalize(torch.randn(5, 24, generator=torch.Generator().manual_seed(0)), dim=1)
+    z[1] = F.normalize(z[0] + 0.1 * z[1], dim=0)           # 0 and 1 are each other's
+    halfway = theory.halfway_to_neighbours(3 * z.view(5, 2, 3, 4)).flatten(1)
+    torch.testing.assert_close(halfway.norm(dim=1), torch.full((5,), 3.0))
+    torch.testing.assert_close(halfway[0], 3 * F.normalize(z[0] + z[1], dim=0))
+    torch.testing.assert_close(halfway[1], halfway[0])
+
+
+def test_interpolation_distance():
+    """A lossless autoencoder: 0 for pairs of equal images, else the distance of the midpoints."""
+    ae = SimpleNamespace(encode=lambda x: Posterior(x, torch.full_like(x, -60.0)),
+                         decode=lambda z: z)
+    features = lambda x: torch.stack([x.float().mean((1, 2, 3)), x.float().std((1, 2, 3))], 1)
+    images = torch.rand(6, 3, 8, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pairs = images.repeat(2, 1, 1, 1)
+    assert theory.interpolation_distance(ae, pairs, features, 5) == pytest.approx(0, abs=1e-3)
+    assert theory.interpolation_distance(ae, images, features, 5) > 1

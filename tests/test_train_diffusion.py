@@ -4,7 +4,9 @@ labels.
 """
 import dataclasses
 import json
+import shutil
 import urllib.error
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,13 +26,16 @@ TINY = ("--preset quick --model SiT-tiny/4 --batch_size 4 --device cpu --log_eve
         "--eval_every 100 --warmup_steps 2 --sample_steps 2 --encode_batch 8").split()
 
 
-def read_log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
 def flags_of(material, out, *flags):
     return [*TINY, "--ae", str(material / "ae" / "ckpt.pt"), "--data", str(material / "images"),
             "--cache", str(material / "cache"), "--out", str(out), *map(str, flags)]
+
+
+def train(material, out, *flags, monkeypatch):
+    """train_diffusion.main in this process; returns log.jsonl and the checkpoint."""
+    run_main(train_diffusion, *flags_of(material, out, *flags), monkeypatch=monkeypatch)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return log, run.load_checkpoint(out / "ckpt.pt", "diffusion")
 
 
 def fresh_weights(checkpoint):
@@ -39,24 +44,18 @@ def fresh_weights(checkpoint):
     return train_diffusion.MODELS["SiT-tiny/4"](**checkpoint["model_args"]).state_dict()
 
 
-def offline(*args, **kwargs):
-    raise urllib.error.URLError("no network")
-
-
 @pytest.mark.parametrize("model", ["SiT-tiny/4", "UViT-tiny/4"])
 def test_trains_samples_and_evaluates(model, material, tmp_path, monkeypatch, capsys):
     """
     Class-conditional from the class folders; guidance works; gen writes grid, npz, folder and one
     line of results.jsonl.
     """
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "urlopen", offline)
-    run_main(train_diffusion, *flags_of(material, tmp_path, "--model", model, "--steps", 3),
-        monkeypatch=monkeypatch)
-    log = read_log(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))        # no weights there, and no network
+    monkeypatch.setattr(torch.hub, "urlopen", mock.Mock(side_effect=urllib.error.URLError("")))
+    log, checkpoint = train(material, tmp_path, "--model", model, "--steps", 3,
+                            monkeypatch=monkeypatch)
     assert [line["step"] for line in log] == [0, 1, 2]
     assert all(np.isfinite(line["loss"]) for line in log)
-    checkpoint = run.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
     assert checkpoint["model_args"]["num_classes"] == 2
     assert (tmp_path / "samples.png").stat().st_size > 500
     run_main(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--num_samples", 5, "--steps", 3,
@@ -78,18 +77,13 @@ def test_resuming_equals_never_stopping(material, tmp_path, monkeypatch):
     6 steps straight, and 3 + 3 after a resume: the same model, average, optimiser and log, bit for
     bit.
     """
-    def train(name, *flags):
-        flags = ["--steps", 6, "--eval_every", 3, *flags]
-        flags = flags_of(material, tmp_path / name, *flags)
-        run_main(train_diffusion, *flags, monkeypatch=monkeypatch)
-    train("a")
-    train("b", "--keep_every", 3)
-    # as if killed after step 3's checkpoint
+    flags = ["--steps", 6, "--eval_every", 3, "--keep_every", 3]
+    straight, a = train(material, tmp_path / "a", *flags, monkeypatch=monkeypatch)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")        # as if killed after step 3's checkpoint
     (tmp_path / "b" / "ckpt_3.pt").rename(tmp_path / "b" / "ckpt.pt")
-    train("b", "--resume")
-    assert read_log(tmp_path / "a") == read_log(tmp_path / "b")
-    a, b = (run.load_checkpoint(tmp_path / name / "ckpt.pt", "diffusion") for name in "ab")
-    assert a.keys() == b.keys() and all(same(a[part], b[part]) for part in set(a) - {"args"})
+    log, b = train(material, tmp_path / "b", *flags, "--resume", monkeypatch=monkeypatch)
+    assert log == straight and a.keys() == b.keys()
+    assert all(same(a[part], b[part]) for part in set(a) - {"args"})
 
 
 @pytest.mark.filterwarnings("ignore:.*untrained")
@@ -105,15 +99,13 @@ def test_alignment_trains_the_blocks_below_it_and_no_others(kind, material, tmp_
         loss, tokens = diffusion_loss(*args)
         return loss * 0, tokens
     monkeypatch.setattr(dit.Interpolant, "loss", alignment_only)
-    flags = ["--steps", 3, "--repa", kind, "--encoder_source", "random", "--lr", 0.01]
-    run_main(train_diffusion, *flags_of(material, tmp_path, *flags), monkeypatch=monkeypatch)
-    checkpoint = run.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
+    log, checkpoint = train(material, tmp_path, "--steps", 3, "--repa", kind, "--lr", 0.01,
+                            "--encoder_source", "random", monkeypatch=monkeypatch)
     fresh = fresh_weights(checkpoint)
     moved = lambda name: not torch.equal(fresh[name], checkpoint["model"][name])
     assert moved("blocks.0.mlp.fc1.weight") or moved("blocks.0.adaLN_modulation.1.weight")
     assert moved("x_embedder.proj.weight")
     assert not moved("blocks.1.mlp.fc1.weight") and not moved("final_layer.linear.weight")
-    log = read_log(tmp_path)
     assert all(-1 <= line["align"] <= 1 for line in log)
     assert log[-1]["align"] < log[0]["align"]
 
@@ -142,8 +134,8 @@ def test_images_and_latents_share_crop_and_mirror(material, tmp_path, monkeypatc
             yield item
 
     monkeypatch.setattr(train_diffusion.LatentCache, "batches", spy_batches)
-    flags = ["--steps", 4, "--repa", "dog", "--encoder_source", "random"]
-    run_main(train_diffusion, *flags_of(material, tmp_path, *flags), monkeypatch=monkeypatch)
+    train(material, tmp_path, "--steps", 4, "--repa", "dog", "--encoder_source", "random",
+          monkeypatch=monkeypatch)
     ae = load_autoencoder(material / "ae" / "ckpt.pt")
     shown = shown[1:]                                      # the first call is the check of the grid
     assert len(shown) == 4 and np.concatenate([mirrored for _, mirrored in cached]).any()
@@ -158,9 +150,8 @@ def test_labels_are_dropped_and_average_is_sampled(material, tmp_path, monkeypat
     --label_dropout 1 trains on the null label alone: only its embedding row gets a gradient. The
     checkpoint carries the average.
     """
-    flags = ["--steps", 3, "--label_dropout", 1, "--weight_decay", 0, "--lr", 0.01]
-    run_main(train_diffusion, *flags_of(material, tmp_path, *flags), monkeypatch=monkeypatch)
-    checkpoint = run.load_checkpoint(tmp_path / "ckpt.pt", "diffusion")
+    _, checkpoint = train(material, tmp_path, "--steps", 3, "--label_dropout", 1,
+                          "--weight_decay", 0, "--lr", 0.01, monkeypatch=monkeypatch)
     table = "y_embedder.embedding_table.weight"
     moved = (checkpoint["model"][table] - fresh_weights(checkpoint)[table]).abs().amax(1)
     assert moved[2] > 0 and moved[:2].max() == 0
@@ -169,11 +160,10 @@ def test_labels_are_dropped_and_average_is_sampled(material, tmp_path, monkeypat
 
 def test_guidance_without_a_null_class_is_refused(material, tmp_path, monkeypatch):
     """An unconditional model has nothing to guide away from."""
-    run_main(train_diffusion, *flags_of(material, tmp_path, "--steps", 1, "--num_classes", 0),
-        monkeypatch=monkeypatch)
+    train(material, tmp_path, "--steps", 1, "--num_classes", 0, monkeypatch=monkeypatch)
     with pytest.raises(ValueError, match="--cfg 2.0: .* unconditional"):
         run_main(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--cfg", 2, "--device", "cpu",
-            monkeypatch=monkeypatch)
+                 monkeypatch=monkeypatch)
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -184,22 +174,20 @@ def test_refused_before_anything_is_lost(flags, words, material, tmp_path, monke
     before = (material / "ae" / "ckpt.pt").read_bytes()
     out = material / "ae" if "--overwrite" in flags else tmp_path
     with pytest.raises(ValueError, match=words):
-        run_main(train_diffusion, *flags_of(material, out, *flags), monkeypatch=monkeypatch)
+        train(material, out, *flags, monkeypatch=monkeypatch)
     assert (material / "ae" / "ckpt.pt").read_bytes() == before
 
 
 def test_the_checkpoint_knows_which_classes_had_an_image(material, tmp_path, monkeypatch, capsys):
     """--num_classes 5 with two class folders; a set that changed since is said in one line."""
-    flags = flags_of(material, tmp_path / "run", "--steps", 1, "--num_classes", 5)
-    run_main(train_diffusion, *flags, monkeypatch=monkeypatch)
-    assert run.load_checkpoint(tmp_path / "run" / "ckpt.pt", "diffusion")["classes_seen"] == [0, 1]
+    flags = ["--steps", 1, "--num_classes", 5]
+    _, checkpoint = train(material, tmp_path / "run", *flags, monkeypatch=monkeypatch)
+    assert checkpoint["classes_seen"] == [0, 1]
     assert "has changed since" not in capsys.readouterr().out
     trained = torch.load(material / "ae" / "ckpt.pt", weights_only=True)
     torch.save(trained | dict(images="others"), tmp_path / "ckpt.pt")
-    at = flags.index("--data")
-    flags = flags[:at] + flags[at + 2:]
-    flags[flags.index("--ae") + 1] = tmp_path / "ckpt.pt"
-    run_main(train_diffusion, *flags, "--overwrite", monkeypatch=monkeypatch)
+    train(material, tmp_path / "run", *flags, "--ae", tmp_path / "ckpt.pt", "--overwrite",
+          monkeypatch=monkeypatch)
     assert "has changed since" in capsys.readouterr().out
 
 
@@ -208,11 +196,10 @@ def test_alignment_on_built_in_images(tmp_path, monkeypatch):
     """The quick preset with --repa: the images come from no file."""
     monkeypatch.setattr(train_diffusion, "open_data", lambda *args, **options: (
         BuiltInImages(16, 6, kind="discs"), None))
-    autoencoder = tmp_path / "ae.pt"
     ae = AutoencoderKL(CONFIGS["f2d4-tiny"])
     torch.save(dict(stage="ae", step=1, args={}, model=ae.state_dict(),
-                    ae_config=dataclasses.asdict(ae.config)), autoencoder)
-    run_main(train_diffusion, *TINY, "--ae", autoencoder, "--image_size", 16, "--steps", 1,
+                    ae_config=dataclasses.asdict(ae.config)), tmp_path / "ae.pt")
+    run_main(train_diffusion, *TINY, "--ae", tmp_path / "ae.pt", "--image_size", 16, "--steps", 1,
              "--repa", "dog", "--encoder_source", "random", "--cache", tmp_path / "cache",
              "--out", tmp_path / "run", monkeypatch=monkeypatch)
-    assert "align" in read_log(tmp_path / "run")[0]
+    assert '"align"' in (tmp_path / "run" / "log.jsonl").read_text()

@@ -1,0 +1,239 @@
+"""
+Where users take their work, and what they bring: diffusers' folders, latents of anybody, trackers,
+an Apple GPU, the knobs of research.
+"""
+import contextlib
+import json
+import random
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dit
+import evaluate
+import test_train_ae
+import test_train_diffusion
+import train_ae
+from common import run, weights
+from common.latents import _encode
+from common.metrics import Moments
+from common.weights import export_diffusers, load_autoencoder
+from conftest import run_main, same
+from spectral import dct2, idct2, lowpass
+from test_vae import SMALL, small
+from vae import CONFIGS, AutoencoderKL
+
+
+def random_autoencoder(config):
+    """With statistics of its latents."""
+    ae, C = small(config), config.latent_channels
+    ae.set_latent_stats(torch.randn(C), torch.rand(C) + 0.5)
+    return ae
+
+
+@pytest.mark.parametrize("config", [SMALL, CONFIGS["f4d4-tiny"]])
+@pytest.mark.parametrize("package", [True, False], ids=["safetensors", "bin"])
+def test_an_export_is_read_back_bit_for_bit(config, package, tmp_path, monkeypatch):
+    """Weights, configuration and statistics; attention at a level, too; nothing is overwritten."""
+    if not package:
+        monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    ae = random_autoencoder(config)
+    export_diffusers(ae, tmp_path / "vae")
+    read = load_autoencoder(tmp_path / "vae")
+    assert read.config == ae.config and read.state_dict().keys() == ae.state_dict().keys()
+    assert all(map(torch.equal, read.state_dict().values(), ae.state_dict().values()))
+    assert {path.suffix for path in (tmp_path / "vae").iterdir()} == {
+        ".json", ".safetensors" if package else ".bin"}
+    with pytest.raises(ValueError, match="vae: is not empty"):
+        export_diffusers(ae, tmp_path / "vae")
+
+
+def test_export_is_a_command(tmp_path, monkeypatch, capsys):
+    ae = random_autoencoder(CONFIGS["f2d2-tiny"])
+    export_diffusers(ae, tmp_path / "a")
+    monkeypatch.setattr(sys, "argv", ["weights.py", "export", "--ae", str(tmp_path / "a"),
+                                      "--out", str(tmp_path / "b")])
+    weights.main()
+    assert f"wrote {tmp_path}/b" in capsys.readouterr().out
+    a, b = (json.loads((tmp_path / name / "config.json").read_text()) for name in "ab")
+    assert a == b
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_diffusers_opens_it(name, tmp_path):
+    """The same posterior and decoding in the real package, H != W; f16d32 attends at a level."""
+    diffusers = pytest.importorskip("diffusers")
+    ae = random_autoencoder(CONFIGS[name])
+    export_diffusers(ae, tmp_path / "vae")
+    vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").eval()
+    images = torch.rand(1, 3, 64, 96) * 2 - 1
+    expected, found = ae.encode(images), vae.encode(images).latent_dist
+    torch.testing.assert_close(found.mean, expected.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.logvar, expected.logvar, rtol=1e-4, atol=1e-4)
+    decoded = vae.decode(expected.mean).sample
+    torch.testing.assert_close(decoded, ae.decode(expected.mean), rtol=1e-4, atol=1e-4)
+    assert vae.config.latents_std == ae.latent_std.flatten().tolist()
+
+
+@pytest.mark.parametrize("data", [[], ["--data", "discs", "--image_size", "64"]])
+def test_spectra_of_anybodys_latents(data, tmp_path, monkeypatch):
+    """Exponents of arrays of two shapes, with the images' curves only if --data names them."""
+    monkeypatch.chdir(tmp_path)
+    noise, smooth = torch.randn(20, 3, 16, 24), torch.randn(30, 5, 20, 18)
+    smooth = idct2(dct2(smooth) / (1 + torch.arange(20.0)[:, None] + torch.arange(18.0)) ** 2)
+    for name, latents in dict(noise=noise, smooth=smooth).items():
+        np.save(f"{name}.npy", latents.numpy())
+    run_main(evaluate, "spectrum", "--latents", "noise.npy", "smooth.npy", "--val_images", 25,
+             "--out", "a.png", *data, monkeypatch=monkeypatch)
+    first, second = map(json.loads, open("results.jsonl"))
+    assert abs(first["alpha"]) < 0.1 and second["alpha"] > 3
+    assert (first["n"], second["n"], second["latent"]) == (20, 25, "5x20x18")
+    assert ("alpha_images" in first) == bool(data) == ("target" in open("a.csv").read())
+    np.save("flat.npy", np.zeros((3, 4)))
+    with pytest.raises(ValueError, match="flat.npy: of shape"):
+        run_main(evaluate, "spectrum", "--latents", "flat.npy", monkeypatch=monkeypatch)
+
+
+# --------------------------------------------------------------------------------------------------
+# Trackers
+
+def test_tensorboard_shows_the_log_and_a_resume_continues_it(tmp_path, monkeypatch, capsys):
+    """Each number of log.jsonl at its step, whatever was stopped; figures, memory, speed."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = ["--reg", "esm", "--track", "tensorboard", "--eval_every", "2", "--log_every", "1"]
+    train = lambda steps: test_train_ae.train(tmp_path, *flags, "--resume", "--steps", steps,
+                                              monkeypatch=monkeypatch)
+    train(3)
+    train(5)
+    events = reader.EventAccumulator(str(tmp_path)).Reload()
+    log = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    for name in ("loss", "esm", "val_psnr"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        expected = [(line["step"], pytest.approx(line[name])) for line in log if name in line]
+        assert dict(found) == dict(expected) and len(dict(found)) > 2
+    tags = events.Tags()
+    assert {"images_per_s", "memory_GB"} <= set(tags["scalars"])
+    assert tags["images"] == ["figure"] and "flags/text_summary" in tags["tensors"]
+    assert "images/s" in capsys.readouterr().out and "memory_GB" not in log[-1]
+
+
+def test_wandb_continues_its_run(tmp_path, monkeypatch):
+    """Offline: one id for a run and its resumption, another for a run from the start."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ids = []
+    for flags in (["--steps", "1"], ["--steps", "2", "--resume"], ["--steps", "1", "--overwrite"]):
+        test_train_ae.train(tmp_path, "--track", "wandb", *flags, monkeypatch=monkeypatch)
+        ids.append((tmp_path / "wandb_id.txt").read_text())
+        wandb.finish()                                     # as at the end of a process
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="--track wandb: needs `pip install wandb`"):
+        test_train_ae.train(tmp_path, "--track", "wandb", "--steps", 1, monkeypatch=monkeypatch)
+
+
+# --------------------------------------------------------------------------------------------------
+# --device mps: no float64 there
+
+class NoFloat64(TorchDispatchMode):
+    """The meta device in the place of an Apple GPU: float64 there is an error, a copy is zeros."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        on_device = args and getattr(args[0], "is_meta", False)
+        if on_device and function is torch.ops.aten._local_scalar_dense.default:
+            return 1                                       # .item()
+        if on_device and function is torch.ops.aten._to_copy.default:
+            if (kwargs.get("device") or args[0].device).type == "cpu":
+                return torch.zeros(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
+        result = function(*args, **kwargs)
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
+                assert tensor.dtype != torch.float64, f"{function} on the device in float64"
+        return result
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A device without float64, for which `to_state` and Moments decide as for mps."""
+    monkeypatch.setattr(dit, "to_state", lambda noise, device: noise.to(device, torch.float32))
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
+    return torch.device("meta")
+
+
+@pytest.mark.parametrize("process, options", [
+    (dit.Interpolant(), {}), (dit.Interpolant(), dict(sampler="ode", cfg=2.0)),
+    (dit.DDPM("vp"), dict(eta=1.0)), (dit.DDPM("sd"), dict(cfg=2.0))])
+def test_samplers_and_losses_without_float64(process, options, device):
+    model = dit.MODELS["SiT-tiny/2"](input_size=8, in_channels=4, num_classes=3).to(device)
+    y = torch.zeros(2, dtype=torch.int64, device=device)
+    with NoFloat64():
+        process.sample(model, (2, 4, 8, 8), steps=3, y=y, **options)
+        x, t = torch.randn(2, 4, 8, 8, device=device), torch.rand(2, device=device)
+        process.loss(model, x, t, torch.randn_like(x), y).backward()
+
+
+def test_validation_and_the_cache_without_float64(device):
+    """The stand-in stops what is left on the device in float64."""
+    ae = AutoencoderKL(CONFIGS["f2d2-tiny"]).to(device)
+    images, rows = torch.randn(2, 3, 32, 48, device=device), torch.arange(2)
+    args = SimpleNamespace(seed=0, gamma=1.0)
+    with torch.no_grad(), NoFloat64():
+        with pytest.raises(AssertionError, match="in float64"):
+            images.double()
+        train_ae.validate(ae, [(images, rows, rows)], args, contextlib.nullcontext())
+        arrays = [np.zeros((2, 2, 4, 16, 24), np.float16), np.zeros(2, int), np.zeros(2, bool)]
+        _encode("cache", ae, [(images, rows, rows)], *arrays, progress=lambda n: None)
+
+
+def test_mps_is_float32_and_not_compiled():
+    """Said in one line; nothing of it is chosen by default. No Mac was at hand."""
+    args = SimpleNamespace(dtype=None, compile=None)
+    run.device_choices(args, torch.device("mps"))
+    assert (args.dtype, args.compile) == ("fp32", "off")
+    for flags in (dict(dtype="bf16", compile=None), dict(dtype=None, compile="on")):
+        with pytest.raises(ValueError, match="--device mps"):
+            run.device_choices(SimpleNamespace(**flags), torch.device("mps"))
+    state = dit.to_state(torch.zeros(1), torch.device("cpu"))
+    assert state.dtype == torch.float64 and Moments(3, "mps").sums.device.type == "cpu"
+    if not torch.backends.mps.is_available():
+        with pytest.raises(ValueError, match="--device mps: PyTorch sees no such device"):
+            run.init_distributed("mps")
+
+
+# --------------------------------------------------------------------------------------------------
+# Knobs of research
+
+def test_alignment_ends_at_repa_until(material, tmp_path, monkeypatch):
+    """Its term and its projector's updates end there; until then the run is the aligned one."""
+    train = lambda name, steps, *flags: test_train_diffusion.train(
+        material, tmp_path / name, "--repa", "dog", "--encoder_source", "random", "--steps", steps,
+        *flags, monkeypatch=monkeypatch)
+    log, ended = train("a", 4, "--repa_until", 2)
+    assert ["align" in line for line in log] == [True, True, False, False]
+    _, aligned = train("b", 2)
+    assert same(ended["projector"], aligned["projector"])
+    assert not same(ended["model"], aligned["model"])
+    other, whole = train("c", 4)
+    assert log[:2] == other[:2] and not same(ended["projector"], whole["projector"])
+
+
+def test_dsm_block_is_that_of_both_sides(tmp_path, monkeypatch):
+    """draw_pair's mask cuts blocks of this side; masks and sizes that do not fit are named."""
+    args = SimpleNamespace(reg=["dsm"], dsm_masks=[5], dsm_block=4)
+    x, z = torch.randn(2, 3, 16, 24), torch.randn(2, 4, 8, 12)
+    _, pair = train_ae.draw_pair(args, random.Random(0))
+    assert same(pair(x, z), (lowpass(x, 5, 4), lowpass(z, 5, 4)))
+    for flags, name in ((["--dsm_block", "4", "--dsm_masks", "7"], "dsm_masks"),
+                        (["--dsm_block", "8", "--image_size", "24"], "image_size")):
+        with pytest.raises(ValueError, match=name):
+            test_train_ae.train(tmp_path, "--reg", "dsm", *flags, "--steps", 1,
+                                monkeypatch=monkeypatch)
