@@ -1,7 +1,4 @@
-"""
-The commands of evaluate.py on small material: once with random Inception weights in the place of
-the real ones, else with a network of 8 features, whose covariance takes no seconds.
-"""
+"""The commands of evaluate.py on small material: once with random Inception, else 8 features."""
 import contextlib
 import csv
 import json

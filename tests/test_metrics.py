@@ -74,7 +74,7 @@ def test_equal_sets_are_at_exactly_zero(count):
 
 
 @pytest.mark.parametrize("load, words", [
-    (lambda: metrics.load_inception(torch.device("cpu")), ["https://github.com/toshas/torch-fidelity"]),
+    (lambda: metrics.load_inception("cpu"), ["https://github.com/toshas/torch-fidelity"]),
     (PerceptualLoss, ["https://download.pytorch.org/models/vgg16-397923af.pth",
                       "hub/checkpoints/vgg16-397923af.pth", "--lpips_weight 0"])])
 def test_without_network_one_line_says_where_the_file_belongs(load, words, tmp_path, monkeypatch):

@@ -160,10 +160,7 @@ def test_diffusability_without_the_scale():
 
 
 def test_diffusability_of_a_perfect_pair():
-    """
-    The latent is the image: low-passed latents decode to low-passed images exactly. Cells are
-    correlated by 0 in white latents, 1 in constant ones, -1 in a checkerboard.
-    """
+    """The latent is the image; cells correlate by 0 in noise, 1 in constants, -1 in a board."""
     ae = SimpleNamespace(encode=lambda x: Posterior(x, torch.full_like(x, -30.0)),
                          decode=lambda z: z)
     found = theory.diffusability(ae, torch.rand(50, 3, 16, 24) * 2 - 1)
