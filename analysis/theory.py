@@ -38,7 +38,7 @@ def denoised_power(model, process, latents, labels=None, times=TIMES, seed=0, ba
              predicted clean latent; sizes (R,), how many coefficients a ring has
     """
     N, _, h, w = latents.shape
-    S = spectral.dct2(latents.double()).square().mean(0)   # (C, h, w)
+    S = spectral.dct2(latents.cpu().double()).square().mean(0)     # (C, h, w); no float64 on mps
     ring_mean = lambda P: ring_profile(P.mean(0)[None])[0].cpu()
     learnable, errors = [], []
     for t in times:
@@ -49,8 +49,8 @@ def denoised_power(model, process, latents, labels=None, times=TIMES, seed=0, ba
             z_t = process.noisy(z, NoiseStream(seed, rows.tolist())(z.shape).to(z), t)
             time = z.new_full((len(z),), process.time(t))
             output = model(z_t, time, None if labels is None else labels[rows])
-            clean = process.clean(z_t.double(), output.double(), t)
-            error += spectral.dct2(clean - z).square().sum(0)
+            clean = process.clean(z_t.cpu().double(), output.cpu().double(), t)
+            error += spectral.dct2(clean - z.cpu()).square().sum(0)
         errors.append(ring_mean(error / N))
     each = torch.eye(h * w, dtype=torch.float64).view(-1, h, w)            # one coefficient each
     sizes = (ring_profile(each) > 0).double().sum(0)
@@ -127,7 +127,7 @@ def follow_sampling(model, process, shape, steps, seed=0, labels=None, keep=1):
 
     def watch(t, clean):
         times.append(t)
-        power.append(ring_profile(spectral.power_spectrum(clean)).double().mean(0).cpu())
+        power.append(ring_profile(spectral.power_spectrum(clean)).cpu().double().mean(0))
         kept.append(clean[:keep].float())
     noise = NoiseStream(seed, range(shape[0]))
     watch(0.0, process.sample(model, shape, steps, labels, noise=noise, watch=watch))
@@ -224,7 +224,7 @@ def interpolation_distance(ae, images, features, batch_size=100):
     latents = halfway_to_neighbours(figures.encode_all(ae, images, batch_size, seed=0))
     moments = []
     for batches in (images.split(batch_size), map(ae.decode, latents.split(batch_size))):
-        rows = torch.cat([features(to_uint8(x)) for x in batches]).double().cpu()      # (N, D)
+        rows = torch.cat([features(to_uint8(x)) for x in batches]).cpu().double()      # (N, D)
         moments += [rows.mean(0), rows.T.cov()]
     return frechet_distance(*moments)
 

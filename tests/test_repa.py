@@ -52,8 +52,9 @@ def test_norm_std_is_the_factor_on_the_mean():
               (tokens - factor * mean) / (std + 1e-6))
         assert torch.equal(filter_target(tokens, "dog", GRID, norm_std=factor), band)
     close(filter_target(tokens, "spnorm", GRID), (tokens - 0.6 * mean) / (std + 1e-6))
-    close(band.std(1, correction=0), torch.ones(2, 5))
     assert torch.equal(filter_target(tokens, "none", GRID), tokens)
+    for kind in ("spnorm", "dog"):                         # no division by zero
+        assert filter_target(torch.zeros(1, 126, 2), kind, GRID).isfinite().all()
 
 
 def test_default_sigmas_pass_the_layout_band():
@@ -76,18 +77,6 @@ def test_filters_raise_the_contrast_of_smooth_features():
     raw, spnorm, band = (
         rmsc(filter_target(tokens, kind, (16, 20))) for kind in ("none", "spnorm", "dog"))
     assert (spnorm > 1.3 * raw).all() and (band > 2 * raw).all() and (band > spnorm).all()
-
-
-def test_filters_are_float32_under_bf16_and_finite_without_structure():
-    """Constant features and a single token cause no division by zero."""
-    tokens = torch.randn(2, 126, 5).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        out = filter_target(tokens, "dog", GRID)
-    assert out.dtype == torch.float32
-    assert torch.equal(out, filter_target(tokens.float(), "dog", GRID))
-    for kind in ("spnorm", "dog"):
-        assert filter_target(torch.zeros(1, 126, 2), kind, GRID).isfinite().all()
-        assert filter_target(torch.ones(1, 1, 2), kind, (1, 1)).isfinite().all()
 
 
 # ---- loss and projector

@@ -160,10 +160,7 @@ def test_diffusability_without_the_scale():
 
 
 def test_diffusability_of_a_perfect_pair():
-    """
-    The latent is the image: low-passed latents decode to low-passed images exactly. Cells are
-    correlated by 0 in white latents, 1 in constant ones, -1 in a checkerboard.
-    """
+    """The latent is the image; cells correlate by 0 in noise, 1 in constants, -1 in a board."""
     ae = SimpleNamespace(encode=lambda x: Posterior(x, torch.full_like(x, -30.0)),
                          decode=lambda z: z)
     found = theory.diffusability(ae, torch.rand(50, 3, 16, 24) * 2 - 1)
@@ -203,13 +200,12 @@ def evaluated(tmp_path, monkeypatch):
         flags = [] if command == "diffusability" else ["--out", out]
         run_main(evaluate, command, *more, *flags, "--device", "cpu", "--results", results,
                  monkeypatch=monkeypatch)
-        table = out.with_suffix(".csv")
-        rows = list(csv.DictReader(table.open())) if out.exists() else []
-        return [json.loads(line) for line in results.read_text().splitlines()], rows
+        rows = list(csv.DictReader(out.with_suffix(".csv").open())) if flags else []
+        return [json.loads(line) for line in results.open()], rows
     return lines
 
 
-def test_commands_write_figure_and_table(runs, evaluated):
+def test_commands_write_figure_and_table(material, runs, evaluated):
     """One result per run, one row per run, time and ring; of trajectory the samples, too."""
     results, rows = evaluated("denoise", "--ckpt", *runs, "--val_images", 3)
     assert [line["model"] for line in results] == ["SiT-tiny/4", "UViT-tiny/2"]
@@ -220,6 +216,9 @@ def test_commands_write_figure_and_table(runs, evaluated):
     assert {row["run"] for row in rows} == {"sit", "uvit"}
     assert len(rows) == 8 * (6 + 6)                        # rings; steps and the sample itself
     assert {float(row["t"]) for row in rows} >= {0.0, 1.0}
+    ae = ["--ae", material / "ae" / "ckpt.pt", "--image_size", 32]
+    *_, line = evaluated("diffusability", *ae)[0]
+    assert line["n"] == 1 and line.keys() >= {"esm", "esm_shape", "alpha", "neighbours", "dsm"}
 
 
 def test_held_out_latents_are_normalised_and_have_their_labels(runs):
@@ -233,10 +232,9 @@ def test_held_out_latents_are_normalised_and_have_their_labels(runs):
     _, _, ae, checkpoint = load_diffusion(file, None, "cpu")
     _, val_set = open_data(checkpoint["data"], 16, val_images=3)
     images = torch.stack([val_set[i][0] for i in range(len(val_set))]) / 127.5 - 1
-    assert labels.tolist() == [val_set[i][1] for i in range(len(val_set))]
+    assert labels.tolist() == val_set.labels.tolist()
     posterior = ae.encode(images)
-    difference = ae.denormalize(latents) - posterior.mode()    # the posterior's noise is left
-    noise = difference / (0.5 * posterior.logvar).exp()
+    noise = (ae.denormalize(latents) - posterior.mode()) / (0.5 * posterior.logvar).exp()
     assert abs(noise.mean()) < 0.2 and 0.8 < noise.std() < 1.2
     assert not torch.equal(held_out(seed=1)[2], latents)
     with pytest.raises(ValueError, match="--data: has 0 classes"):
@@ -260,10 +258,7 @@ def test_halfway_to_the_nearest_neighbour():
 
 
 def test_interpolation_distance():
-    """
-    Of an autoencoder that returns its input: 0 for pairs of equal images, whose midpoints are the
-    images; for others the distance of these midpoints, here in the features mean and contrast.
-    """
+    """A lossless autoencoder: 0 for pairs of equal images, else the distance of the midpoints."""
     ae = SimpleNamespace(encode=lambda x: Posterior(x, torch.full_like(x, -60.0)),
                          decode=lambda z: z)
     features = lambda x: torch.stack([x.float().mean((1, 2, 3)), x.float().std((1, 2, 3))], 1)

@@ -117,7 +117,6 @@ def test_our_checkpoint(tmp_path):
     back = load_autoencoder(str(path))
     assert torch.equal(state, torch.get_rng_state()) and not back.training
     assert same(ae, back)
-    refused(write(path, content | dict(stage="diffusion")), "stage 'diffusion'")
 
 
 @pytest.mark.parametrize("name", ["f8d4", "f16d16", "f16d32"])
@@ -198,8 +197,7 @@ def test_a_snapshot_of_links_into_the_hubs_blobs(tmp_path):
 
 
 def test_a_folder_without_a_clear_choice(tmp_path):
-    """Nothing there, no weights, several files."""
-    refused(tmp_path / "none.pt", error=FileNotFoundError)
+    """No weights, several files."""
     refused(write(tmp_path / "a.msgpack", b"x").parent, "(0 are)", error=FileNotFoundError)
     for name in ("a.ckpt", "b.bin"):
         write(tmp_path / name, b"x")
@@ -219,7 +217,7 @@ def test_the_content_says_the_format(tmp_path, net):
 
 @NETS
 def test_files_that_are_no_checkpoint(tmp_path, net):
-    """A git-lfs pointer, a web page, cut short, another model: one line, nothing run."""
+    """A git-lfs pointer, a web page, cut short, a flipped bit, another model; nothing is run."""
     class Malice:
         def __reduce__(self):
             return tempfile.mkdtemp, ("", "made", str(tmp_path))
@@ -227,23 +225,16 @@ def test_files_that_are_no_checkpoint(tmp_path, net):
     for content in (b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n" * 9,
                     b"<!DOCTYPE html><html>", whole[:len(whole) // 2], whole[:-100]):
         refused(write(path, content), "not a complete file of weights", net=net)
-    refused(write(path, [torch.zeros(2)]), "list", net=net)
+    largest = max(net.state_dict().values(), key=torch.numel)
+    flipped = bytearray(whole)                             # torch.load compares no checksums
+    flipped[whole.index(largest.numpy().tobytes()) + 1001] ^= 1
+    refused(write(path, bytes(flipped)), "checksum", net=net)
     refused(write(path, {"stage0.fc.weight": torch.zeros(2)}), "stage0.fc.weight", net=net)
     for zipped in (True, False):
         content = {"state_dict": net.state_dict(), "x": Malice()}
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
         refused(path, "tempfile.mkdtemp", net=net)
     assert not list(tmp_path.glob("made*"))
-
-
-@NETS
-def test_a_flipped_bit_is_refused(tmp_path, net):
-    """torch.load does not compare the checksums of its zip; ours and released files alike."""
-    path = write(tmp_path / "model.pt", net.state_dict())
-    content = bytearray(path.read_bytes())
-    largest = max(net.state_dict().values(), key=torch.numel)
-    content[content.index(largest.numpy().tobytes()) + 1001] ^= 1
-    refused(write(path, bytes(content)), "checksum", net=net)
 
 
 def test_safetensors_is_optional(tmp_path, monkeypatch):
