@@ -45,7 +45,7 @@ PRESETS = {
     "imagenet-f16d16": dict(cfg=1.8), "imagenet-repa": dict(cfg=1.8),
     "one-gpu": dict(num_samples=10_000),
     "quick": dict(num_samples=128, steps=50, batch_size=64, val_images=128, reference_images=1000,
-                  workers=0),
+                  workers=0, networks="off"),
 }
 
 
@@ -71,9 +71,11 @@ def report(values, settings, results):
         file.write(json.dumps(line) + "\n")
 
 
-def load_or_none(load, device):
+def load_or_none(load, args, device):
     """load() on every rank; None, with a line that says why, if one lacks the weights."""
     network = None
+    if args.networks == "off":
+        return None
     try:
         with run.local_rank_zero_first():
             network = load()
@@ -96,8 +98,7 @@ def evaluate_recon(args, device):
     drew 50,000 of CelebA's with repetition and mirrors; here each counts once, as it is.
     """
     authors, rank, world = args.protocol == "authors", run.get_rank(), run.get_world_size()
-    args.ae = args.ae or run.newest(f"out/ae/{args.preset}-*/ckpt.pt",
-                                    "--ae: train one with train_ae.py, or give a file")
+    args.ae = args.ae or run.newest("ae", args.preset, "--ae")
     ae = load_autoencoder(args.ae).to(device)
     trained = run.checkpoint_args(args.ae)
     data = args.data or trained.get("data")
@@ -111,8 +112,8 @@ def evaluate_recon(args, device):
     compare_images(args.ae, trained, data, train_set)
     if split == "train":
         images = spread(train_set, args.val_images or len(train_set))
-    lpips = load_or_none(lambda: PerceptualLoss().to(device), device)
-    inception = load_or_none(lambda: metrics.load_inception(device), device)
+    lpips = load_or_none(lambda: PerceptualLoss().to(device), args, device)
+    inception = load_or_none(lambda: metrics.load_inception(device), args, device)
     names = ["psnr", "ssim", "l1"] + ["lpips"] * bool(lpips)
     sums = torch.zeros(1 + len(names), dtype=torch.float64)
     moments = [metrics.Moments(2048, device) for _ in range(2)] if inception else []
@@ -159,7 +160,7 @@ def evaluate_gen(args, device):
     """
     run.need_one_node("gen: the file of samples")
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    load = lambda: load_or_none(lambda: metrics.load_inception(device), device)
+    load = lambda: load_or_none(lambda: metrics.load_inception(device), args, device)
     inception = cache(load)                            # when flags and checkpoint are known to fit
     checkpoints, results = figures.named_checkpoints(args), []
     for file, name in checkpoints:
@@ -243,9 +244,9 @@ def evaluate_fid(args, device):
 
 IMAGES = "data image_size batch_size val_images"
 COMMANDS = {                                           # name: (function, flags that it takes)
-    "recon": (evaluate_recon, f"{IMAGES} ae workers seed protocol split"),
+    "recon": (evaluate_recon, f"{IMAGES} ae workers seed protocol split networks"),
     "gen": (evaluate_gen, "ckpt every ae data out batch_size workers seed num_samples steps "
-            "sampler cfg cfg_interval labels jpeg dtype reference_images folder"),
+            "sampler cfg cfg_interval labels jpeg dtype reference_images folder networks"),
     "fid": (evaluate_fid, "a b image_size batch_size"),
     "spectrum": (figures.spectrum_figure,
                  f"{IMAGES} ae latents out seed gamma published encoder encoder_source"),
@@ -255,7 +256,7 @@ COMMANDS = {                                           # name: (function, flags 
     "curves": (figures.curves_figure, "runs out"),     # reads logs and measures nothing
     "denoise": (theory.denoise_figure, "ckpt every ae data out batch_size val_images seed"),
     "trajectory": (theory.trajectory_figure, "ckpt every ae out seed num_samples steps"),
-    "diffusability": (theory.diffusability_rows, f"{IMAGES} ae"),
+    "diffusability": (theory.diffusability_rows, f"{IMAGES} ae networks"),
 }
 # where a command's default is another one
 DEFAULTS = {"similarity": dict(data="leaves", image_size=224, val_images=8,
@@ -300,6 +301,8 @@ def get_args():
     add("--batch_size", 50, type=int, help="images per network call and process")
     add("--workers", 4, type=int, help="loader processes")
     add("--seed", 0, type=int, help="of every draw")
+    add("--networks", "on", choices=("on", "off"), help="LPIPS and Inception, whose weights are "
+        "downloaded once; off: the metrics that need none")
     add("--protocol", "plain", choices=("plain", "authors"), help="how to measure, see above")
     add("--split", choices=("train", "val"), help="images (default: val; of authors: train)")
     # gen and trajectory
@@ -355,6 +358,8 @@ def main():
     run.need(world == 1 or args.command in ("recon", "gen"),
              f"{args.command}: runs in one process; start it without torchrun")
     check_flags(args)
+    if getattr(args, "networks", "on") == "off":
+        run.print0("--networks off: nothing that needs LPIPS' or Inception's weights, as FID does")
     function, _ = COMMANDS[args.command]
     for values, settings in function(args, device):
         report(values, settings, args.results)

@@ -53,7 +53,7 @@ def get_args():
     add = parser.add_argument
     # what is run
     add("--preset", choices=PRESETS, default="celeba-f16d16", help="a named group of defaults")
-    add("--out", help="folder of the run (default: out/ae/<preset>-<reg>[-tuned])")
+    add("--out", help="folder of the run (default: out/ae/<preset>-<reg>[-<data>][-tuned])")
     run.add_run_flags(parser)
     # data
     add("--data", help="folder, .zip, cifar10, or built in: leaves or discs (default: leaves)")
@@ -102,8 +102,10 @@ def get_args():
         args.encoder = "dinov2_vitl14" if "vf" in args.reg else "dinov2_vitb14_reg"
     if args.compile is None and UNCOMPILED & set(args.reg):
         args.compile = "off"
-    tuned = "-tuned" if args.init else ""
-    args.out = args.out or f"out/ae/{args.preset}-{'-'.join(args.reg)}{tuned}"
+    # another built-in set than the preset's is another run
+    data = [args.data] if args.data != PRESETS[args.preset].get("data", args.data) else []
+    names = [args.preset, *args.reg, *map(run.run_name, data), *["tuned"] * bool(args.init)]
+    args.out = args.out or f"out/ae/{'-'.join(names)}"
     return args
 
 

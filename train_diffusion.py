@@ -102,8 +102,7 @@ def get_args():
     add("--sample_steps", type=int, default=100, help="network calls per sample of the grid")
     add("--cfg", type=float, default=1.0, help="guidance scale of the grid; 1 = off")
     args = run.parse_args(parser, PRESETS)
-    args.ae = args.ae or run.newest(f"out/ae/{args.preset}-*/ckpt.pt",
-                                    "--ae: train one with train_ae.py, or give a file")
+    args.ae = args.ae or run.newest("ae", args.preset, "--ae")
     if args.norm_std is None:
         args.norm_std = 0.6 if args.repa == "irepa" else 1.0
     repa = "" if args.repa == "none" else f"-{args.repa}"

@@ -136,15 +136,12 @@ def held_out_images(args, trained, device, file=None):
 
 def autoencoder_files(args):
     """The files of --ae, or of every run of the preset."""
-    found = pathlib.Path().glob(f"out/ae/{args.preset}-*/ckpt.pt")
-    return args.ae or [str(path) for path in sorted(found)]
+    return args.ae or run.checkpoints("ae", args.preset, "--ae")
 
 
 def autoencoders(args, device):
     """Yields (label, autoencoder, held-out images (N, 3, H, W)) of every autoencoder_files."""
     files = autoencoder_files(args)
-    run.need(files, f"no out/ae/{args.preset}-*/ckpt.pt here; --ae: train autoencoders with "
-             "train_ae.py, or give files")
     runs = [run.checkpoint_args(file) for file in files]   # {} of released weights
     for key in ("images", "image_size"):
         if len({trained[key] for trained in runs if trained.get(key)}) > 1:
@@ -245,7 +242,8 @@ def spectrum_figure(args, device):
         encoder = repa.load_encoder(args.encoder, args.encoder_source).to(device)
     if args.latents:
         sources = latents_and_images(args, device)
-    elif autoencoder_files(args) or not (args.encoder or published):
+    elif args.ae or not (args.encoder or published) or list(
+            pathlib.Path().glob(f"out/ae/{args.preset}-*/ckpt.pt")):
         sources = ((label, images, encode_all(ae, images, args.batch_size, args.seed))
                    for label, ae, images in autoencoders(args, device))
     elif args.encoder:                                 # features alone, as large as f16 latents

@@ -21,6 +21,7 @@ from losses import DSM_MASKS, esm_loss
 TIMES = [(i + 0.5) / 20 for i in range(20)]                # uniform, as training draws them
 SHOWN = (3, 7, 11, 15)                                     # of TIMES: t = .175, .375, .575, .775
 RING = "ring (1 = low frequency)"
+FAINT = 1e-3                                               # of the largest ring's power
 
 
 def ring_profile(P):
@@ -86,7 +87,8 @@ def denoise_figure(args, device):
     Prop. 3.1 on trained networks: by radial frequency, at four times, the power of held-out
     latents, the network's denoising error and the least error of a denoiser of Gaussian latents.
     Printed: the fraction of the learnable power that was learned, over twenty times spread evenly;
-    of all frequencies, and ring by ring. Above 1: better than the bound.
+    of all frequencies, and ring by ring, "-" where there is almost no power. Above 1: better than
+    the bound.
     """
     figure, (axes,) = figures.subplots(1, len(SHOWN), (4 * len(SHOWN), 4.4), sharey=True)
     table = []
@@ -105,7 +107,8 @@ def denoise_figure(args, device):
         for t, *lines in zip(TIMES, found.learnable.tolist(), found.error.tolist()):
             table += [(name, t, *line) for line in zip(rings, found.power.tolist(), *lines)]
         fractions, total = fraction_learned(found)
-        by_ring = " ".join(f"{fraction:.2f}" for fraction in fractions.tolist())
+        faint = found.power < FAINT * found.power.max()
+        by_ring = " ".join("-" if hidden else f"{x:.2f}" for x, hidden in zip(fractions, faint))
         yield dict(fraction_learned=total, by_ring=by_ring), settings
     axes[0].set_ylabel("power per coefficient, normalised latents")
     axes[0].legend(axes[0].lines[:4], ["power of the latent", "bound of Prop. 3.1",
@@ -153,11 +156,15 @@ def wiener_half_times(power, process):
     return t[torch.searchsorted(noise, power).clamp_max(998)]
 
 
-def slope_per_octave(half):
-    """By how much later, in t, a ring of twice the frequency reaches half its power; half (R,)."""
-    octave = (torch.arange(1, len(half), dtype=half.dtype) + 0.5).log2()   # without ring 0, of DC
+def slope_per_octave(half, power):
+    """
+    By how much later, in t, a ring of twice the frequency reaches half its power; half, power (R,).
+    Rings without power are left out: when noise arrives there says nothing.
+    """
+    strong = power[1:] >= FAINT * power.max()              # without ring 0, of DC
+    octave = (torch.arange(1, len(half), dtype=half.dtype) + 0.5).log2()[strong]
     octave = octave - octave.mean()                        # least squares
-    return -float((octave * half[1:]).sum() / octave.square().sum())
+    return -float((octave * half[1:][strong]).sum() / octave.square().sum())
 
 
 @torch.no_grad()
@@ -166,7 +173,7 @@ def trajectory_figure(args, device):
     Coarse to fine: while samples are drawn, the power of the predicted clean latent in each ring as
     a share of its final power. White dots: half of it; dashed: half for the best denoiser of
     Gaussian latents, where SNR = 1. Below, what one sample's prediction decodes to. Printed: the
-    slope of both, in t per octave.
+    slope of both, in t per octave. Rings with almost no power are grey, and left out of the slopes.
     """
     runs, table = figures.named_checkpoints(args), []
     figure, axes = figures.subplots(2, len(runs), (5.6 * len(runs), 5), height_ratios=(5, 1))
@@ -179,8 +186,10 @@ def trajectory_figure(args, device):
         times, power, kept = follow_sampling(model, process, shape, args.steps, args.seed, labels)
         run.need(power.isfinite().all(), f"{file}: its samples are not finite: no result")
         half, ideal = half_times(times, power), wiener_half_times(power[-1], process)
-        slope, rings = slope_per_octave(half), range(1, power.shape[1] + 1)
+        slope, rings = slope_per_octave(half, power[-1]), range(1, power.shape[1] + 1)
         share = (power / power[-1]).clamp(0, 1)            # (T, R)
+        share[:, power[-1] < FAINT * power[-1].max()] = float("nan")
+        top.set_facecolor("lightgray")
         top.pcolormesh(times, rings, share.T, cmap="magma", vmin=0, vmax=1, shading="nearest")
         top.plot(half, rings, "o", color="white", mec="gray", ms=4, label="half of the final power")
         top.plot(ideal, rings, "--", color="cyan", lw=1.5, label="SNR = 1")
@@ -195,7 +204,7 @@ def trajectory_figure(args, device):
         for t, line in zip(times.tolist(), power.tolist()):
             table += [(name, t, *pair) for pair in zip(rings, line)]
         sampler = "em" if isinstance(process, Interpolant) else "ddim"
-        yield (dict(slope=slope, slope_where_snr_is_1=slope_per_octave(ideal)),
+        yield (dict(slope=slope, slope_where_snr_is_1=slope_per_octave(ideal, power[-1])),
                dict(ckpt=file, step=checkpoint["step"], n=args.num_samples, steps=args.steps,
                     sampler=sampler, cfg=1, seed=args.seed))
     figures.write_table(args, figure, ("run", "t", "ring", "power"), table)
@@ -270,12 +279,13 @@ def diffusability_rows(args, device):
     in the latent's high band; DSM's consistency; PSNR; with Inception's weights also iFD, the
     Frechet distance of the images to what points between their latents decode to.
     """
-    try:
-        inception = load_inception(device)
-        features = lambda images: inception(images)[0]
-    except FileNotFoundError as error:
-        run.print0(str(error))
-        features = None
+    features = None
+    if args.networks == "on":
+        try:
+            inception = load_inception(device)
+            features = lambda images: inception(images)[0]
+        except FileNotFoundError as error:
+            run.print0(str(error))
     for label, ae, images in figures.autoencoders(args, device):
         yield (diffusability(ae, images, args.batch_size, features),
                dict(autoencoder=label, n=len(images),

@@ -419,12 +419,22 @@ def save_on_error(batches, start_step, save):
         yield batch
 
 
-def newest(pattern, hint):
-    """The file matching the glob pattern written last; FileNotFoundError with the hint if none."""
-    found = max(Path().glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
-    if found is None:
-        raise FileNotFoundError(f"no {pattern} here; {hint}")
-    return str(found)
+def checkpoints(place, preset, flag):
+    """The ckpt.pt of every run of a preset in out/`place`; FileNotFoundError, naming the others."""
+    found = sorted(map(str, Path().glob(f"out/{place}/{preset}-*/ckpt.pt")))
+    if not found:
+        others = sorted(map(str, Path().glob(f"out/{place}/*/ckpt.pt"))) or ["another file"]
+        raise FileNotFoundError(f"{flag}: no out/{place}/{preset}-*/ckpt.pt here; train one, name "
+                                f"its --preset, or give {flag} {' or '.join(others)}")
+    return found
+
+
+def newest(place, preset, flag):
+    """The checkpoint of these that was written last, with a line that says which one it is."""
+    found = sorted(checkpoints(place, preset, flag), key=os.path.getmtime)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{flag} {found[-1]}, the newest of {len(found)}", flush=True)
+    return found[-1]
 
 
 def run_name(path):

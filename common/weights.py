@@ -321,8 +321,7 @@ def autoencoder_hash(ae):
 
 def checkpoint_files(args):
     """What a command reads: --ckpt; with --every all ckpt_<step>.pt of these runs."""
-    places = args.ckpt or [run.newest(f"out/diffusion/{args.preset}-*/ckpt.pt",
-                                      "--ckpt: train one with train_diffusion.py")]
+    places = args.ckpt or [run.newest("diffusion", args.preset, "--ckpt")]
     files = []
     for place in map(Path, places):
         found = [place / "ckpt.pt" if place.is_dir() else place]

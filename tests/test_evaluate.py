@@ -94,8 +94,11 @@ def test_figures_are_drawn(material, ae, main):
     main("spectrum", *random, "--data", material / "images", "--image_size", 64, "--val_images", 1)
     assert Path("out/spectrum.csv").read_text().count("random encoder") == 16
     assert all(path.stat().st_size > 3000 for path in Path("out").glob("*.png"))
-    with pytest.raises(ValueError, match="--ae"):
-        main("spectrum")
+    for command in ("spectrum", "bands", "recon"):         # of the quick preset, say
+        Path("out/ae/quick-kl").mkdir(parents=True, exist_ok=True)
+        Path("out/ae/quick-kl/ckpt.pt").touch()
+        with pytest.raises(FileNotFoundError, match="--ae out/ae/quick-kl/ckpt.pt"):
+            main(command)
 
 
 def test_two_autoencoders_of_one_file_name(ae, main, tmp_path, monkeypatch):

@@ -102,8 +102,6 @@ def test_power_and_bound_are_those_of_the_spectrum():
     torch.testing.assert_close(found.power, theory.ring_profile(S).mean(0))
     eq1 = S * (alpha_bar * S / (1 - alpha_bar)) / (1 + alpha_bar * S / (1 - alpha_bar))
     torch.testing.assert_close(found.learnable[0], radial_profile(eq1.mean(0)[None], 8)[0])
-
-
     for h, w in ((8, 12), (2, 3), (4, 40), (16, 16), (5, 3)):      # no ring is empty
         latents = torch.ones(1, C, h, w)
         sizes = theory.denoised_power(lambda z, t, y: z, Interpolant(), latents, times=(0.5,)).sizes
@@ -118,7 +116,7 @@ def test_sampling_with_the_exact_denoiser_is_coarse_to_fine(process):
     exact = theory.ring_profile(spectrum().mean(0)[None])[0]
     torch.testing.assert_close(power[-1], exact, rtol=0.2, atol=0)
     half = theory.half_times(times, power)
-    assert (half.diff() < 0.02).all() and theory.slope_per_octave(half) > 0.03
+    assert (half.diff() < 0.02).all() and theory.slope_per_octave(half, power[-1]) > 0.03
     gains = [wiener_gain(spectrum(), float(process.alpha_bar_at(t))) for t in times[1:-1].tolist()]
     predicted = theory.ring_profile(torch.stack([(spectrum() * gain).mean(0) for gain in gains]))
     ideal = theory.half_times(times[1:], torch.cat([predicted, exact[None]]))
@@ -135,7 +133,10 @@ def test_half_times_by_hand():
         alpha_bar = float(process.alpha_bar_at(t))
         assert alpha_bar * 2.5 / (1 - alpha_bar) == pytest.approx(1, rel=0.01)
     half = 0.8 - 0.1 * torch.tensor([9.0, 1.5, 2.5, 3.5, 4.5, 5.5]).log2()  # ring 0 does not count
-    assert theory.slope_per_octave(half) == pytest.approx(0.1)
+    power = torch.tensor([100.0, 10, 5, 2, 1, 1])
+    assert theory.slope_per_octave(half, power) == pytest.approx(0.1)
+    half[3], power[3] = 0.9, 0.05                          # nor does a ring that has no power
+    assert theory.slope_per_octave(half, power) == pytest.approx(0.1)
 
 
 def test_watching_changes_no_sample(process):
