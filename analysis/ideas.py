@@ -39,6 +39,19 @@ def crop_face(image):
     return image[..., H // 8:H * 5 // 8, W // 4:W * 3 // 4]
 
 
+def plot_dog(ax):
+    """The gain of DoG filters over the frequencies of a token grid, the default thick."""
+    omega = torch.arange(16) / 32                          # cycles per token of DCT row u
+    gain = lambda sigma: torch.exp(-2 * (math.pi * sigma * omega) ** 2)
+    for sigmas in ((0.5, 2.0), (1.0, 2.0), (1.0, 4.0), DOG_SIGMAS):
+        default = sigmas == DOG_SIGMAS
+        ax.plot(gain(sigmas[0]) - gain(sigmas[1]), "o-", ms=3, lw=3 if default else 1,
+                label="$\\sigma$ = {}, {}".format(*sigmas) + " (default)" * default)
+    ax.set(title="Eq. 6: DoG on a 16x16 token grid", ylabel="gain",
+           xlabel="DCT frequency u (0 = DC)")
+    ax.legend()
+
+
 def plot(image):
     """The figure of --plot. image (1, 3, H, W) in [-1, 1], H and W multiples of 8."""
     H, W = image.shape[-2:]
@@ -90,16 +103,7 @@ def plot(image):
     dct.set(title="Fig. 9: of the image's DCT\nthe top-left quarter ...", xticks=[], yticks=[])
     show(half, spectral.downsample_dct(image, 2)[0], "... is the image at half its size")
     half.spines[:].set(color=PURPLE, lw=3)
-    # the gain of DoG filters, the default thick
-    ax, omega = dog.subplots(), torch.arange(16) / 32      # cycles per token of DCT row u
-    gain = lambda sigma: torch.exp(-2 * (math.pi * sigma * omega) ** 2)
-    for sigmas in ((0.5, 2.0), (1.0, 2.0), (1.0, 4.0), DOG_SIGMAS):
-        default = sigmas == DOG_SIGMAS
-        ax.plot(gain(sigmas[0]) - gain(sigmas[1]), "o-", ms=3, lw=3 if default else 1,
-                label="$\\sigma$ = {}, {}".format(*sigmas) + " (default)" * default)
-    ax.set(title="Eq. 6: DoG on a 16x16 token grid", ylabel="gain",
-           xlabel="DCT frequency u (0 = DC)")
-    ax.legend()
+    plot_dog(dog.subplots())
     for axes in (law, targets, learnable):
         axes.legend(fontsize=8)
     return figure

@@ -161,7 +161,7 @@ def test_labels_are_dropped_and_average_is_sampled(material, tmp_path, monkeypat
 def test_guidance_without_a_null_class_is_refused(material, tmp_path, monkeypatch):
     """An unconditional model has nothing to guide away from."""
     train(material, tmp_path, "--steps", 1, "--num_classes", 0, monkeypatch=monkeypatch)
-    with pytest.raises(ValueError, match="--cfg 2.0: .* unconditional"):
+    with pytest.raises(ValueError, match="--cfg 2.0: .* no null class"):
         run_main(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--cfg", 2, "--device", "cpu",
                  monkeypatch=monkeypatch)
 
