@@ -38,8 +38,8 @@ PRESETS = {
     # 64 px, an hour for both stages on one GPU of 24 GB: estimated from FLOPs, see GUIDE.md
     "one-gpu": dict(model="f4d4", image_size=64, steps=20_000, batch_size=32, lr=1e-4,
                     warmup_steps=500, gan_start=5000, eval_every=2500, val_images=500),
-    "quick": dict(data="discs", image_size=32, model="f2d4-tiny", steps=600, batch_size=8, lr=4e-3,
-                  warmup_steps=40, lpips_weight=0.0, gan_weight=0.0, eval_every=200, log_every=10,
+    "quick": dict(data="discs", image_size=32, model="f4d4-tiny", steps=1800, batch_size=8, lr=4e-3,
+                  warmup_steps=40, lpips_weight=0.0, gan_weight=0.0, eval_every=600, log_every=10,
                   val_images=256, workers=0),
 }
 # not compiled by default: eq and se use many image sizes, vf runs the decoder backward twice

@@ -42,7 +42,7 @@ PRESETS = {
     "imagenet-repa": dict(model="SiT-B/2", cfg=1.8, repa="dog", **IMAGENET),
     "one-gpu": dict(model="SiT-S/2", steps=20_000, ema=0.9995, eval_every=2500,
                     keep_every=-1, **SIT),
-    "quick": dict(model="SiT-mini/2", steps=3000, batch_size=8, log_every=10, eval_every=1000,
+    "quick": dict(model="SiT-mini/1", steps=3000, batch_size=8, log_every=10, eval_every=1000,
                   sample_steps=50, ema=0.998, workers=0, repa_depth=1, keep_every=-1, schedule="sd",
                   **SIT | dict(lr=2e-3, warmup_steps=50)),
 }

@@ -176,7 +176,8 @@ def trajectory_figure(args, device):
     slope of both, in t per octave. Rings with almost no power are grey, and left out of the slopes.
     """
     runs, table = figures.named_checkpoints(args), []
-    figure, axes = figures.subplots(2, len(runs), (5.6 * len(runs), 5), height_ratios=(5, 1))
+    figure, axes = figures.subplots(2, len(runs), (3.1 * len(runs) + 0.8, 4.2),
+                                    height_ratios=(6, 1))
     for (top, bottom), (file, name) in zip(axes.T, runs):
         model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
         shape, labels = (args.num_samples, model.in_channels, *model.input_size), None
@@ -190,23 +191,25 @@ def trajectory_figure(args, device):
         share = (power / power[-1]).clamp(0, 1)            # (T, R)
         share[:, power[-1] < FAINT * power[-1].max()] = float("nan")
         top.set_facecolor("lightgray")
-        top.pcolormesh(times, rings, share.T, cmap="magma", vmin=0, vmax=1, shading="nearest")
-        top.plot(half, rings, "o", color="white", mec="gray", ms=4, label="half of the final power")
+        mesh = top.pcolormesh(times, rings, share.T, cmap="magma", vmin=0, vmax=1,
+                              shading="nearest")
+        top.plot(half, rings, "o", color="white", mec="gray", ms=4, label="half of it")
         top.plot(ideal, rings, "--", color="cyan", lw=1.5, label="SNR = 1")
-        top.set(title=f"{name}: {slope:.2f} in t per octave", xlabel="t (1 = noise)", ylabel=RING,
-                xlim=(1, 0))
-        top.legend(fontsize=8, loc="upper left")
+        top.set(title=f"{name}: {slope:.2f} in t per octave", xlabel="t (1 = noise)", xlim=(1, 0))
         shown = [int((times - t).abs().argmin()) for t in torch.linspace(times[0], 0, 8)]
         frames = [ae.decode(ae.denormalize(kept[k]))[0] for k in shown]  # (3, H, W) each
         strip = (torch.cat(frames, dim=2).cpu() * 0.5 + 0.5).clamp(0, 1)         # side by side
         bottom.imshow(strip.movedim(0, -1))
-        bottom.set_axis_off()
+        bottom.set(xticks=[], yticks=[], xlabel="a sample's prediction, from t = 1 to 0")
         for t, line in zip(times.tolist(), power.tolist()):
             table += [(name, t, *pair) for pair in zip(rings, line)]
         sampler = "em" if isinstance(process, Interpolant) else "ddim"
         yield (dict(slope=slope, slope_where_snr_is_1=slope_per_octave(ideal, power[-1])),
                dict(ckpt=file, step=checkpoint["step"], n=args.num_samples, steps=args.steps,
                     sampler=sampler, cfg=1, seed=args.seed))
+    axes[0, 0].set_ylabel(RING)
+    axes[0, 0].legend(fontsize=8, loc="upper left")
+    figure.colorbar(mesh, ax=axes[0], label="share of the ring's final power")
     figures.write_table(args, figure, ("run", "t", "ring", "power"), table)
 
 

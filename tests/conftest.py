@@ -129,7 +129,8 @@ def material(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 26, 3), dtype=np.uint8)).save(path)
     with pytest.MonkeyPatch.context() as patch:
-        run_main(train_ae, "--preset", "quick", "--data", folder / "images", "--image_size", 16,
+        run_main(train_ae, "--preset", "quick", "--model", "f2d4-tiny", "--data",
+                 folder / "images", "--image_size", 16,
             "--batch_size", 4, "--steps", 2, "--reg", "kl", "--device", "cpu",
             "--out", folder / "ae", monkeypatch=patch)
     return folder

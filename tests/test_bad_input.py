@@ -35,7 +35,7 @@ from conftest import ROOT, run_main
 
 TINY = "--preset quick --batch_size 4 --device cpu --steps 0 --data {images}"
 BASE = {                                                   # flags before those of a row, which win
-    "train_ae": f"{TINY} --image_size 16 --reg kl --out out",
+    "train_ae": f"{TINY} --model f2d4-tiny --image_size 16 --reg kl --out out",
     "train_diffusion": f"{TINY} --model SiT-tiny/4 --encode_batch 4 --sample_steps 2 --ae {{ae}} "
         "--cache {cache} --out out",
     "evaluate recon": "--ae {ae} --workers 0 --device cpu",

@@ -46,9 +46,9 @@ def test_the_model_follows_from_the_file(tmp_path, monkeypatch, capsys):
         run_main(train_ae, *TINY, "--steps", 0, "--out", tmp_path / out, *flags,
             monkeypatch=monkeypatch)
         return tmp_path / out / "ckpt.pt"
-    file = train("f4", "--model", "f4d4-tiny")
-    assert load_autoencoder(train("run", "--init", file)).config == CONFIGS["f4d4-tiny"]
-    assert "f4d4-tiny: 242,327 parameters" in capsys.readouterr().out
+    file = train("f2", "--model", "f2d4-tiny")
+    assert load_autoencoder(train("run", "--init", file)).config == CONFIGS["f2d4-tiny"]
+    assert "f2d4-tiny: 167,959 parameters" in capsys.readouterr().out
 
 
 def test_slurms_local_rank_will_do(tmp_path, monkeypatch):

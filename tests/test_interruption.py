@@ -24,8 +24,8 @@ from common import run
 from conftest import ROOT, run_main, same, start
 
 TINY_AE = ("--preset quick --image_size 32 --batch_size 4 --val_images 4 --device cpu "
-           "--log_every 2 --eval_every 3 --warmup_steps 2 --steps 12 --encoder_source random "
-           "--gan_weight 0.5 --gan_start 4").split()
+           "--model f2d4-tiny --log_every 2 --eval_every 3 --warmup_steps 2 --steps 12 "
+           "--encoder_source random --gan_weight 0.5 --gan_start 4").split()
 TINY_SIT = ("--preset quick --model SiT-tiny/4 --batch_size 4 --device cpu --log_every 2 "
             "--eval_every 3 --warmup_steps 2 --sample_steps 2 --encode_batch 8 --steps 12").split()
 METHODS = {}

@@ -14,7 +14,7 @@ from conftest import run_ranks
 
 TINY = ("--preset quick --batch_size 8 --device cpu --log_every 1 --eval_every 100 "
         "--warmup_steps 2 --steps 3 --encoder_source random").split()
-TINY_AE = [*TINY, *"--image_size 32 --val_images 5".split()]
+TINY_AE = [*TINY, *"--model f2d4-tiny --image_size 32 --val_images 5".split()]
 TINY_SIT = [*TINY, *"--model SiT-tiny/4 --sample_steps 2 --encode_batch 8 --repa_depth 1".split()]
 
 

@@ -23,7 +23,8 @@ from conftest import run_main, same
 from vae import CONFIGS, AutoencoderKL
 
 TINY = ("--preset quick --image_size 32 --batch_size 4 --val_images 6 --workers 0 --device cpu "
-        "--log_every 1 --eval_every 100 --warmup_steps 2 --encoder_source random").split()
+        "--model f2d4-tiny --log_every 1 --eval_every 100 --warmup_steps 2 "
+        "--encoder_source random").split()
 pytestmark = pytest.mark.filterwarnings("ignore:.*(untrained|UNTRAINED)")
 
 
@@ -331,7 +332,7 @@ def test_help_shows_every_default(script, monkeypatch, capsys):
         assert "(default: None)" not in entry and len(entry.split()) > 3, entry
     steps = {flags[-1]: next(e for e in shown(*flags) if e.startswith("steps "))
              for flags in (["--preset", "quick"], ["--preset", "one-gpu"])}
-    assert "600)" in steps["quick"] or "3000)" in steps["quick"]
+    assert "1800)" in steps["quick"] or "3000)" in steps["quick"]
     assert "20000)" in steps["one-gpu"]
     if script is train_ae:                                 # in the words of the flag, or the preset
         assert [e.split("default: ")[1] for e in (*shown(), *shown("--preset", "quick"))
