@@ -1,15 +1,16 @@
 """
-The paper's claims in miniature: Tables 2, 3, 4, 7 and 8 on CIFAR-10 at 32 px, small enough for
-two CPU cores. README.md beside this file has the protocol, the results and what they say; the runs
-are those of protocol.py, and report.py compares them.
+The paper's claims in miniature: Tables 2, 3, 4, 7 and 8 on the built-in discs at 32 px, small
+enough for two CPU cores. README.md beside this file has the protocol, the results and what they
+say; the runs are those of protocol.py, and report.py compares them.
 
-    python -m experiments.miniature run        train and sample what is not there yet, then collect
-    python -m experiments.miniature collect    finished runs into experiments/results/*.json
-    python -m experiments.miniature table      experiments/results/ into the README's tables
-    python -m experiments.miniature figure     experiments/figures/samples.png: samples of each
-                                               method from the same noise; reconstructions.png
-    python -m experiments.miniature scatter    experiments/figures/scatter.png: which number of an
-                                               autoencoder predicts dFD, from experiments/results/
+    python -m experiments.miniature run        train, sample and measure what is not there yet, each
+                                               run into experiments/results/NAME-sSEED.json
+    python -m experiments.miniature table      experiments/results/ into the pages' tables
+    python -m experiments.miniature figure     figures/samples.png: samples of each method from the
+                                               same noise; figures/reconstructions.png
+    python -m experiments.miniature scatter    figures/scatter.png: which numbers of an autoencoder
+                                               predict FD, from experiments/results/
+    python -m experiments.miniature labelnet --data cifar10    train the network of FD again
 """
 import argparse
 import collections
@@ -29,28 +30,14 @@ import torch.nn.functional as F
 from analysis.figures import divergence, encode_all, figure_rows
 from analysis.theory import diffusability
 from common import run
-from common.data import open_data, take, train_batches, val_batches
+from common.data import open_data, train_batches, val_batches
 from common.metrics import Moments, frechet_distance, frechet_parts, to_uint8
 from common.weights import load_autoencoder
 from dit import NoiseStream
 from experiments import protocol, report
 from experiments.labelnet import PATH as LABELNET
 from experiments.labelnet import LabelNet, load_labelnet
-from experiments.protocol import (
-    AE,
-    AE_STEPS,
-    AUTOENCODERS,
-    FIRST,
-    GEN,
-    GFID,
-    HELD_OUT,
-    LONG,
-    REFERENCE,
-    SIT,
-    VARIANTS,
-    plan,
-    sit_steps,
-)
+from experiments.protocol import AUTOENCODERS, SEEDS, TABLES, VARIANTS
 from spectral import match_resolution, spectrum_distribution
 
 ROOT = protocol.HERE.parent                                # the folder of the scripts
@@ -59,27 +46,33 @@ LOCKS = collections.defaultdict(threading.Lock)            # several runs share 
 # --------------------------------------------------------------------------------------------------
 # Training and sampling
 
-def folders(name, seed, out):
+def run_name(name, ae_seed, sit_seed):
+    """A run's name in files and folders; its seed of diffusion where it is another one."""
+    return f"{name}-s{ae_seed}" + (f"-d{sit_seed}" if sit_seed != ae_seed else "")
+
+
+def folders(name, ae_seed, sit_seed, out):
     """Where a run lies: (autoencoder, latent cache, diffusion model); runs share the first two."""
     autoencoder, _ = VARIANTS.get(name, (name, ""))
-    shared = f"{autoencoder}-s{seed}"
-    return out / "ae" / shared, out / "latents" / shared, out / "diffusion" / f"{name}-s{seed}"
+    shared = run_name(autoencoder, ae_seed, ae_seed)
+    return (out / "ae" / shared, out / "latents" / shared,
+            out / "diffusion" / run_name(name, ae_seed, sit_seed))
 
 
-def commands(name, seed, data, out):
+def commands(name, ae_seed, sit_seed, out):
     """
     The three commands of a run, each a list of words (a folder's name may hold spaces); each
     continues where an earlier call was stopped.
     """
     autoencoder, flags = VARIANTS.get(name, (name, ""))
-    ae, cache, sit = map(str, folders(name, seed, out))
-    train_ae = ["train_ae.py", "--preset", "quick", *AE.split(), *AUTOENCODERS[autoencoder].split(),
-                "--data", str(data), "--seed", str(seed), "--out", ae, "--resume"]
+    ae, cache, sit = map(str, folders(name, ae_seed, sit_seed, out))
+    train_ae = ["train_ae.py", "--preset", "quick", *protocol.AE.split(),
+                *AUTOENCODERS[autoencoder].split(), "--seed", str(ae_seed), "--out", ae, "--resume"]
     train_diffusion = ["train_diffusion.py", "--preset", "quick", "--ae", f"{ae}/ckpt.pt",
-                       *SIT.split(), *flags.split(), "--seed", str(seed),
+                       *protocol.SIT.split(), *flags.split(), "--seed", str(sit_seed),
                        "--out", sit, "--cache", cache, "--resume"]
-    gen = ["evaluate.py", "gen", "--preset", "quick", "--ckpt", f"{sit}/ckpt.pt", *GEN.split(),
-           "--results", f"{sit}/gen.jsonl"]
+    gen = ["evaluate.py", "gen", "--preset", "quick", "--ckpt", f"{sit}/ckpt.pt",
+           *protocol.GEN.split(), "--results", f"{sit}/gen.jsonl"]
     return train_ae, train_diffusion, gen
 
 
@@ -105,15 +98,15 @@ def sign(folder, asked):
     note.write_text(asked)
 
 
-def run_one(name, seed, data, out):
+def run_one(name, ae_seed, sit_seed, out):
     """
     One autoencoder, one diffusion model, its samples, as far as they are not there; what the
     scripts print goes to output.txt of the run.
     raises   ValueError for a run of other flags, a script that failed, or one that was stopped by a
              signal before its last step
     """
-    words = commands(name, seed, data, out)
-    ae, cache, sit = folders(name, seed, out)
+    words = commands(name, ae_seed, sit_seed, out)
+    ae, _, sit = folders(name, ae_seed, sit_seed, out)
     asked = "".join(f"python {shlex.join(command)}\n" for command in words)
     with LOCKS[ae.name]:
         sign(ae, f"python {shlex.join(words[0])}\n")
@@ -128,46 +121,162 @@ def run_one(name, seed, data, out):
             done = subprocess.run([sys.executable, *found], stdout=file, stderr=file,
                                   env=one_thread)
         if done.returncode or folder and trained(folder, stage) < steps:
-            raise ValueError(f"{name}-s{seed}: {command[0]} did not reach its end, see "
+            raise ValueError(f"{sit.name}: {command[0]} did not reach its end, see "
                              f"{sit}/output.txt; the same command continues")
 
     train_ae, train_diffusion, gen = words
     with LOCKS[ae.name]:
-        call(train_ae, ae, "ae", AE_STEPS)
-        if not cache.exists():
-            call(train_diffusion, sit, "diffusion", sit_steps(name))
-    call(train_diffusion, sit, "diffusion", sit_steps(name))
+        call(train_ae, ae, "ae", protocol.AE_STEPS)
+    call(train_diffusion, sit, "diffusion", protocol.SIT_STEPS)
     if not (sit / "samples" / "samples.npz").exists():
         call(gen)
 
 
-def run_all(data, out, jobs):
+def run_all(plan, out, jobs):
     """
-    Every run of the plan, `jobs` at a time. One that fails does not stop the others; Ctrl-C does.
+    Every run of the plan, `jobs` at a time, its numbers into experiments/results/ when it ends. One
+    that fails does not stop the others; Ctrl-C does.
     returns  what went wrong, as lines
     """
-    failed, pool = [], concurrent.futures.ThreadPoolExecutor(jobs)
+    failed, pool, measure = [], concurrent.futures.ThreadPoolExecutor(jobs), None
+    todo = [each for each in plan if not result_file(*each).exists()]
     try:
-        futures = [pool.submit(run_one, name, seed, data, out) for name, seed in plan()]
+        futures = {pool.submit(run_one, *each, out): each for each in todo}
         for future in concurrent.futures.as_completed(futures):
             if error := future.exception():
                 failed.append(str(error))
+                continue
+            measure = measure or Measure()
+            result = measure(*futures[future], out)
+            path, line = result_file(*futures[future]), (json.dumps(result) + "\n").encode()
+            run.write_atomic(path, lambda file, line=line: file.write(line))
+            numbers = result["numbers"]
+            print(f"{path.stem}: PSNR {numbers['psnr']:.2f} dB, FD {numbers['FD']:.3f}, "
+                  f"dFD {numbers['dFD']:.3f}", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
     return failed
 
 
 # --------------------------------------------------------------------------------------------------
-# The network of FD-cifar
+# Measuring
+
+def result_file(*name_and_seeds):
+    return protocol.RESULTS / f"{run_name(*name_and_seeds)}.json"
+
+
+@torch.no_grad()
+def pooled_moments(net, batches):
+    """Mean, covariance of the pooled features over batches of images (b, 3, 32, 32) in [-1, 1]."""
+    moments = Moments(net.width)
+    for images in batches:
+        moments.add(net.pooled(images))
+    return moments.mean_cov()[1:]
+
+
+@torch.no_grad()
+def reconstruction(ae, images, indices):
+    """
+    Images (b, 3, H, W) through the autoencoder, rounded as a PNG would: the same shape, in [-1, 1].
+    By a sample of the posterior, drawn from (0, index): latents like those that diffusion is
+    trained on, so that one that draws them perfectly has dFD 0. The authors decode a sample, too.
+    """
+    posterior = ae.encode(images)
+    noise = NoiseStream(0, indices)(posterior.mean.shape)
+    return to_uint8(ae.decode(posterior.sample(noise))).float() / 127.5 - 1
+
+
+def load_logs(ae, sit):
+    """
+    {stage: lines of its log.jsonl}, and the last line of gen.jsonl.
+    raises   ValueError if the autoencoder or the diffusion model were not finished
+    """
+    read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
+    logs = dict(ae=read(ae / "log.jsonl"), diffusion=read(sit / "log.jsonl"))
+    gen = read(sit / "gen.jsonl")[-1]
+    if logs["ae"][-1]["step"] != protocol.AE_STEPS or gen["step"] != protocol.SIT_STEPS:
+        raise ValueError(f"{sit}: samples of a run that was not finished; remove its folder")
+    return logs, gen
+
+
+def loss_curve(lines):
+    """[step, loss] of every fourth line of a log that has one."""
+    return [[line["step"], round(line["loss"], 4)] for line in lines if "loss" in line][::4]
+
+
+class Measure:
+    """What all runs are measured by: the network, images, the moments of their features."""
+
+    def __init__(self):
+        self.net = load_labelnet().eval()
+        self.train_set, val_set = open_data("discs", 32, val_images=protocol.HELD_OUT)
+        self.held_out = torch.cat([images for images, _, _ in val_batches(val_set, 500)])
+        batches = val_batches(self.train_set, 500)
+        self.moments = pooled_moments(self.net, (images for images, _, _ in batches))
+        held_out = pooled_moments(self.net, self.held_out.split(500))
+        self.unseen = frechet_distance(*held_out, *self.moments)
+
+    def __call__(self, name, ae_seed, sit_seed, out):
+        """The numbers, loss curves, commands and hardware of a finished run, as a dict."""
+        ae, _, sit = folders(name, ae_seed, sit_seed, out)
+        logs, gen = load_logs(ae, sit)
+        samples = np.load(sit / "samples" / "samples.npz")["arr_0"]         # (N, 32, 32, 3) uint8
+        samples = torch.from_numpy(samples).movedim(-1, 1)                  # (N, 3, 32, 32)
+        network = load_autoencoder(ae / "ckpt.pt")
+        decoded = (reconstruction(network, images, indices.tolist())
+                   for images, _, indices in val_batches(self.train_set, 100))
+        parts = frechet_parts(pooled_moments(self.net, (samples / 127.5 - 1).split(500)),
+                              pooled_moments(self.net, decoded), self.moments)
+        numbers = {key: gen[key] for key in gen if key.startswith(("SWD", "spectral"))}
+        numbers |= dict(zip(("FD", "rFD", "dFD"), parts))
+        numbers |= diffusability(network, self.held_out)
+        numbers["iFD"] = self.interpolated(network)
+        numbers["kl_from_target"] = kl_from_target(network, self.held_out)
+        numbers["ssim"] = logs["ae"][-1]["val_ssim"]
+        return dict(
+            name=name, ae_seed=ae_seed, sit_seed=sit_seed, samples=len(samples),
+            reference=len(self.train_set), FD_of_held_out_images=self.unseen, numbers=numbers,
+            loss_curve={stage: loss_curve(lines) for stage, lines in logs.items()},
+            commands=(sit / "commands.txt").read_text().splitlines(),
+            **{key: gen[key] for key in ("commit", "hardware", "torch", "time")})
+
+    @torch.no_grad()
+    def interpolated(self, ae):
+        """
+        iFID's idea (arXiv 2603.05630) in the features at hand: the Frechet distance of held-out
+        images to what the points halfway between each latent and its nearest neighbour, on the
+        sphere, decode to.
+        """
+        latents = encode_all(ae, self.held_out, 100, seed=0)                # (N, C, h, w)
+        direction = F.normalize(latents.flatten(1), dim=1)
+        cosine = direction @ direction.T - 2 * torch.eye(len(latents))      # (N, N), not itself
+        cosine, nearest = cosine.max(1)
+        halfway = (latents + latents[nearest]) / (2 + 2 * cosine).sqrt().view(-1, 1, 1, 1)
+        decoded = (to_uint8(ae.decode(z)).float() / 127.5 - 1 for z in halfway.split(100))
+        images = pooled_moments(self.net, self.held_out.split(500))
+        return frechet_distance(*pooled_moments(self.net, decoded), *images)
+
+
+@torch.no_grad()
+def kl_from_target(ae, images):
+    """
+    The paper's form of a latent's spectrum (Figs. 4 and 5): KL(target || latents), nats, of mean
+    shares of log(1 + P) with DC kept; target: images (N, 3, H, W) flattened by gamma 1.
+    """
+    latents = encode_all(ae, images, 100, seed=0)
+    small = match_resolution(images, latents.shape[-2:])
+    target = spectrum_distribution(small, gamma=1.0, remove_dc=False).mean(0)
+    return divergence(target, spectrum_distribution(latents, remove_dc=False).mean(0))
+
 
 def train_labelnet(data, path=LABELNET, steps=6000, batch_size=64, seed=0):
     """
     Train the LabelNet on the training images' classes; writes its weights (float16) and the
     accuracy on the held-out images. The file is part of the project, since distances in the
-    features of another network, even one trained alike, are other numbers. No-op if it is there.
+    features of another network, even one trained alike, are other numbers.
+    raises   ValueError if the file is there
     """
-    if path.exists():
-        return
+    run.need(not path.exists(), f"{path}: is there; remove it to train another network")
     train_set, val_set = open_data(data, 32, val_images=5000)
     num_classes = len(train_set.classes)
     torch.manual_seed(seed)
@@ -194,143 +303,29 @@ def train_labelnet(data, path=LABELNET, steps=6000, batch_size=64, seed=0):
 
 
 # --------------------------------------------------------------------------------------------------
-# Measuring
+# Figures, and the command line
 
-@torch.no_grad()
-def pooled_moments(net, batches):
-    """Mean, covariance of the pooled features over batches of images (b, 3, 32, 32) in [-1, 1]."""
-    moments = Moments(net.width)
-    for images in batches:
-        moments.add(net.pooled(images))
-    return moments.mean_cov()[1:]
-
-
-@torch.no_grad()
-def reconstruction(ae, images, indices):
+def draw_samples(out):
     """
-    Images (b, 3, H, W) through the autoencoder, rounded as a PNG would: the same shape, in [-1, 1].
-    By a sample of the posterior, drawn from (0, index): latents like those that diffusion is
-    trained on, so that one that draws them perfectly has dFD 0. The authors decode a sample, too.
-    """
-    posterior = ae.encode(images)
-    noise = NoiseStream(0, indices)(posterior.mean.shape)
-    return to_uint8(ae.decode(posterior.sample(noise))).float() / 127.5 - 1
-
-
-def load_logs(ae, sit, steps):
-    """
-    {stage: lines of its log.jsonl}, and the last line of gen.jsonl.
-    raises   ValueError if the autoencoder or the `steps` of diffusion were not finished
-    """
-    read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
-    logs = dict(ae=read(ae / "log.jsonl"), diffusion=read(sit / "log.jsonl"))
-    gen = read(sit / "gen.jsonl")[-1]
-    if logs["ae"][-1]["step"] != AE_STEPS or gen["step"] != steps:
-        raise ValueError(f"{sit}: samples of a run that was not finished; remove its folder")
-    return logs, gen
-
-
-def loss_curve(lines):
-    """[step, loss] of every tenth line of a log that has one."""
-    return [[line["step"], round(line["loss"], 4)] for line in lines if "loss" in line][::10]
-
-
-def measure(net, ae, sit, steps, held_out, train_set, moments):
-    """
-    The numbers, loss curves, commands and hardware of a run that finished its steps, as a dict.
-    held_out   images (N, 3, 32, 32) in [-1, 1]
-    train_set  images that it was trained on, and their pooled_moments
-    """
-    logs, gen = load_logs(ae, sit, steps)
-    samples = np.load(sit / "samples" / "samples.npz")["arr_0"]             # (N, 32, 32, 3) uint8
-    samples = torch.from_numpy(samples).movedim(-1, 1)                      # (N, 3, 32, 32)
-    network = load_autoencoder(ae / "ckpt.pt")
-    decoded = (reconstruction(network, images, indices.tolist())
-               for images, _, indices in val_batches(train_set, 100))
-    parts = frechet_parts(pooled_moments(net, (samples / 127.5 - 1).split(500)),
-                          pooled_moments(net, decoded), moments)
-    numbers = {key: gen[key] for key in gen if key.startswith(("SWD", "spectral"))}
-    numbers |= dict(zip(("FD_cifar", "rFD_cifar", "dFD_cifar"), parts))
-    numbers |= diffusability(network, held_out[:500])
-    numbers["kl_from_target"] = kl_from_target(network, held_out[:1000])
-    numbers["ssim"] = logs["ae"][-1]["val_ssim"]
-    return dict(
-        samples=len(samples), reference=len(train_set), numbers=numbers,
-        loss_curve={stage: loss_curve(lines) for stage, lines in logs.items()},
-        commands=(sit / "commands.txt").read_text().splitlines(),
-        **{key: gen[key] for key in ("commit", "hardware", "torch", "time")})
-
-
-@torch.no_grad()
-def kl_from_target(ae, images):
-    """
-    The paper's form of a latent's spectrum (Figs. 4 and 5): KL(target || latents), nats, of mean
-    shares of log(1 + P) with DC kept; target: images (N, 3, H, W) flattened by gamma 1.
-    """
-    latents = encode_all(ae, images, 100, seed=0)
-    small = match_resolution(images, latents.shape[-2:])
-    target = spectrum_distribution(small, gamma=1.0, remove_dc=False).mean(0)
-    return divergence(target, spectrum_distribution(latents, remove_dc=False).mean(0))
-
-
-def collect(out):
-    """
-    experiments/results/NAME-sSEED.json for every finished run that has none: its commands,
-    hardware, commit, final numbers and loss curves.
-    """
-    net = load_labelnet().eval()
-    checkpoint = torch.load(LABELNET, weights_only=True)   # for its accuracy
-    train_set = None
-    for name, seed in plan():
-        path = protocol.RESULTS / f"{name}-s{seed}.json"
-        ae, _, sit = folders(name, seed, out)
-        if path.exists() or not (sit / "samples" / "samples.npz").exists():
-            continue
-        if train_set is None:
-            data = run.checkpoint_args(ae / "ckpt.pt")["data"]
-            every, val_set = open_data(data, 32, val_images=HELD_OUT)
-            train_set = take(every, np.arange(0, len(every), len(every) // REFERENCE))
-            held_out = torch.cat([images for images, _, _ in val_batches(val_set, 500)])
-            moments = pooled_moments(net, (images for images, _, _ in val_batches(train_set, 500)))
-            unseen = frechet_distance(*pooled_moments(net, held_out.split(500)), *moments)
-        result = dict(
-            name=name, seed=seed, labelnet_accuracy=checkpoint["accuracy"],
-            FD_cifar_of_held_out_images=unseen,
-            **measure(net, ae, sit, sit_steps(name), held_out, train_set, moments))
-        line = (json.dumps(result) + "\n").encode()
-        run.write_atomic(path, lambda file, line=line: file.write(line))
-        shown = " ".join(f"{key} {result['numbers'][key]:.2f}" for key in GFID)
-        print(f"wrote {path}: {shown}", flush=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# Pictures, and the command line
-
-def draw_pictures(out):
-    """
-    figures/samples.png, ten samples of Table 2's runs at both lengths, from the same noise, and
+    figures/samples.png, ten samples of Table 2's runs from the same noise with their FD, and
     figures/reconstructions.png, ten held-out images and what becomes of them; seed 0.
     """
-    found = {name: folders(name, 0, out) for name in FIRST + LONG
-             if (folders(name, 0, out)[-1] / "samples" / "samples.npz").exists()}
-    if not found:
-        raise FileNotFoundError(f"--out {out}: no samples of seed 0 here yet; "
+    results = report.load_results()
+    names = [name for name in TABLES["Table 2"] if (name, 0, 0) in results]
+    if not names:
+        raise FileNotFoundError(f"{protocol.RESULTS}: no results of seed 0 yet; "
                                 "`python -m experiments.miniature run` makes them")
-    samples, decoded, images = {}, {}, None
-    for name, (ae, _, sit) in found.items():
+    _, val_set = open_data("discs", 32, val_images=10)
+    images, _, indices = next(iter(val_batches(val_set, 10)))
+    samples, decoded = {}, {"image": images * 0.5 + 0.5}
+    for name in names:
+        ae, _, sit = folders(name, 0, 0, out)
         pixels = np.load(sit / "samples" / "samples.npz")["arr_0"][:10]
-        samples[name] = torch.from_numpy(pixels).movedim(-1, 1) / 255
-        autoencoder, _ = VARIANTS.get(name, (name, ""))
-        if autoencoder in decoded:                         # both lengths share it
-            continue
-        if images is None:
-            _, val_set = open_data(run.checkpoint_args(ae / "ckpt.pt")["data"], 32, val_images=10)
-            images, _, indices = next(iter(val_batches(val_set, 10)))
-            decoded["image"] = images * 0.5 + 0.5
+        label = f"{name}, FD {results[name, 0, 0]['numbers']['FD']:.2f}"
+        samples[label] = torch.from_numpy(pixels).movedim(-1, 1) / 255
         network = load_autoencoder(ae / "ckpt.pt")
-        decoded[autoencoder] = reconstruction(network, images, indices.tolist()) * 0.5 + 0.5
-    both = [name for pair in zip(FIRST, LONG) for name in pair if name in samples]
-    figure_rows({name: samples[name] for name in both}, protocol.HERE / "figures" / "samples.png")
+        decoded[name] = reconstruction(network, images, indices.tolist()) * 0.5 + 0.5
+    figure_rows(samples, protocol.HERE / "figures" / "samples.png")
     figure_rows(decoded, protocol.HERE / "figures" / "reconstructions.png")
 
 
@@ -338,13 +333,16 @@ def get_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
-    parser.add_argument("command", choices=("run", "collect", "table", "figure",
-                                            "scatter"))
-    parser.add_argument("--data", default="cifar10", help="cifar10, or a folder or zip of the same "
-                        "images by class; used by run")
-    parser.add_argument("--out", default="out/miniature", help="folder of the runs")
-    parser.add_argument("--jobs", type=int, default=2,
-                        help="runs at a time, one thread each, > 0")
+    add = parser.add_argument
+    add("command", choices=("run", "table", "figure", "scatter", "labelnet"))
+    every = [*AUTOENCODERS, *VARIANTS]
+    add("--only", nargs="+", choices=every, default=[], metavar="NAME",
+        help=f"run: these alone, of {', '.join(every)}")
+    add("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS), metavar="SEED",
+        help="run: these alone")
+    add("--out", default="out/miniature", help="folder of the runs")
+    add("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    add("--data", default="cifar10", help="labelnet: images by class")
     args = run.parse_args(parser, {})
     run.need(args.jobs >= 1, f"--jobs {args.jobs}: must be at least 1")
     return args
@@ -352,25 +350,19 @@ def get_args():
 
 def main():
     args = get_args()
-    out, failed = pathlib.Path(args.out), []
+    out = pathlib.Path(args.out)
     if args.command == "run":
-        train_set, _ = open_data(args.data, 32)            # what collect needs, before hours
-        run.need(len(train_set.classes) == 10 and len(train_set) >= REFERENCE, f"--data "
-                     f"{args.data}: needs ten classes and {REFERENCE:,} images, as CIFAR-10 has")
-        train_labelnet(args.data)
-        failed = run_all(args.data, out, args.jobs)
-    if args.command in ("run", "collect"):
-        collect(out)
+        torch.set_num_threads(1)
+        failed = run_all(protocol.plan(args.only, args.seeds), out, args.jobs)
+        run.need(not failed, "; ".join(failed))
     if args.command == "table":
-        text = report.table()
-        report.write_readme(text)
-        print(text)
+        report.write_pages()
     if args.command == "figure":
-        draw_pictures(out)
+        draw_samples(out)
     if args.command == "scatter":
         report.scatter()
-    if failed:
-        raise ValueError("; ".join(failed))
+    if args.command == "labelnet":
+        train_labelnet(args.data)
 
 
 if __name__ == "__main__":

@@ -1,73 +1,132 @@
 """
-Result files into tables, verdicts and a scatter; `python -m experiments.miniature table` and
-`scatter` call it. Everything comes from experiments/results/ alone.
+Result files into tables, tests and a scatter; `python -m experiments.miniature table` and `scatter`
+call it. Everything comes from experiments/results/ alone.
 """
 import json
-import textwrap
+import math
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy import stats
 
 from analysis.figures import save_figure, subplots
 from common import run
 from experiments import protocol
-from experiments.protocol import (
-    AUTOENCODERS,
-    HELD_OUT,
-    LONG,
-    LONG_STEPS,
-    OUR_CLAIMS,
-    PAPER_CLAIMS,
-    SEEDS,
-    SIT_STEPS,
-    TABLES,
-)
+from experiments.protocol import ALPHA, AUTOENCODERS, EXPLORATORY, PRIMARY, SEEDS, SPREAD, TABLES
 
 COLUMNS = {                                                # number: its heading, its digits
-    "psnr": ("PSNR, dB", 2), "alpha": ("exponent of the PSD", 2), "esm": ("ESM divergence", 3),
-    "esm_shape": ("normalised, best scale", 3), "kl_from_target": ("KL from target, with DC", 4),
-    "FD_cifar": ("FD", 2), "rFD_cifar": ("rFD", 2), "dFD_cifar": ("dFD", 2),
-    "SWD_32px": ("SWD 32 px", 1), "spectral_KL": ("spectral KL", 4),
+    "psnr": ("PSNR, dB", 2), "alpha": ("exponent of the PSD", 2),
+    "kl_from_target": ("KL from target, with DC", 4), "FD": ("FD", 2), "rFD": ("rFD", 2),
+    "dFD": ("dFD", 2), "iFD": ("iFD", 2), "SWD_32px": ("SWD 32 px", 0),
+    "spectral_KL": ("spectral KL", 4),
 }
 PREDICTORS = {                                             # known before diffusion, and in words
-    "kl_from_target": "KL from target, with DC", "esm": "ESM divergence, as it is",
+    "iFD": "iFD", "kl_from_target": "KL from target, with DC", "esm": "ESM divergence",
     "esm_shape": "ESM divergence, normalised", "alpha": "exponent of the PSD",
     "neighbours": "correlation of neighbouring cells", "high_band": "dB in the latent's high band",
-    "dsm": "DSM consistency, dB", "psnr": "PSNR, dB",
+    "dsm": "DSM consistency, dB", "psnr": "PSNR, dB", "rFD": "rFD",
 }
+SHOWN = ("iFD", "kl_from_target")                          # in scatter.png
 MARKS = "<!-- miniature.py table -->", "<!-- end of miniature.py table -->"
 
 
 def load_results():
-    """{(name, seed): what is in its file}, from experiments/results/."""
-    found = [json.loads(path.read_text()) for path in sorted(protocol.RESULTS.glob("*-s?.json"))]
-    return {(result["name"], result["seed"]): result for result in found}
+    """{(name, seed of the autoencoder, of the diffusion): what is in its file}."""
+    found = [json.loads(path.read_text()) for path in sorted(protocol.RESULTS.glob("*.json"))]
+    return {(result["name"], result["ae_seed"], result["sit_seed"]): result for result in found}
 
 
-def verdict(results, key, a, order, b):
+def values(results, name, key, seeds=SEEDS):
+    """{seed: number} of the runs of this name whose two seeds are the same."""
+    return {seed: results[name, seed, seed]["numbers"][key] for seed in seeds
+            if (name, seed, seed) in results}
+
+
+# --------------------------------------------------------------------------------------------------
+# The paired test
+
+def differences(results, key, order, a, b):
     """
-    The protocol's rule, over the seeds that both runs have, for the claim that run `a` is "below"
-    or "above" run `b` in the number `key`. A positive gap is as claimed; the spread is the largest
-    minus the smallest of the seeds.
+    Of the claim that run `a` is "below" or "above" run `b`: the paired differences (n,) over the
+    seeds that both have, positive where a pair is as claimed.
     """
-    seeds = [seed for seed in SEEDS if (a, seed) in results and (b, seed) in results]
-    if not seeds:
-        return "not run"
-    of_a, of_b = ([results[name, seed]["numbers"][key] for seed in seeds] for name in (a, b))
+    of_a, of_b = values(results, a, key), values(results, b, key)
     sign = {"below": 1, "above": -1}[order]
-    gap = sign * (np.mean(of_b) - np.mean(of_a))
-    between_seeds = max(np.ptp(of_a), np.ptp(of_b))
-    _, digits = COLUMNS[key]
-    if len(seeds) < 2:
-        return f"undecided: gap {gap:+.{digits}f}, one seed"
-    word = "undecided"
-    if gap > between_seeds:
-        word = "agreement"
-    elif gap < -between_seeds:
-        word = "**contradiction**"
-    return (f"{word}: gap {gap:+.{digits}f}, spread {between_seeds:.{digits}f}, "
-            f"{len(seeds)} seeds")
+    return np.array([sign * (of_b[seed] - of_a[seed]) for seed in of_a if seed in of_b])
 
+
+def paired_test(d):
+    """
+    Of differences (n,), n >= 2: their mean, the 95% interval of it, and the two-sided p-value of
+    Student's test that it is 0.
+    """
+    test = stats.ttest_1samp(d, 0.0)
+    low, high = test.confidence_interval(1 - ALPHA)
+    return float(d.mean()), (float(low), float(high)), float(test.pvalue)
+
+
+def holm(pvalues):
+    """Holm's corrected p-values: the smallest of m times m, the next times m - 1, ..., rising."""
+    corrected, largest = [0.0] * len(pvalues), 0.0
+    for rank, k in enumerate(np.argsort(pvalues, kind="stable")):
+        largest = max(largest, min(1.0, (len(pvalues) - rank) * pvalues[k]))
+        corrected[k] = largest
+    return corrected
+
+
+def verdict(d, p):
+    """In words, of differences (n,) and their p-value, corrected if it is of a family."""
+    if len(d) < len(SEEDS):
+        return "no verdict"
+    if p >= ALPHA:
+        return "undecided"
+    return "agreement" if d.mean() > 0 else "**contradiction**"
+
+
+def claims_table(groups, results):
+    """Groups of claims as lines of a markdown table; a p-value of PRIMARY is Holm's."""
+    lines = [table_row("the paper says", "here", "mean paired difference, 95% interval", "n", "p",
+                       "verdict"), "|---|---|---|---|---|---|"]
+    for group in groups:
+        where, key, order, claims = group
+        ds = [differences(results, key, order, a, b) for _, a, b in claims]
+        tests = [paired_test(d) if len(d) > 1 else (float(d.mean()) if len(d) else math.nan,
+                 None, 1.0) for d in ds]
+        pvalues = [p for _, _, p in tests]
+        pvalues = holm(pvalues) if group is PRIMARY else pvalues
+        heading, digits = COLUMNS[key]
+        for (words, a, b), d, (mean, interval, _), p in zip(claims, ds, tests, pvalues):
+            shown = f"{mean:+.{digits}f}" if len(d) else "not run"
+            if interval:
+                shown += f" ({interval[0]:+.{digits}f} to {interval[1]:+.{digits}f})"
+            lines.append(table_row(f"{where}: {words}", f"{heading}: `{a}` {order} `{b}`", shown,
+                                   str(len(d)), f"{p:.3f}" if interval else "", verdict(d, p)))
+    return lines
+
+
+def spread(results, key="FD"):
+    """
+    Where the spread between seeds comes from: of the runs of SPREAD whose autoencoders have two
+    diffusion models, the standard deviation between autoencoders and that of diffusion alone
+    (analysis of variance, one way). As lines of a markdown table.
+    """
+    lines = [table_row("run", "autoencoders", "s.d. by diffusion's seed",
+                       "s.d. by the autoencoder's seed"), "|---|---|---|---|"]
+    for name in SPREAD:
+        pairs = [[results[name, seed, other]["numbers"][key] for other in
+                  (seed, seed + protocol.SECOND)] for seed in SEEDS
+                 if {(name, seed, seed), (name, seed, seed + protocol.SECOND)} <= results.keys()]
+        cells = "not run", ""
+        if len(pairs) > 1:
+            pairs = np.array(pairs)                                         # (n, 2)
+            within = pairs.var(1, ddof=1).mean()
+            between = max(0.0, pairs.mean(1).var(ddof=1) - within / 2)
+            cells = f"{within ** 0.5:.3f}", f"{between ** 0.5:.3f}"
+        lines.append(table_row(f"`{name}`", str(len(pairs)), *cells))
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------
+# The pages
 
 def table_row(*cells):
     """One row of a markdown table."""
@@ -75,99 +134,110 @@ def table_row(*cells):
 
 
 def run_row(name, results):
-    """The row of a run: the numbers of its seeds side by side."""
-    found = [results[name, seed]["numbers"] for seed in SEEDS if (name, seed) in results]
-    if not found:
-        return table_row(f"`{name}`", "not run", *[""] * (len(COLUMNS) - 1))
+    """The row of a run: number of seeds, and for each number the mean and the s.d. over them."""
     cells = []
     for key, (_, digits) in COLUMNS.items():
-        cells.append(" / ".join(f"{numbers[key]:.{digits}f}" for numbers in found))
-    return table_row(f"`{name}`", *cells)
+        found = list(values(results, name, key).values())
+        cells.append(f"{np.mean(found):.{digits}f}" if found else "")
+        if len(found) > 1:
+            cells[-1] += f" ± {np.std(found, ddof=1):.{digits}f}"
+    return table_row(f"`{name}`", str(len(values(results, name, "FD")) or "not run"), *cells)
 
 
-def claims_table(heading, claims, results):
-    """PAPER_CLAIMS or OUR_CLAIMS as lines of a markdown table, with a verdict for each number."""
-    lines = [table_row(heading, "here", "measured by"), "|---|---|---|"]
-    for where, keys, order, group in claims:
-        for words, a, b in group:
-            cells = []
-            for key in keys:
-                name = f"{COLUMNS[key][0]}: " if len(keys) > 1 else ""
-                cells.append(name + verdict(results, key, a, order, b))
-            columns = " and ".join(COLUMNS[key][0] for key in keys)
-            lines.append(table_row(f"{where}: {words}", "<br>".join(cells),
-                                   f"{columns}: `{a}` {order} `{b}`"))
+def run_tables(results):
+    """The numbers of all runs, table by table, as lines of markdown."""
+    lines = []
+    for title, names in TABLES.items():
+        lines += ["", f"**{title}**", "", table_row("run", "seeds", *[
+            heading for heading, _ in COLUMNS.values()]), "|---" * (len(COLUMNS) + 2) + "|"]
+        lines += [run_row(name, results) for name in names]
     return lines
 
 
-def table():
-    """The tables of the README beside this file as markdown, from experiments/results/ alone."""
+def write_pages():
+    """
+    The short table into README.md beside this file, between its marks: the primary family and three
+    more groups; the long ones into TABLES.md.
+    """
     results = load_results()
     if not results:
         raise FileNotFoundError(f"{protocol.RESULTS}: no results yet; "
                                 "`python -m experiments.miniature run` makes them")
-    one = next(iter(results.values()))
-    hardware = sorted({result["hardware"] for result in results.values()})
-    lines = textwrap.wrap(
-        f"Each run has {one['samples']:,} samples, and the numbers of its seeds stand side by "
-        f"side. FD, rFD and dFD are of {one['reference']:,} training images, in the features of a "
-        f"network with {100 * one['labelnet_accuracy']:.1f}% accuracy on held-out images. "
-        f"{HELD_OUT:,} held-out images themselves have an FD of "
-        f"{one['FD_cifar_of_held_out_images']:.2f}. "
-        f"Hardware: {', '.join(hardware)}. Commands, logs and versions are in "
-        "`experiments/results/`.",
-        110, break_on_hyphens=False)
-    for title, names in sorted(TABLES.items(), key=lambda table: table[0].replace("Ours", "Z")):
-        lines += ["", f"**{title}**", ""]
-        lines.append(table_row("run", *[heading for heading, _ in COLUMNS.values()]))
-        lines.append("|---" * (len(COLUMNS) + 1) + "|")
-        lines += [run_row(name, results) for name in names]
-    lines += ["", *claims_table("the paper says", PAPER_CLAIMS, results)]
-    lines += ["", *claims_table("ours", OUR_CLAIMS, results)]
-    return "\n".join(lines)
-
-
-def write_readme(text):
-    """Put the tables between their two marks in the README beside this file."""
+    groups = [PRIMARY, *(group for group in EXPLORATORY if group[0] in protocol.HEADLINE)]
     path = protocol.HERE / "README.md"
     before, rest = path.read_text().split(MARKS[0])
     _, after = rest.split(MARKS[1])
-    page = f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}"
+    short = "\n".join(claims_table(groups, results))
+    page = f"{before}{MARKS[0]}\n{short}\n{MARKS[1]}{after}"
     run.write_atomic(path, lambda file: file.write(page.encode()))
+    one = next(iter(results.values()))
+    hardware = ", ".join(sorted({result["hardware"] for result in results.values()}))
+    lines = ["# Every number of the miniature", "",
+             "Written by `python -m experiments.miniature table` from `experiments/results/`; "
+             "[README.md](README.md) says",
+             "what the numbers are. Mean ± standard deviation over the seeds, each of "
+             f"{one['samples']:,} samples.",
+             f"{protocol.HELD_OUT:,} held-out images have an FD of "
+             f"{one['FD_of_held_out_images']:.2f}. Hardware: {hardware}.", *run_tables(results),
+             "", "## The claims", "", "The primary family; p by Holm's method.", "",
+             *claims_table([PRIMARY], results), "",
+             "Exploratory; p of each test alone, so that one in twenty is below .05 by chance.", "",
+             *claims_table(EXPLORATORY, results), "",
+             "## Where the spread of FD comes from", "", *spread(results), "",
+             "## Which number of an autoencoder predicts FD", "", *correlations(results)]
+    text = "\n".join(lines) + "\n"
+    run.write_atomic(protocol.HERE / "TABLES.md", lambda file: file.write(text.encode()))
+    print("\n".join(claims_table(groups, results)))
+
+
+def rank_correlation(x, y):
+    """
+    Spearman's rho of x and y (n,), n > 3, and its 95% interval: Fisher's z with the variance of
+    Bonett and Wright (Psychometrika 2000).
+    """
+    rho = float(stats.spearmanr(x, y).statistic)
+    half = 1.96 * math.sqrt((1 + rho ** 2 / 2) / (len(x) - 3))
+    z = math.atanh(max(-0.9999, min(0.9999, rho)))
+    return rho, math.tanh(z - half), math.tanh(z + half)
+
+
+def predictions(results):
+    """{number: (x, y)}: every predictor and FD of the runs without alignment, both seeds alike."""
+    found = [result["numbers"] for (name, ae_seed, sit_seed), result in results.items()
+             if name in AUTOENCODERS and ae_seed == sit_seed]
+    return {key: ([numbers[key] for numbers in found], [numbers["FD"] for numbers in found])
+            for key in PREDICTORS}
+
+
+def correlations(results):
+    """Rank correlations with FD as lines of a markdown table; the largest first."""
+    lines = [table_row("number", "rank correlation with FD, 95% interval", "runs"), "|---|---|---|"]
+    pairs = predictions(results)
+    if len(pairs["iFD"][0]) < 4:
+        return [*lines, table_row("all", "not enough runs", str(len(pairs["iFD"][0])))]
+    found = {key: rank_correlation(*pair) for key, pair in pairs.items()}
+    for key, (rho, low, high) in sorted(found.items(), key=lambda item: -abs(item[1][0])):
+        lines.append(table_row(PREDICTORS[key], f"{rho:+.2f} ({low:+.2f} to {high:+.2f})",
+                               str(len(pairs[key][0]))))
+    return lines
 
 
 def scatter():
-    """
-    figures/scatter.png: dFD of every run without alignment against each number that is known of
-    its autoencoder beforehand. Spearman's rank correlations, one a length, are printed.
-    """
-    every = load_results().values()
-    lengths = {SIT_STEPS: [result for result in every if result["name"] in AUTOENCODERS],
-               LONG_STEPS: [result for result in every if result["name"] in LONG]}
-    lengths = {steps: found for steps, found in lengths.items() if len(found) >= 3}
-    if not lengths:
-        raise FileNotFoundError(f"{protocol.RESULTS}: a correlation needs three runs or more; "
-                                "`python -m experiments.miniature run` makes them")
-    figure, axes = subplots(2, 4, (15, 7), sharey=True)
-    for ax, (key, words) in zip(axes.flat, PREDICTORS.items()):
-        correlations = []
-        for steps, found in lengths.items():
-            x, y = ([result["numbers"][k] for result in found] for k in (key, "dFD_cifar"))
-            rho = spearmanr(x, y).statistic
-            print(f"{key}: rank correlation {rho:+.2f} with dFD, {len(found)} runs of {steps:,} "
-                  "steps")
-            correlations.append(f"{rho:+.2f} ({steps:,} steps)")
-            for i, name in enumerate(AUTOENCODERS):
-                rows = [k for k, result in enumerate(found)
-                        if result["name"].removesuffix("-long") == name]
-                if rows:
-                    ax.plot([x[k] for k in rows], [y[k] for k in rows], "o^"[i // 10], ms=6,
-                            color=f"C{i % 10}", mfc=None if steps == SIT_STEPS else "none",
-                            label=name if steps == SIT_STEPS else f"{name}, {steps:,} steps")
-        ax.set(xlabel=words, title=", ".join(correlations))
-    for ax in axes[:, 0]:
-        ax.set_ylabel("dFD: what diffusion adds")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
-                  ncols=9, fontsize=8)
-    figure.suptitle("Rank correlation of dFD with a number of the autoencoder")
-    save_figure(figure, protocol.HERE / "figures" / "scatter.png", dpi=80)
+    """figures/scatter.png: FD of every run without alignment against two numbers of PREDICTORS."""
+    results = load_results()
+    pairs = predictions(results)
+    run.need(len(pairs["iFD"][0]) > 3, f"{protocol.RESULTS}: a correlation needs four runs or "
+             "more; `python -m experiments.miniature run` makes them")
+    figure, axes = subplots(1, 2, (10, 4.2), sharey=True)
+    for ax, key in zip(axes[0], SHOWN):
+        for i, name in enumerate(AUTOENCODERS):
+            x, y = values(results, name, key), values(results, name, "FD")
+            if x:
+                ax.plot(list(x.values()), list(y.values()), "o^"[i // 10], color=f"C{i % 10}",
+                        label=name)
+        rho, low, high = rank_correlation(*pairs[key])
+        ax.set(xlabel=PREDICTORS[key],
+               title=f"rank correlation {rho:+.2f} ({low:+.2f} to {high:+.2f})")
+    axes[0, 0].set_ylabel("FD of the samples")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    save_figure(figure, protocol.HERE / "figures" / "scatter.png", dpi=90)
