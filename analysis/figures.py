@@ -208,7 +208,8 @@ def draw_curve(axes, rows, name, batches, gamma=0.0, descriptor=True, remove_dc=
     shares = spectral.spectrum_distribution(x, gamma=gamma, remove_dc=remove_dc).mean(0).cpu()
     relative = power / power.sum()
     label = f"{name}: $f^{{-{spectral.fit_power_law(power):.2f}}}$"
-    axes[0].loglog(rings, relative, marker="o", ms=3, label=label, **style)
+    there = relative.where(relative > 1e-9, float("nan"))  # small latents: DC alone in ring 1
+    axes[0].loglog(rings, there, marker="o", ms=3, label=label, **style)
     if descriptor:
         axes[1].plot(rings, shares, marker="o", ms=3, label=name, **style)
     last = shares.tolist() if descriptor else 16 * [""]
@@ -297,7 +298,8 @@ def spectrum_figure(args, device):
             yield values, dict(autoencoder=label, **settings, latent=shape)
     form = "The paper's form, DC kept" if published else "What ESM compares"
     axes[0].set(title="Radial power, each curve scaled to sum 1", ylabel="share of power")
-    axes[-1].set(title=f"{form}: log(1 + power), scaled to sum 1", ylabel="", ylim=(0, None))
+    axes[-1].set(title=f"{form}: log(1 + power), scaled to sum 1", ylim=(0, None),
+                 ylabel="share of log(1 + power)")
     for ax in axes:
         ax.set_xlabel("ring (1 = low frequency)")
         ax.legend(fontsize=8)

@@ -229,8 +229,9 @@ class Measure:
                               pooled_moments(self.net, decoded), self.moments)
         numbers = {key: gen[key] for key in gen if key.startswith(("SWD", "spectral"))}
         numbers |= dict(zip(("FD", "rFD", "dFD"), parts))
-        numbers |= diffusability(network, self.held_out)
-        numbers["iFD"] = self.interpolated(network)
+        pooled = lambda images: self.net.pooled(images / 127.5 - 1)
+        with torch.no_grad():
+            numbers |= diffusability(network, self.held_out, features=pooled)
         numbers["kl_from_target"] = kl_from_target(network, self.held_out)
         numbers["ssim"] = logs["ae"][-1]["val_ssim"]
         return dict(
@@ -239,22 +240,6 @@ class Measure:
             loss_curve={stage: loss_curve(lines) for stage, lines in logs.items()},
             commands=(sit / "commands.txt").read_text().splitlines(),
             **{key: gen[key] for key in ("commit", "hardware", "torch", "time")})
-
-    @torch.no_grad()
-    def interpolated(self, ae):
-        """
-        iFID's idea (arXiv 2603.05630) in the features at hand: the Frechet distance of held-out
-        images to what the points halfway between each latent and its nearest neighbour, on the
-        sphere, decode to.
-        """
-        latents = encode_all(ae, self.held_out, 100, seed=0)                # (N, C, h, w)
-        direction = F.normalize(latents.flatten(1), dim=1)
-        cosine = direction @ direction.T - 2 * torch.eye(len(latents))      # (N, N), not itself
-        cosine, nearest = cosine.max(1)
-        halfway = (latents + latents[nearest]) / (2 + 2 * cosine).sqrt().view(-1, 1, 1, 1)
-        decoded = (to_uint8(ae.decode(z)).float() / 127.5 - 1 for z in halfway.split(100))
-        images = pooled_moments(self.net, self.held_out.split(500))
-        return frechet_distance(*pooled_moments(self.net, decoded), *images)
 
 
 @torch.no_grad()
