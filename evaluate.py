@@ -216,17 +216,15 @@ def evaluate_fid(args, device):
     Frechet distance of two sets, each a folder, a zip, an npz of images (arr_0) or an npz of
     statistics (mu, sigma).
 
-    Images are compared at one size: --image_size, else that of the npz, else the shorter side of
-    the first image of A. Larger and smaller ones are cropped and resized as ADM does.
+    Images are compared at one size: --image_size, else that of the npz, else that of all images of
+    the folders and zips. Larger and smaller ones are cropped and resized as ADM does.
     """
     a, b = sets = [fid.open_set(spec) for spec in (args.a, args.b)]
-    images, size = a.images or b.images, args.image_size or a.size or b.size
-    if images and not size:
-        size = min(images.source.image(0).size)
+    size = args.image_size or fid.common_size(sets)
     for entry in sets:                                 # those that gen keeps know their size
         run.need(not entry.moments or entry.size in (None, size), f"{entry.spec}: statistics of "
                  f"images of {entry.size} px, not {size}; compare at --image_size {entry.size}")
-    inception = metrics.load_inception(device) if images else None
+    inception = metrics.load_inception(device) if a.images or b.images else None
     for entry in sets:
         if entry.images:
             entry.images.size = size
@@ -345,7 +343,9 @@ def check_flags(args):
     start, end = getattr(args, "cfg_interval", (0, 1))
     run.need(0 <= start <= end <= 1, f"--cfg_interval {start} {end}: two times in order, in 0..1")
     for flag in ("results", "out"):                    # now, not after hours
-        path = Path(getattr(args, flag, None) or "x").absolute()
+        if not getattr(args, flag, None):
+            continue
+        path = Path(getattr(args, flag)).absolute()
         existing = next(p for p in (path, *path.parents) if p.exists())
         folder = existing != path or (args.command, flag) == ("gen", "out")
         fits = existing.is_dir() if folder else existing.is_file()

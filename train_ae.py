@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import losses
 from analysis.figures import figure_rows, pca_rgb
 from common import run
+from common.builtin import SETS
 from common.data import images_hash, open_data, train_batches, val_batches
 from common.metrics import psnr, ssim
 from common.weights import autoencoder_hash, load_autoencoder
@@ -103,8 +104,8 @@ def get_args():
     if args.compile is None and UNCOMPILED & set(args.reg):
         args.compile = "off"
     # another built-in set than the preset's is another run
-    data = [args.data] if args.data != PRESETS[args.preset].get("data", args.data) else []
-    names = [args.preset, *args.reg, *map(run.run_name, data), *["tuned"] * bool(args.init)]
+    other = args.data in SETS and args.data != PRESETS[args.preset].get("data")
+    names = [args.preset, *args.reg, *[args.data] * other, *["tuned"] * bool(args.init)]
     args.out = args.out or f"out/ae/{'-'.join(names)}"
     return args
 
@@ -119,6 +120,13 @@ def check(args, config):
                        (("vf", "uae"), "both align the latent with the same features")):
         both = [reg for reg in group if reg in args.reg]
         need(len(both) <= 1, f"--reg {' '.join(both)}: {why}; choose one of them")
+    side = args.image_size // f
+    smallest = args.image_size // (4 if {"se", "eq"} & set(args.reg) else 1)
+    need("se" not in args.reg or side % max(SCALES) == 0,
+         f"--reg se: a latent of {side}x{side} does not divide by {max(SCALES)}")
+    for flag, least in (("gan_weight", 24), ("lpips_weight", 16)):
+        need(getattr(args, flag) == 0 or smallest >= least, f"--{flag}: needs images of at least "
+             f"{least} pixels, and here they may be {smallest}; 0 switches it off")
     run.need_range(args, 2, 4096, "dsm_block")
     need("dsm" not in args.reg or args.image_size % (args.dsm_block * f) == 0, f"--image_size "
          f"{args.image_size}: must be a multiple of {args.dsm_block * f}, since --reg dsm cuts "
@@ -342,8 +350,8 @@ def main():
     if checkpoint:                                         # without disc before --gan_start
         run.restore(checkpoint, {
             name: part for name, part in parts.items() if name in checkpoint or "disc" not in name})
-    log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"])
-    log.track = run.open_tracker(args, start_step)
+    track = run.open_tracker(args, start_step)             # before the log replaces a run
+    log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"], track)
     del checkpoint                                         # gigabytes at paper scale
     print_config(args, ae, train_set, val_set, world, device)
     ae_ddp, disc_ddp, projection_ddp = run.ddp(ae), run.ddp(disc), run.ddp(projection)

@@ -233,8 +233,8 @@ def main():
     parts |= dict(projector=projector) if projector else {}
     if checkpoint:
         run.restore(checkpoint, parts)
-    log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"])
-    log.track = run.open_tracker(args, start_step)
+    track = run.open_tracker(args, start_step)             # before the log replaces a run
+    log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"], track)
     del checkpoint                                         # gigabytes at paper scale
     run.print0(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
                f"{classes or 'no'} classes; images: {origin['data'] or 'built-in'} at {size} px")

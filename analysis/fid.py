@@ -215,6 +215,20 @@ def read_npz(file):
                          "anew") from None
 
 
+def common_size(sets):
+    """Pixels a side of two open_set: an .npz's, else that of all images; None if nobody knows."""
+    sizes = {entry.size for entry in sets} - {None}
+    for entry in sets if not sizes else ():
+        for row in range(entry.n or 0):                    # 0 of statistics
+            with contextlib.suppress(Exception):           # unreadable ones are named later
+                sizes.add(min(entry.images.source.image(row).size))
+            if len(sizes) > 1:
+                break
+    run.need(len(sizes) < 2, f"{sets[0].spec} and {sets[1].spec}: images of several sizes; "
+             "--image_size says at which to compare them")
+    return next(iter(sizes), None)
+
+
 def open_set(spec):
     """
     A folder, a zip, 'cifar10', or an npz of images (arr_0) or of statistics (mu, sigma).

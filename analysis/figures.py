@@ -26,7 +26,8 @@ from losses import esm_loss
 def pca_rgb(latents):
     """Latents (B, C, h, w) as colours (B, 3, h, w) in [0, 1]: principal components (Fig. 3)."""
     B, C, h, w = latents.shape
-    cells = latents.float().movedim(1, -1).reshape(-1, C)                   # (B*h*w, C)
+    # (B*h*w, C), on the CPU: eigh is not on every device
+    cells = latents.float().cpu().movedim(1, -1).reshape(-1, C)
     cells = cells - cells.mean(0)
     _, directions = torch.linalg.eigh(cells.T @ cells)                      # ascending eigenvalues
     directions = directions[:, -3:].flip(-1)
@@ -222,7 +223,8 @@ def latents_and_images(args, device):
     images = held_out_images(args, {}, device)[0] if args.data else None
     for file, label in zip(args.latents, unique_names(args.latents)):
         array = np.load(file, mmap_mode="r")
-        run.need(array.ndim == 4, f"--latents {file}: of shape {array.shape}, not (N, C, h, w)")
+        shape = getattr(array, "shape", "of a .npz")
+        run.need(len(shape) == 4, f"--latents {file}: shape {shape}, not (N, C, h, w) in a .npy")
         yield label, images, torch.from_numpy(array[:args.val_images].astype(np.float32)).to(device)
 
 

@@ -71,7 +71,9 @@ def held_out_latents(file, args, device):
     model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
     trained, classes = checkpoint | dict(seed=checkpoint["data_seed"]), model.num_classes
     images, labels, found = figures.held_out_images(args, trained, device, file)
-    run.need(not args.data or classes in (0, found),   # an explicit --num_classes may be more
+    # an explicit --num_classes may be more than the data has
+    explicit = checkpoint["args"]["num_classes"] > 0 and labels.max() < classes
+    run.need(not args.data or explicit or classes in (0, found),
              f"--data: has {found} classes, and {file} was trained with {classes}")
     if classes:
         known = torch.isin(labels.cpu(), torch.tensor(fid.sampled_classes(file, checkpoint)))

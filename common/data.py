@@ -79,6 +79,7 @@ def center_crop(image, size):
     The crop of ADM, DiT and SiT (guided-diffusion, image_datasets.py), to the pixel: halve with a
     box filter while the shorter side is >= 2*size, bicubic to size, then the central square.
     """
+    need(max(image.size) <= 100 * min(image.size), "too elongated to crop a square")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -399,7 +400,8 @@ def _load(dataset, entries, workers, device, train):
         pin_memory=cuda, worker_init_fn=partial(_leave_signals_to, os.getpid()),
         generator=torch.Generator())       # or it would draw from, and move, the global generator
     items = iter(loader)
-    if hasattr(signal, "SIGCHLD"):         # torch's handler would raise in the middle of a step
+    # torch's handler would raise in the middle of a step
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for _, mirrored in entries:
         try:
@@ -505,7 +507,10 @@ def main():
     add("--workers", type=int, default=os.cpu_count(), help="processes that decode; 0 = this one")
     add("--overwrite", action="store_true", help="replace --out if it exists")
     args = run.parse_args(parser, {})
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))    # removes its part
+    for name in ("SIGTERM", "SIGHUP"):                     # what is half-written is removed
+        number = getattr(signal, name, signal.SIGTERM)     # Windows has no SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     with run.one_line_errors():
         run.need_range(args, 8, LARGEST_SIDE, "size")
         run.need_range(args, 1, 1_000_000, "count")        # one more would need a longer name

@@ -208,7 +208,7 @@ def print_run(args, world, device):
 def progress_bar(args, start_step):
     """Of the steps of a run, on rank 0 of a terminal."""
     return tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size,
-                disable=get_rank() > 0 or not sys.stderr.isatty())
+                disable=get_rank() > 0 or not (sys.stderr and sys.stderr.isatty()))
 
 
 def step_seed(seed, step):
@@ -241,8 +241,10 @@ def optimizer_step(optimizer, lr, clip_grad, finite):
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or float("inf"))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.found_inf = 1.0 - (finite & norm.isfinite()).float()
-    optimizer.step()
+    good = finite & norm.isfinite()
+    optimizer.found_inf = 1.0 - good.float()
+    if norm.device.type != "mps" or good:                  # whose kernel does not read found_inf
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -465,8 +467,8 @@ class Log:
     be written again; a fresh start removes the checkpoints of the run that it replaces.
     """
 
-    def __init__(self, path, start_step=0, state=None):
-        self.path, self.track = Path(path), lambda step, values: None  # or open_tracker's
+    def __init__(self, path, start_step=0, state=None, track=lambda step, values: None):
+        self.path, self.track = Path(path), track          # track: open_tracker's
         self.pending = []                              # (step, names, values (k,)) on the device
         # by name [sum, count] since the last line, and for how many steps it was not finite
         self.counts = state or dict(sums={}, bad={}, skipped=0)
@@ -664,7 +666,7 @@ def reason(error):
     """Why a file could not be read, in one line, without the advice to unpickle it all the same."""
     if type(error).__name__ == "UnidentifiedImageError":   # PIL's own words are an address
         return "not an image"
-    if "allow_pickle" in str(error) or "weights" in str(error).lower():
+    if "allow_pickle" in str(error) or "weights_only" in str(error).lower():
         return "holds more than plain data, of which nothing is run"
     return " ".join(str(error).split())[:200] or type(error).__name__
 

@@ -50,6 +50,8 @@ BASE = {                                                   # flags before those 
 
 FLAGS = {
     "train_ae": [
+        "--reg se --image_size 36 -> --reg se", "--reg eq --image_size 64 --gan_weight 1 -> gan",
+        "--reg se --image_size 80 --gan_weight 1 -> gan",
         "--image_size 17", "--reg dsm --image_size 24 -> --reg dsm", "--reg dsm se", "--reg vf uae",
         "--reg none kl -> --reg none", "--uae_weight -1", "--reg dsm --dsm_masks 15 -> --dsm_masks",
         "--gamma nan", "--gamma 1000", "--lr 0", "--steps -1", "--batch_size 0", "--grad_accum 3",
@@ -139,6 +141,7 @@ IMAGES = {
     "cut.png": half(encoded(NOISE)), "cut.jpg": half(encoded(NOISE, "JPEG")),
     "bomb.bmp": BMP[:18] + struct.pack("<ii", 50_000, 50_000) + BMP[26:],
     "broken-link.png": lambda path: path.symlink_to("nowhere.png"),
+    "strip.png": encoded(np.zeros((10, 20_000), np.uint8)),
     "pipe.png": os.mkfifo,                                 # reading one would block for ever
     "device.png": lambda path: path.symlink_to("/dev/zero"),
     "huge.png": lambda path: open(path, "wb").truncate(2 ** 40),

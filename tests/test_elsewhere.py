@@ -95,7 +95,7 @@ def test_spectra_of_anybodys_latents(data, tmp_path, monkeypatch):
     assert (first["n"], second["n"], second["latent"]) == (20, 25, "5x20x18")
     assert ("alpha_images" in first) == bool(data) == ("target" in open("a.csv").read())
     np.save("flat.npy", np.zeros((3, 4)))
-    with pytest.raises(ValueError, match="flat.npy: of shape"):
+    with pytest.raises(ValueError, match="flat.npy: shape"):
         run_main(evaluate, "spectrum", "--latents", "flat.npy", monkeypatch=monkeypatch)
 
 
@@ -135,9 +135,13 @@ def test_wandb_continues_its_run(tmp_path, monkeypatch):
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    """And nothing of the run that was to be replaced is lost."""
+    train = lambda *flags: test_train_ae.train(tmp_path, *flags, monkeypatch=monkeypatch)
+    before = train("--steps", 1)
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="--track wandb: needs `pip install wandb`"):
-        test_train_ae.train(tmp_path, "--track", "wandb", "--steps", 1, monkeypatch=monkeypatch)
+        train("--track", "wandb", "--steps", 1, "--overwrite")
+    assert test_train_ae.read_log(tmp_path) == before and (tmp_path / "ckpt.pt").exists()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -220,15 +220,18 @@ def test_fid_of_images_and_of_statistics(main, inception, tmp_path, monkeypatch)
 
 
 def test_the_common_resolution_of_two_sets(main, inception, tmp_path):
-    """As asked, else the npz's, else the first image's shorter side."""
-    for name, side in (("a", 24), ("b", 40)):
+    """As asked, else the npz's, else that of all images, in either order; no guess."""
+    for name, side in (("a", 24), ("b", 40), ("c", 24)):
         write_images(tmp_path / name, 3, side)
-    Image.new("RGB", (33, 24)).save(tmp_path / "a" / "0.png")          # the first
+    Image.new("RGB", (33, 24)).save(tmp_path / "a" / "0.png")
     kept = dict(mu=np.zeros(8), sigma=np.eye(8), how=json.dumps(dict(size=64)))
     np.savez(tmp_path / "kept.npz", **kept)            # as gen keeps them
-    for a, b, size, *flags in (("a", "b", 24), ("a", "b.npz", 40), ("kept.npz", "b", 64),
+    for a, b, size, *flags in (("a", "c", 24), ("a", "b.npz", 40), ("kept.npz", "b", 64),
                                ("a", "b.npz", 32, "--image_size", 32)):
         assert main("fid", a, b, *flags)[0]["size"] == size
+    for pair in (("a", "b"), ("b", "a")):
+        with pytest.raises(ValueError, match="images of several sizes; --image_size"):
+            main("fid", *pair)
     with pytest.raises(ValueError, match="kept.npz: statistics of images of 64 px, not 40"):
         main("fid", "kept.npz", "b", "--image_size", 40)
 

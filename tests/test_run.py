@@ -362,6 +362,13 @@ def test_a_batch_that_cannot_be_had_saves_first():
     assert seen == [0, 1] and saved == [7]
 
 
+def test_the_reason_of_an_error():
+    """Without torch's advice to unpickle; a folder named weights is no such advice."""
+    assert "plain data" in run.reason(RuntimeError("re-running `torch.load` with `weights_only` "))
+    error = PermissionError(13, "Permission denied", "/data/weights/ckpt.pt")
+    assert "Permission denied" in run.reason(error)
+
+
 def test_output_without_a_reader_ends_nothing(tmp_path):
     """`python train_ae.py | head`, or a terminal that was closed; an ASCII one gets escapes."""
     reading, writing = os.pipe()
