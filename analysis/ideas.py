@@ -116,7 +116,8 @@ def pipeline(image, n=12):
     figure = Figure((15.6, 7.9), layout="constrained")
     figure.suptitle("Fig. 1: how an autoencoder is trained with ESM, DSM or both\n", fontsize=15)
     figure.supxlabel("Afterwards a diffusion model learns the latents. Nothing was trained here: "
-                     "the latent is the image at a quarter of its size.", fontsize=10, color="gray")
+                     "the latent is the image at a quarter of its size, the reconstruction a "
+                     "low-pass.", fontsize=10, color="gray")
     ax = figure.subplot_mosaic([
         ["image", ".", "mask image", ".", ".", "masked image"],
         [".", "esm", "mask", ".", ".", "loss"],
@@ -126,6 +127,7 @@ def pipeline(image, n=12):
     show(ax["latent"], latent[0], "latent $z$")
     show(ax["masked image"], spectral.lowpass(image, n)[0], "masked image")
     show(ax["masked latent"], spectral.lowpass(latent, n)[0], "masked latent")
+    show(ax["reconstruction"], spectral.lowpass(image, n + 1)[0], "reconstruction $\\hat{x}$")
     small = spectral.match_resolution(image, latent.shape[-2:])
     target = spectral.spectrum_distribution(small, gamma=1.0)[0]
     current = spectral.spectrum_distribution(latent)[0]
@@ -139,12 +141,13 @@ def pipeline(image, n=12):
     show(ax["mask"], spectral.triangle_mask(n))
     ax["mask"].set_title("DSM (Alg. 2):\none mask for both", color=BLUE, weight="bold")
     ax["mask"].set_xlabel(f"DCT; n = {n}, drawn\nfrom {{{', '.join(map(str, DSM_MASKS))}}}")
-    for words in (ax["latent"].title, ax["mask"].title, ax["mask"].xaxis.label):
+    for words in (ax["latent"].title, ax["reconstruction"].title, ax["mask"].title,
+                  ax["mask"].xaxis.label):
         words.set_bbox(dict(fc="white", ec="none", pad=1))         # arrows pass behind them
     ends = {name: axes.patch for name, axes in ax.items()}         # where arrows begin and end
     for name, words in {"mask image": r"$\odot$", "mask latent": r"$\odot$", "decoder": "Decoder",
-                        "encoder": "Encoder,\nsample", "loss": "loss:\nL1 + LPIPS + GAN",
-                        "reconstruction": "reconstruction\n$\\hat{x}$"}.items():
+                        "encoder": "Encoder,\nsample",
+                        "loss": "loss: L1 + LPIPS\n+ GAN (+ ESM)"}.items():
         box = dict(boxstyle="round,pad=0.6", fc="#eeeeee")
         text = ax[name].text(0.5, 0.5, words, ha="center", va="center", fontsize=13, bbox=box)
         ax[name].set_axis_off()
@@ -153,7 +156,7 @@ def pipeline(image, n=12):
             ("black", "image", "mask image", "masked image", "loss"),
             ("black", "image", "encoder", "latent", "mask latent", "masked latent", "decoder",
              "reconstruction", "loss"),
-            (GREEN, "image", "esm"), (GREEN, "latent", "esm"),
+            (GREEN, "image", "esm", "loss"), (GREEN, "latent", "esm"),
             (BLUE, "mask", "mask image"), (BLUE, "mask", "mask latent")):
         for a, b in itertools.pairwise(path):
             figure.add_artist(ConnectionPatch(

@@ -191,7 +191,8 @@ def trajectory_figure(args, device):
         half, ideal = half_times(times, power), wiener_half_times(power[-1], process)
         slope, rings = slope_per_octave(half, power[-1]), range(1, power.shape[1] + 1)
         share = (power / power[-1]).clamp(0, 1)            # (T, R)
-        share[:, power[-1] < FAINT * power[-1].max()] = float("nan")
+        faint = power[-1] < FAINT * power[-1].max()
+        share[:, faint] = half[faint] = float("nan")
         top.set_facecolor("lightgray")
         mesh = top.pcolormesh(times, rings, share.T, cmap="magma", vmin=0, vmax=1,
                               shading="nearest")
