@@ -417,8 +417,9 @@ def test_what_was_never_trained_is_not_sampled(diffusion, main, changed, monkeyp
         assert capsys.readouterr().out.count("run.pt: 7 of its 9 classes had no training") == 1
     # --num_classes 9 for two class folders; but not a model of 9 folders on other data
     assert main("denoise", *run, "--val_images", 1)
+    nine["args"]["num_classes"] = -1
     with pytest.raises(ValueError, match="has 0 classes, and run.pt was trained with 9"):
-        main("denoise", *run, "--data", "discs")
+        main("denoise", *changed("run.pt", **nine), "--data", "discs")
 
 
 def test_what_is_not_finite_is_no_number(diffusion, ae, main, changed, tmp_path):
