@@ -54,8 +54,8 @@ def kl_loss(mean, logvar):
 
 def esm_loss(images, latents, gamma=1.0, n_bins=16):
     """
-    Encoding Spectrum Matching: the latent's power is distributed over frequency as the image's,
-    flattened by gamma.
+    Encoding Spectrum Matching: the latent's power is to be spread over frequency like the image's,
+    flattened by gamma. Ring b = 1 .. n_bins: P_b ~ log(1 + b^gamma mean_b |DCT|^2), sum 1, no DC.
     images   (B, 3, H, W), brought to the latent's size by match_resolution; no gradient
     latents  (B, C, h, w), the sampled ones, before any normalisation; the gradient goes here only.
              ValueError for another B

@@ -396,7 +396,7 @@ def main():
             break
         # random draws depend on (seed, step), not on the number of processes or restarts
         seed = run.step_seed(args.seed, step)
-        scale, pair = draw_pair(args, random.Random(seed))     # Alg. 2: mask of image and latent
+        scale, pair = draw_pair(args, random.Random(seed))     # Alg. 2's mask, SE's or EQ's resize
         batch = losses.scale_images(next(batches)[0], scale, config.reduction)  # (b, 3, H, W)
         generator = torch.Generator(device).manual_seed(seed)
         noise = run.sharded(torch.randn, ae.latent_shape(batch), generator, rank, world)
@@ -406,7 +406,7 @@ def main():
         for i, (images, eps) in enumerate(zip(batch.chunk(accum), noise.chunk(accum))):
             for network in trained:                        # DDP averages gradients once per step
                 network.require_backward_grad_sync = i == accum - 1
-            with autocast, torch.set_grad_enabled(train_ae):           # Fig. 1, and Alg. 2 by pair
+            with autocast, torch.set_grad_enabled(train_ae):           # Fig. 1; Eq. 4 by `pair`
                 recon, target, latents, posterior = ae_ddp(images, eps, pair)
             terms = {}
             if train_ae:                                   # Eq. 2, or 3, or 4, term by term
@@ -418,7 +418,7 @@ def main():
                     terms["lpips"] = lpips(image, target)              # + LPIPS
                     rec = rec + args.lpips_weight * terms["lpips"]
                 image_grad, = torch.autograd.grad(rec, image)
-                loss = rec.detach()
+                loss = rec.detach()                        # its gradient is image_grad
                 if gan:                                                # + GAN, by VQGAN's lambda
                     disc.requires_grad_(False)
                     with autocast:
@@ -428,7 +428,7 @@ def main():
                         recon, image_grad, gan_grad, ae.last_layer, run.all_mean)
                     image_grad = image_grad + args.gan_weight * ratio * gan_grad
                     loss = loss + args.gan_weight * ratio * terms["gan"].detach()
-                if "esm" in args.reg:                                  # Eq. 3, + ESM by Alg. 1
+                if "esm" in args.reg:                      # Eq. 3, + ESM of the unmasked images
                     terms["esm"] = losses.esm_loss(images, latents, args.gamma)
                     loss = loss + args.esm_weight * terms["esm"]
                 if {"kl", "eq", "vf"} & set(args.reg):                 # Eq. 2, + KL

@@ -31,7 +31,7 @@ def test_the_pipeline_has_every_stage():
     for stage in ("encoder", "sample", "esm (alg. 1)", "spectra", "dsm (alg. 2)", "one mask",
                   "masked image", "masked latent", "decoder", "reconstruction", "loss"):
         assert stage in found, stage
-    assert len(figure.findobj(AxesImage)) == 5             # image, latent, both masked, the mask
+    assert len(figure.findobj(AxesImage)) == 6             # also both masked, and the mask
 
 
 def test_the_readmes_command_draws_both(tmp_path, monkeypatch):
