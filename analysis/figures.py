@@ -344,8 +344,11 @@ def bands_figure(args, device):
         scores = [psnr(decoded[n], spectral.lowpass(images, n)).mean().item() for n in decoded]
         matrix = band_matrix(decoded)
         left.plot(range(15), scores, "o-", ms=3, label=label)
-        ax.imshow(matrix.numpy(), cmap="magma", vmin=0, origin="lower",
-                  extent=(-0.5, 14.5, 0.5, 14.5), aspect="auto")
+        mesh = ax.imshow(matrix.numpy(), cmap="magma", vmin=0, vmax=0.6, origin="lower",
+                         extent=(-0.5, 14.5, 0.5, 14.5), aspect="auto")
+        bands = torch.arange(1, 15)
+        ax.plot(bands, bands, "w:", lw=1, label="same band: DSM")
+        ax.plot(bands / ae.config.reduction, bands, "w--", lw=1, label="same wavelength")
         ax.set(title=f"{label}\nwhere each latent band lands",
                xlabel="band of the decoded image (0 = DC)", ylabel="band of the latent")
         values = {f"psnr_n{n}": scores[n] for n in (0, 8, 10, 12)}
@@ -354,6 +357,8 @@ def bands_figure(args, device):
     left.set(title="Does a low-passed latent decode\nto the low-passed image?",
              xlabel="n, anti-diagonals cut", ylabel="PSNR, dB")
     left.legend(fontsize=8)
+    ax.legend(fontsize=8, labelcolor="white", facecolor="gray")
+    figure.colorbar(mesh, ax=others, label="share of the energy that a latent band adds")
     save_figure(figure, args.out)
     print(f"wrote {args.out}")
 
