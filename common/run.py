@@ -138,7 +138,10 @@ def need_one_node(what):
 
 
 def ddp(network, static_graph=False):
-    """Under torchrun in DistributedDataParallel. static_graph: a step has one backward pass."""
+    """
+    The network in DistributedDataParallel under torchrun, else itself. static_graph: a promise that
+    every step runs the same graph, with one backward pass.
+    """
     if network is None or not dist.is_initialized():
         return network
     warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated")    # since torch 2.14
@@ -181,7 +184,8 @@ class Interrupt:
 def device_choices(args, device, fixed_size=True):
     """
     What differs between a CPU and a GPU: --dtype and --compile where not given, cuDNN's modes.
-    Returns the autocast context of the networks. fixed_size: cuDNN may try its algorithms.
+    Fills in args; returns the autocast context. fixed_size: images of one size, so that cuDNN may
+    try out its algorithms once.
     """
     cuda = device.type == "cuda"
     need(device.type != "mps" or args.dtype != "bf16" and args.compile != "on",
@@ -398,7 +402,10 @@ def open_run(args, stage, identity):
 
 
 def restore(checkpoint, parts):
-    """checkpoint[name] into each of parts, {name: module, optimiser or EMA}, already laid out."""
+    """
+    Load checkpoint[name] into each of parts, {name: module, optimiser or EMA}; modules already
+    have their memory layout.
+    """
     for name, part in parts.items():
         part.load_state_dict(checkpoint[name])
         # Moments in the memory layout of their parameters: a file keeps its strides, and where
@@ -410,7 +417,7 @@ def restore(checkpoint, parts):
 
 
 def save_on_error(batches, start_step, save):
-    """The batches; where one cannot be had, as its loader was killed, save before its step."""
+    """The batches; if the next one fails (a loader was killed, images are gone), save first."""
     for step in itertools.count(start_step):
         try:
             batch = next(batches)
@@ -432,7 +439,7 @@ def checkpoints(place, preset, flag):
 
 
 def newest(place, preset, flag):
-    """The checkpoint of these that was written last, with a line that says which one it is."""
+    """The one of `checkpoints` that was written last, with a line that names it."""
     found = sorted(checkpoints(place, preset, flag), key=os.path.getmtime)
     if os.environ.get("RANK", "0") == "0":
         print(f"{flag} {found[-1]}, the newest of {len(found)}", flush=True)
