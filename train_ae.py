@@ -70,7 +70,7 @@ def get_args():
     add("--gamma", type=float, default=1.0, help="ESM: flattening exponent of the target, 0..10")
     add("--esm_weight", type=float, default=0.01, help="ESM: weight of the divergence (Table 5)")
     add("--dsm_masks", type=int, nargs="+", default=list(DSM_MASKS),
-        metavar="N", help="DSM: anti-diagonals cut, 0..14 each (Table 8)")
+        metavar="N", help="DSM: anti-diagonals cut, up to 2 * --dsm_block - 2 (Table 8)")
     add("--dsm_block", type=int, default=8,
         help="DSM: side of the DCT blocks, of image and latent alike")
     add("--kl_weight", type=float, help="KL: weight (default: 1e-6; for eq and vf divided by "
