@@ -55,11 +55,10 @@ def init_distributed(kind=None):
         return 0, 1, device
     if "SLURM_LOCALID" in os.environ:                  # srun, with RANK and WORLD_SIZE given
         os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])
-    bad = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
-           if not os.environ.get(name, "").isdigit()]
-    bad += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR"]
-    need(not bad, f"RANK is set, which means several processes, but {', '.join(bad)} is missing or "
-         "no number; start the script with torchrun, or unset RANK for one process")    # it waits
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    need(not missing, f"RANK is set, which means several processes, but not {', '.join(missing)}; "
+         "start the script with torchrun, or unset RANK for one process")
     group = dict(backend="gloo", timeout=datetime.timedelta(hours=2))  # rank 0 may download alone
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -139,8 +138,8 @@ def need_one_node(what):
 
 def ddp(network, static_graph=False):
     """
-    The network in DistributedDataParallel under torchrun, else itself. static_graph: a promise that
-    every step runs the same graph, with one backward pass.
+    Wrap a network in DistributedDataParallel; without torchrun, or for None, return it unchanged.
+    static_graph: promise DDP that every step runs the same graph and backward only once.
     """
     if network is None or not dist.is_initialized():
         return network
@@ -151,8 +150,8 @@ def ddp(network, static_graph=False):
 
 class Interrupt:
     """
-    SIGTERM (a cluster's, before it takes a machine away), Ctrl-C and a closed terminal no longer
-    end the process: the loop asks, saves and leaves. A second Ctrl-C ends it at once.
+    SIGTERM (which clusters send before they take a machine away), Ctrl-C and a closed terminal no
+    longer kill the process: the loop asks, saves and leaves. A second Ctrl-C ends it at once.
     """
 
     def __init__(self):
@@ -221,14 +220,17 @@ def step_seed(seed, step):
 
 
 def sharded(draw, shape, generator, rank, world):
-    """This rank's (b, ...) of what `draw`, torch.randn or torch.rand, gives for world * b."""
+    """
+    Random numbers that do not depend on the number of processes: drawn for the global batch, of
+    which each rank keeps its own. draw: torch.randn or torch.rand; shape (b, ...): of one rank.
+    """
     b = shape[0]
     values = draw(world * b, *shape[1:], generator=generator, device=generator.device)
     return values[rank * b:(rank + 1) * b]
 
 
 def checkpoint_activations(network, kinds):
-    """Blocks of these classes keep no activations and compute twice (torch.utils.checkpoint)."""
+    """Blocks of these classes recompute their activations in the backward pass, to save memory."""
     for block in network.modules():
         if isinstance(block, kinds):
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward,
@@ -237,9 +239,10 @@ def checkpoint_activations(network, kinds):
 
 def optimizer_step(optimizer, lr, clip_grad, finite):
     """
-    Clip the gradients to the norm clip_grad (0 = off), step, zero. Where `finite`, a bool tensor,
-    is false, or the norm is not finite, weights, moments and step count stay as they were: decided
-    on the device by fused AdamW's found_inf, without waiting for it. Returns the norm.
+    Clip the gradients to the norm clip_grad (0 = off), step, zero. Returns the norm. A step whose
+    loss (`finite`, a bool tensor, is false) or norm is not finite is skipped: weights, moments and
+    step count stay as they were. Fused AdamW decides that on the device, by the found_inf flag that
+    GradScaler uses, so the host does not wait.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or float("inf"))
@@ -247,7 +250,7 @@ def optimizer_step(optimizer, lr, clip_grad, finite):
         group["lr"] = lr
     good = finite & norm.isfinite()
     optimizer.found_inf = 1.0 - good.float()
-    if norm.device.type != "mps" or good:                  # whose kernel does not read found_inf
+    if norm.device.type != "mps" or good:              # the mps kernel does not read found_inf
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -403,13 +406,14 @@ def open_run(args, stage, identity):
 
 def restore(checkpoint, parts):
     """
-    Load checkpoint[name] into each of parts, {name: module, optimiser or EMA}; modules already
-    have their memory layout.
+    Load checkpoint[name] into each of parts, {name: module, optimiser or EMA}. Call it after
+    channels_last is applied to the modules.
     """
     for name, part in parts.items():
         part.load_state_dict(checkpoint[name])
-        # Moments in the memory layout of their parameters: a file keeps its strides, and where
-        # channels_last is another choice fused kernels would pair the wrong numbers, unseen.
+        # Moments get the memory layout of their parameters. A file keeps the strides that it was
+        # saved with, and a run may be resumed with another choice of channels_last: fused kernels
+        # would then silently pair moments with the wrong weights.
         for parameter, state in getattr(part, "state", {}).items():
             for key, value in state.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
@@ -470,13 +474,15 @@ class Log:
     log.jsonl, written by rank 0: one JSON object per line, each with its step. `add` keeps every
     micro-batch's terms on their device; they are averaged over steps and processes when a line is
     due, so that the host waits for the GPU only then. Call every method on all ranks.
-    A resume at start_step, with what `state()` gave the checkpoint, drops later lines, which will
-    be written again; a fresh start removes the checkpoints of the run that it replaces.
+    state   what `state()` gave the checkpoint: sums that had not been written. Lines from
+            start_step on are dropped, since the resumed run writes them again; a fresh start
+            removes the checkpoints of the run that it replaces
+    track   also called with every line's step and values, see open_tracker
     """
 
     def __init__(self, path, start_step=0, state=None, track=lambda step, values: None):
-        self.path, self.track = Path(path), track          # track: open_tracker's
-        self.pending = []                              # (step, names, values (k,)) on the device
+        self.path, self.track = Path(path), track
+        self.pending = []                              # (step, name, value), values on the device
         # by name [sum, count] since the last line, and for how many steps it was not finite
         self.counts = state or dict(sums={}, bad={}, skipped=0)
         if get_rank() > 0:
@@ -497,12 +503,12 @@ class Log:
         self.pending += [(step, name, value.detach().float()) for name, value in terms.items()]
 
     def finite(self, step):
-        """Whether all that was added for this step is finite on all processes, a bool tensor."""
+        """A bool tensor: is everything added for this step finite, on all processes?"""
         values = torch.stack([value for at, _, value in self.pending if at == step])
         return all_mean(values.isfinite().all().float()) == 1
 
     def write(self, step, **values):
-        """One line with values, or without any the means since the last one; which it returns."""
+        """Write a line with these values, by default the means since the last such line."""
         sums = self.state()["sums"]
         if not values:
             values = {name: total / count for name, (total, count) in sums.items() if count}
@@ -517,7 +523,10 @@ class Log:
             self.track(step, values)
 
     def state(self):
-        """All that is not yet written, for a checkpoint; a line for each step with NaN or Inf."""
+        """
+        Reduce what was added over the processes. Returns the sums since the last line of means, for
+        `write` and for checkpoints. Steps with NaN or Inf get a line of their own.
+        """
         if not self.pending:
             return self.counts
         values = torch.stack([value for *_, value in self.pending])                     # (n,)
@@ -584,14 +593,14 @@ def usage(images, start_time, device):
     Speed since start_time, of time.perf_counter, in which so many images were seen; peak memory,
     allocated on a GPU or resident on the host: for printed lines and trackers, not for log.jsonl.
     """
-    memory, unit = float("nan"), 1 if sys.platform == "darwin" else 1024       # macOS counts bytes
+    memory = float("nan")
     if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device) / 1e9
-    else:
-        with contextlib.suppress(ImportError):
-            import resource  # not on Windows
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-    return dict(images_per_s=images / (time.perf_counter() - start_time), memory_GB=memory)
+        memory = torch.cuda.max_memory_allocated(device)
+    elif os.name == "posix":
+        import resource  # not on Windows
+        kilobytes = 1 if sys.platform == "darwin" else 1024            # macOS counts bytes
+        memory = kilobytes * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return dict(images_per_s=images / (time.perf_counter() - start_time), memory_GB=memory / 1e9)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -626,15 +635,13 @@ def add_run_flags(parser):
         "facebookresearch/dinov2, or random (for tests) (default: torch.hub)")
 
 
-def parse_args(parser, presets, subparser=None):
-    """The flags, where --preset NAME sets defaults {flag: value}, those of a subparser if given."""
+def parse_args(parser, presets):
+    """The flags; --preset NAME sets defaults, presets = {NAME: {flag: value}}."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
-    preset = presets.get(first.parse_known_args()[0].preset, {})
-    (subparser or parser).set_defaults(**preset)
-    for p in {parser, subparser} - {None}:             # one line, as for every other mistake
-        p.error = lambda message, p=p: p.exit(
-            2, f"{p.prog}: {message}; {p.prog} --help lists the flags\n")
+    parser.set_defaults(**presets.get(first.parse_known_args()[0].preset, {}))
+    parser.error = lambda message: parser.exit(        # one line, as for every other mistake
+        2, f"{parser.prog}: {message}; {parser.prog} --help lists the flags\n")
     return parser.parse_args()
 
 
