@@ -220,10 +220,7 @@ def step_seed(seed, step):
 
 
 def sharded(draw, shape, generator, rank, world):
-    """
-    Random numbers that do not depend on the number of processes: drawn for the global batch, of
-    which each rank keeps its own. draw: torch.randn or torch.rand; shape (b, ...): of one rank.
-    """
+    """torch.randn or torch.rand for the global batch, world * b; returns this rank's (b, ...)."""
     b = shape[0]
     values = draw(world * b, *shape[1:], generator=generator, device=generator.device)
     return values[rank * b:(rank + 1) * b]
@@ -474,9 +471,9 @@ class Log:
     log.jsonl, written by rank 0: one JSON object per line, each with its step. `add` keeps every
     micro-batch's terms on their device; they are averaged over steps and processes when a line is
     due, so that the host waits for the GPU only then. Call every method on all ranks.
-    state   what `state()` gave the checkpoint: sums that had not been written. Lines from
-            start_step on are dropped, since the resumed run writes them again; a fresh start
-            removes the checkpoints of the run that it replaces
+    state   of the checkpoint: the sums that had not been written. Lines from start_step on are
+            dropped, since the resumed run writes them again; a fresh start removes the old run's
+            checkpoints
     track   also called with every line's step and values, see open_tracker
     """
 
@@ -513,14 +510,11 @@ class Log:
         if not values:
             values = {name: total / count for name, (total, count) in sums.items() if count}
             sums.clear()
-        self._append(step, values)
-        return values
-
-    def _append(self, step, values):
         if get_rank() == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
             self.track(step, values)
+        return values
 
     def state(self):
         """
@@ -546,7 +540,7 @@ class Log:
                 streaks[name] = streaks.get(name, 0) + 1 if bad[name] else 0
             if names:
                 self.counts["skipped"] += 1
-                self._append(step, dict(not_finite=names, skipped=self.counts["skipped"]))
+                self.write(step, not_finite=names, skipped=self.counts["skipped"])
             need(max(streaks.values()) < 10, f"step {step}: {', '.join(names)} not finite, 10 "
                  f"steps in a row; nothing was learned from them, {self.path.parent}/ckpt.pt is "
                  "older: --resume with --dtype fp32, or begin another --out with a lower --lr")
@@ -589,17 +583,14 @@ def open_tracker(args, start_step):
 
 
 def usage(images, start_time, device):
-    """
-    Speed since start_time, of time.perf_counter, in which so many images were seen; peak memory,
-    allocated on a GPU or resident on the host: for printed lines and trackers, not for log.jsonl.
-    """
+    """Images per second since start_time (time.perf_counter); peak memory of GPU or else host."""
     memory = float("nan")
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     elif os.name == "posix":
         import resource  # not on Windows
-        kilobytes = 1 if sys.platform == "darwin" else 1024            # macOS counts bytes
-        memory = kilobytes * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 1 if sys.platform == "darwin" else 1024                 # macOS counts bytes
+        memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return dict(images_per_s=images / (time.perf_counter() - start_time), memory_GB=memory / 1e9)
 
 

@@ -8,8 +8,9 @@ say; the runs are those of protocol.py, and report.py compares them.
     python -m experiments.miniature table      experiments/results/ into the pages' tables
     python -m experiments.miniature figure     figures/samples.png: samples of each method from the
                                                same noise; figures/reconstructions.png
-    python -m experiments.miniature scatter    figures/scatter.png: which numbers of an autoencoder
-                                               predict FD, from experiments/results/
+    python -m experiments.miniature scatter    from experiments/results/: figures/pairs.png, Table
+                                               2's claims seed by seed; figures/scatter.png, which
+                                               numbers of an autoencoder predict FD
     python -m experiments.miniature labelnet --data cifar10    train the network of FD again
 """
 import argparse
@@ -345,6 +346,7 @@ def main():
     if args.command == "figure":
         draw_samples(out)
     if args.command == "scatter":
+        report.plot_pairs()
         report.scatter()
     if args.command == "labelnet":
         train_labelnet(args.data)

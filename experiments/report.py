@@ -222,6 +222,24 @@ def correlations(results):
     return lines
 
 
+def plot_pairs():
+    """figures/pairs.png: the pairs of each primary claim, one line per seed."""
+    results = load_results()
+    _, key, order, claims = PRIMARY
+    figure, (axes,) = subplots(1, len(claims), (2.3 * len(claims), 3.6), sharey=True)
+    for ax, (_, a, b) in zip(axes, claims):
+        of_a, of_b = values(results, a, key), values(results, b, key)
+        for seed in sorted(of_a.keys() & of_b.keys()):
+            as_claimed = of_a[seed] < of_b[seed]
+            ax.plot((0, 1), (of_b[seed], of_a[seed]), "o-" if as_claimed else "s--",
+                    color="C0" if as_claimed else "C3")
+        ax.set(title=f"{a} {order} {b}?", xticks=(0, 1), xticklabels=(b, a),
+               xlim=(-0.3, 1.3))
+    axes[0].set(ylabel="FD of the samples", ylim=(0, None))
+    figure.supxlabel("one line per seed; solid blue: as the paper says, dashed red: the opposite")
+    save_figure(figure, protocol.HERE / "figures" / "pairs.png", dpi=100)
+
+
 def scatter():
     """figures/scatter.png: FD of every run without alignment against two numbers of PREDICTORS."""
     results = load_results()
