@@ -1,19 +1,19 @@
 """
-Every training loss of an autoencoder. ESM, DSM and the methods of Table 1 either add a term on the
-latent, or apply one operation to both latent and image, so that the decoder learns to map one to
+All training losses of the autoencoder. ESM, DSM and the methods of Table 1 either add a loss on the
+latent, or apply the same transform to latent and image, so that the decoder learns to map one to
 the other.
 
     kl_loss              SD-VAE: KL(q(z|x) || N(0, 1)), weight 1e-6 (Eq. 2)
     esm_loss             ESM: KL(f^gamma P_image || P_latent), weight 0.01 (Sec. 3.3, Alg. 1, Eq. 3)
-    dsm_pair             DSM: x, z -> both DCT-masked, one n of {0, 8, 10, 12} (Alg. 2, Fig. 10)
-    scale_pair           Scale Equivariance: x, z -> both downsampled, k of 1, 2, 4 (low-pass: A.4)
+    dsm_pair             DSM: x, z -> both DCT-masked, n from {0, 8, 10, 12} (Alg. 2, Fig. 10)
+    scale_pair           Scale Equivariance: x, z -> both downsampled by 1, 2 or 4 (low-pass: A.4)
     eq_pair              EQ-VAE: x, z -> both scaled and rotated
-    vf_loss              VA-VAE: projected z close to DINOv2 features, in cosine, also of pairs
-    low_freq_align_loss  UAE: the first DCT coefficients of projected z close to those of DINOv2's
+    vf_loss              VA-VAE: align projected z with DINOv2 features, tokenwise and pairwise
+    low_freq_align_loss  UAE: match low DCT frequencies of projected z and of DINOv2 features
     reconstruction       L1 + 0.5 LPIPS(decode(z), x) + 0.5 * adaptive weight * PatchGAN (Table 5)
 
 Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), sampled from the posterior, not normalised.
-Losses are float32 scalars, batch means; an empty batch costs 0. Numbering: arXiv:2603.14645 v1.
+Losses are float32 scalars, batch means; 0 for an empty batch. Numbering as in arXiv:2603.14645 v1.
 """
 import os
 import warnings
@@ -24,44 +24,44 @@ import torch.nn.functional as F
 
 from spectral import dct2, lowpass, match_resolution, spectrum_distribution, zigzag
 
-DSM_MASKS = (0, 8, 10, 12)  # anti-diagonals cut (Table 8, the best set)
-SCALES = (1, 2, 4)          # reductions of Scale Equivariance
+DSM_MASKS = (0, 8, 10, 12)  # anti-diagonals removed (the best set of Table 8)
+SCALES = (1, 2, 4)          # downsampling factors of Scale Equivariance
 
 
 def _mean(x):
-    return x.mean() if x.numel() else x.sum()  # of an empty batch: 0 with a gradient, not NaN
+    return x.mean() if x.numel() else x.sum()  # empty batch: 0 with a gradient, not NaN
 
 
 def _check_same_shape(function, a, b):
-    if a.shape != b.shape:  # else they might broadcast
+    if a.shape != b.shape:  # otherwise they might broadcast
         raise ValueError(f"{function}: shapes {tuple(a.shape)} and {tuple(b.shape)} differ")
 
 
 # --------------------------------------------------------------------------------------------------
-# Terms on the latent
+# Losses on the latent
 
 def kl_loss(mean, logvar):
     """
-    KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over a latent's dimensions, batch mean.
-    mean     (B, C, h, w), or (B, any sides)
-    logvar   likewise, below 88, where exp leaves float32 (vae.Posterior clamps it to 20)
+    KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over the latent's dimensions, batch mean.
+    mean     (B, C, h, w), or any (B, ...)
+    logvar   same shape, below 88, where exp overflows float32 (vae.Posterior clamps it to 20)
     """
     _check_same_shape("kl_loss", mean, logvar)
     mean, logvar = mean.float(), logvar.float()
-    kl = 0.5 * (mean.square() + logvar.expm1() - logvar)  # expm1: exp - 1 cancels near 0
+    kl = 0.5 * (mean.square() + logvar.expm1() - logvar)  # expm1: no cancellation near 0
     return _mean(kl.flatten(1).sum(1))
 
 
 def esm_loss(images, latents, gamma=1.0, n_bins=16):
     """
-    Encoding Spectrum Matching: the latent's power is to be spread over frequency like the image's,
-    flattened by gamma. Ring b = 1 .. n_bins: P_b ~ log(1 + b^gamma mean_b |DCT|^2), sum 1, no DC.
-    images   (B, 3, H, W), brought to the latent's size by match_resolution; no gradient
-    latents  (B, C, h, w), the sampled ones, before any normalisation; the gradient goes here only.
-             ValueError for another B
+    Encoding Spectrum Matching (Alg. 1): match the latent's power spectrum to the image's, flattened
+    by gamma. Ring b = 1 .. n_bins: P_b ~ log(1 + b^gamma mean_b |DCT|^2), without DC, sum 1.
+    images   (B, 3, H, W), resized to the latent's size by match_resolution; no gradient
+    latents  (B, C, h, w), sampled, not normalised; the only input that gets a gradient.
+             ValueError if B differs
     gamma    0 copies the image's power law, larger is flatter (`delta` in the authors' code)
-    returns  KL(f^gamma P_image || P_latent), nats, batch mean, >= 0. It depends on the latent's
-             scale, because of the log(1 + P) in spectrum_distribution
+    returns  KL(f^gamma P_image || P_latent), nats, batch mean, >= 0. Depends on the latent's scale
+             because of log(1 + P) in spectrum_distribution
     """
     if len(images) != len(latents):
         raise ValueError(f"esm_loss: {len(images)} images and {len(latents)} latents")
@@ -74,11 +74,11 @@ def esm_loss(images, latents, gamma=1.0, n_bins=16):
 
 def vf_loss(projected, features, cos_margin=0.5, dist_margin=0.25):
     """
-    VA-VAE's alignment (Yao et al. 2025). A partial ESM: features of a foundation model are smooth
-    over space, and a latent that shares their directions and pairwise similarities inherits where
-    in frequency they vary, though not their power.
+    VA-VAE's alignment loss (Yao et al. 2025). A partial ESM: foundation-model features are smooth
+    over space, and a latent with the same directions and pairwise similarities inherits the
+    frequencies at which they vary, though not their power.
     projected  (B, T, D) latent cells after a 1x1 projection to the feature width
-    features   (B, T, D) of the same grid, no gradient; ValueError if the shapes differ
+    features   (B, T, D) on the same grid, no gradient; ValueError if the shapes differ
     returns    mean relu(1 - cos_margin - cos(p_t, f_t))
                + mean relu(|cos(p_s, p_t) - cos(f_s, f_t)| - dist_margin); 0 within both margins
     """
@@ -93,13 +93,13 @@ def vf_loss(projected, features, cos_margin=0.5, dist_margin=0.25):
 
 def low_freq_align_loss(projected, features, grid, coefficients=64):
     """
-    UAE's semantic loss (Fan et al. 2025; weight 0.5): the first DCT coefficients, in zigzag order,
-    of the latent and of the frozen features agree. A partial ESM: low frequencies follow the
-    features, high ones are free. In UAE the encoder is itself a trainable DINOv2, and the decoder
-    trains under noise and random band masks; neither is done here.
+    UAE's semantic loss (Fan et al. 2025; weight 0.5): match the first DCT coefficients, in zigzag
+    order, of the latent and of the frozen features. A partial ESM: low frequencies follow the
+    features, high ones are unconstrained. In UAE itself the encoder is a trainable DINOv2, and the
+    decoder is trained with noise and random band masks; neither is implemented.
     projected, features  (B, T, D), T = h*w in row-major order; no gradient into the features
     grid     (h, w)
-    coefficients  all of them if the grid has fewer
+    coefficients  how many; all if the grid has fewer
     returns  mean squared difference over coefficients, channels and batch
     """
     _check_same_shape("low_freq_align_loss", projected, features)
@@ -111,13 +111,13 @@ def low_freq_align_loss(projected, features, grid, coefficients=64):
 
 # --------------------------------------------------------------------------------------------------
 # Pairs: reconstruction target and decoder input.
-# Each returns (target images, latents), float32; the image's sides stay f times the latent's.
+# Each returns (target images, decoder input), float32; image sides stay f times the latent's.
 
 def dsm_pair(images, latents, n, block=8):
     """
     Decoding Spectrum Matching (Alg. 2): image and latent low-passed by the same triangular mask.
-    n        anti-diagonals cut, one for the whole batch, drawn from DSM_MASKS; 0 changes nothing
-    returns  pair of unchanged shapes
+    n        anti-diagonals removed, one n for the whole batch, from DSM_MASKS; 0 changes nothing
+    returns  the pair, shapes unchanged
     raises   ValueError if a side of either is not a multiple of block, or n is out of range
     """
     return lowpass(images.float(), n, block), lowpass(latents.float(), n, block)
@@ -125,23 +125,23 @@ def dsm_pair(images, latents, n, block=8):
 
 def scale_pair(images, latents, k):
     """
-    Scale Equivariance: image and latent downsampled k times, bilinear.
-    k        one for the batch, drawn from SCALES; 1 changes nothing
+    Scale Equivariance: image and latent downsampled by a factor k, bilinear.
+    k        one for the whole batch, from SCALES; 1 changes nothing
     returns  (B, 3, H/k, W/k), (B, C, h/k, w/k)
     raises   ValueError if k does not divide the latent's sides
     """
     h, w = latents.shape[-2:]
     if h % k or w % k:
-        raise ValueError(f"scale_pair: a latent of {h}x{w} cannot be downsampled {k} times")
+        raise ValueError(f"scale_pair: a latent of {h}x{w} cannot be downsampled by {k}")
     return _resize_pair(images, latents, (h // k, w // k))
 
 
 def eq_pair(images, latents, scale, rot):
     """
     EQ-VAE: image and latent scaled (bilinear) and rotated alike.
-    scale    in (0, 1], EQ-VAE draws k/32 with k in 8..31; the latent's side is rounded to whole
-             cells, the image's is f times that
-    rot      quarter turns, counter-clockwise, 0..3
+    scale    in (0, 1]; EQ-VAE draws k/32 with k in 8..31. Latent sides are rounded to whole cells,
+             image sides are f times that
+    rot      number of counter-clockwise quarter turns, 0..3
     returns  the pair; height and width swap when rot is odd
     """
     h, w = latents.shape[-2:]
@@ -155,7 +155,7 @@ def eq_pair(images, latents, scale, rot):
 def scale_images(images, scale, f):
     """
     Images (B, 3, H, W) scaled by scale in (0, 1], bilinear, to whole latent cells, float32:
-    H -> f * round(H / f * scale), likewise W. EQ-VAE encodes some of its batches so.
+    H -> f * round(H / f * scale), W likewise. EQ-VAE encodes some batches at reduced size.
     """
     return _bilinear(images, [f * max(1, round(side // f * scale)) for side in images.shape[-2:]])
 
@@ -167,7 +167,7 @@ def _bilinear(x, size):
 
 
 def _resize_pair(images, latents, size):
-    """Latents to size (rows, columns), images to f times that."""
+    """Resize latents to size (rows, columns), images to f times that."""
     h, w = latents.shape[-2:]
     H, W = images.shape[-2:]
     f = H // h
@@ -177,14 +177,14 @@ def _resize_pair(images, latents, size):
 
 
 # --------------------------------------------------------------------------------------------------
-# Perception: LPIPS and PatchGAN
+# Perceptual and adversarial losses: LPIPS and PatchGAN
 
 class PerceptualLoss(nn.Module):
     """
-    LPIPS (VGG, v0.1; Zhang et al. 2018), frozen, float32 also under autocast. forward(a, b), images
-    (B, 3, H, W) in [-1, 1] with sides of at least 16, -> scalar, batch mean. Its VGG-16 is
-    torchvision's file, downloaded once; FileNotFoundError without it and without a network,
-    ValueError if it is damaged.
+    LPIPS (VGG, v0.1; Zhang et al. 2018), frozen, in float32 even under autocast. forward(a, b):
+    images (B, 3, H, W) in [-1, 1] with sides of at least 16 -> scalar, batch mean. Torchvision's
+    VGG-16 weights are downloaded once; FileNotFoundError if that fails, ValueError if the file is
+    damaged.
     """
 
     def __init__(self):
@@ -195,16 +195,16 @@ class PerceptualLoss(nn.Module):
         path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # lpips calls torchvision's older interface
+                warnings.simplefilter("ignore")  # lpips uses a deprecated torchvision interface
                 self.lpips = lpips.LPIPS(net="vgg", version="0.1", verbose=False)
         except OSError as error:  # no network, or an interrupted download
             reason = getattr(error, "reason", error)
             raise FileNotFoundError(
                 f"LPIPS needs torchvision's VGG-16, and downloading it failed ({reason}): "
                 f"put {url} at {path}, or train without it: --lpips_weight 0") from None
-        except Exception as error:  # a damaged file breaks its reader in any way
+        except Exception as error:  # reading a damaged file can raise anything
             raise ValueError(f"{path}: not torchvision's VGG-16 ({type(error).__name__}); remove "
-                             f"the file, it is fetched anew from {url}") from None
+                             f"the file to download it again from {url}") from None
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
@@ -220,7 +220,7 @@ class PatchDiscriminator(nn.Module):
     """
     PatchGAN (Isola et al. 2017; 64 channels, 3 layers, k = 4): one logit per overlapping 70 x 70
     patch. forward: (B, 3, H, W) in [-1, 1] -> (B, 1, H/8 - 2, W/8 - 2); sides of at least 24.
-    Names and initial weights N(0, 0.02) are those of CompVis' `NLayerDiscriminator`; the paper's
+    Module names and initial weights, N(0, 0.02), follow CompVis' `NLayerDiscriminator`; the paper's
     authors' code draws N(0, 0.2).
     """
 
@@ -246,8 +246,8 @@ class PatchDiscriminator(nn.Module):
 
 def hinge_d_loss(real=None, fake=None):
     """
-    Discriminator: mean relu(1 - real) + mean relu(1 + fake), logits of any shape; near 2 at first.
-    Either may be left out, so that one can be backpropagated before the other is computed.
+    Discriminator: mean relu(1 - real) + mean relu(1 + fake), logits of any shape; about 2 at
+    initialisation. Either may be omitted, to backpropagate one before computing the other.
     """
     loss = 0 if real is None else _mean(F.relu(1 - real.float()))
     return loss if fake is None else loss + _mean(F.relu(1 + fake.float()))
@@ -261,14 +261,14 @@ def hinge_g_loss(fake):
 def adaptive_weight(recon, rec_grad, gan_grad, last_layer, average=lambda gradient: gradient,
                     limit=1e4):
     """
-    VQGAN's lambda (Esser et al. 2021): |d rec / d last_layer| / |d gan / d last_layer|, so that
-    both losses pull alike. Both arrive as gradients at recon, so that only the few operations
-    between last_layer and recon are differentiated here.
-    recon    the decoder's output for the GAN, with decoder.conv_out as last_layer; the latents for
-             an alignment loss, with encoder.conv_out. Shares a graph with last_layer, which is kept
+    VQGAN's lambda (Esser et al. 2021): |d rec / d last_layer| / |d gan / d last_layer|, which gives
+    both losses equal gradient norms there. Both losses are passed as gradients at recon, so only
+    the few operations between last_layer and recon are backpropagated through.
+    recon    for the GAN: the reconstruction, with decoder.conv_out as last_layer; for an alignment
+             loss: the latents, with encoder.conv_out. Its graph is retained
     rec_grad, gan_grad  gradients of the two losses at recon, of its shape
-    average  mean of a tensor over the processes, so that all use one weight
-    limit    largest weight: VQGAN's 1e4, VA-VAE's 1e8
+    average  mean of a tensor over all processes, so that they use the same weight
+    limit    upper limit of the weight: 1e4 in VQGAN, 1e8 in VA-VAE
     returns  float32 scalar in [0, limit], no gradient
     """
     def norm(grad):
@@ -276,5 +276,5 @@ def adaptive_weight(recon, rec_grad, gan_grad, last_layer, average=lambda gradie
                                            retain_graph=True)
         return average(weight_grad).float().norm()
 
-    ratio = norm(rec_grad) / (norm(gan_grad) + 1e-4)  # 1e-4: finite without a GAN gradient
+    ratio = norm(rec_grad) / (norm(gan_grad) + 1e-4)  # 1e-4: finite if the GAN gradient is 0
     return ratio.clamp(0, limit).detach()
