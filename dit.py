@@ -1,21 +1,21 @@
 """
-Diffusion transformers and the two processes they are trained and sampled with.
-A latent is cut into patches, the tokens; a transformer maps noisy tokens to a prediction:
+Diffusion transformers, and the two diffusion processes that train and sample them.
+A noisy latent is cut into patches (tokens), which a transformer maps to a prediction:
 
   SiT    adaLN-Zero: time and class modulate every block (Peebles & Xie 2022, Ma et al. 2024)
   UViT   time and class are tokens, long skips join shallow and deep blocks (Bao et al. 2022)
 
-  Interpolant   x_t = (1 - t) x + t eps,                 the network learns v = eps - x
-  DDPM          x_n = sqrt(a_n) x + sqrt(1 - a_n) eps,   the network learns eps
+  Interpolant   x_t = (1 - t) x + t eps,                 the network predicts v = eps - x
+  DDPM          x_n = sqrt(a_n) x + sqrt(1 - a_n) eps,   the network predicts eps
                 a_n = prod_{i <= n} (1 - beta_i)
 
 Latents x (B, C, h, w), normalised to std near 1; tokens (B, T, D), T = (h/p)*(w/p) in row-major
-order; labels y (B,) int64, num_classes is the null label. Time runs from 0 = data to 1 = noise, as
-in REPA. A network receives the time unscaled, as in the original repositories: t in [0, 1] from
-Interpolant (REPA), n = 1 .. 1000 as a float from DDPM (U-ViT, train_ldm_discrete.py).
-Networks and losses hold no randomness: the caller draws times, noise and dropped labels.
-State-dict names and shapes are those of willisma/SiT, sihyun-yu/REPA and baofff/U-ViT, whose files
-common/weights.py reads.
+order; labels y (B,) int64, num_classes = the null label. Time runs from 0 (data) to 1 (noise), as
+in REPA. The networks' time input is not rescaled, as in the original repositories: t in [0, 1] for
+Interpolant (REPA), n = 1 .. 1000 as a float for DDPM (U-ViT, train_ldm_discrete.py).
+Networks and losses draw no random numbers: times, noise and dropped labels are arguments.
+State-dict names and shapes are those of willisma/SiT, sihyun-yu/REPA and baofff/U-ViT, whose
+checkpoints common/weights.py loads.
 """
 import math
 from functools import partial
@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# ----------------------------------------------------------------- building blocks of both networks
+# ---------------------------------------------------------------- building blocks of both networks
 def sinusoid(t, dim):
     """
     Time embedding [cos(t f_k), sin(t f_k)], f_k = 10000^(-k / (dim/2)) radians per unit of t.
     t        (B,) any range
-    returns  (B, dim) float32 whatever t's dtype: n = 999 and n = 1000 are one number in bfloat16
+    returns  (B, dim), always float32: in bfloat16, n = 999 and n = 1000 are the same number
     """
     k = torch.arange(dim // 2, device=t.device)
     freqs = torch.exp(-math.log(10000) * k / (dim // 2))  # (dim/2,), 1 .. 1e-4
@@ -41,8 +41,8 @@ def sinusoid(t, dim):
 
 def sincos_positions(grid, dim):
     """
-    Fixed 2-D positions (1, T, dim) of a (rows, columns) grid: the first half of dim is the column,
-    the second the row, as in MAE.
+    Fixed 2-D position embeddings (1, T, dim) of a (rows, columns) grid: the first half of dim
+    encodes the column, the second the row, as in MAE.
     """
     omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (dim/4,)
     sides = [torch.arange(n, dtype=torch.float64) for n in grid]
@@ -82,7 +82,7 @@ class Mlp(nn.Module):
 
 
 class LatentTransformer(nn.Module):
-    """What SiT and UViT share: the patch grid, input checks, tokens to latent."""
+    """Base class of SiT and UViT: patch grid, input checks, tokens to latent."""
 
     def __init__(self, input_size, in_channels, num_classes, patch_size, depth):
         super().__init__()
@@ -94,15 +94,15 @@ class LatentTransformer(nn.Module):
         self.grid = tuple(side // patch_size for side in self.input_size)  # (h/p, w/p)
         if any(side % patch_size for side in self.input_size):
             raise ValueError(f"patch size {patch_size} does not divide latents of "
-                             f"{self.input_size}; take a smaller one")
+                             f"{self.input_size}; use a smaller one")
 
     def prepare(self, x, y, drop):
-        """x in the network's precision, and the labels with the null label where drop is True."""
+        """x cast to the network's dtype; labels, replaced by the null label where drop is True."""
         expected = (self.in_channels, *self.input_size)
         if x.shape[1:] != expected:
             raise ValueError(f"got latents {tuple(x.shape[1:])}, the model is built for {expected}")
         if (y is None) != (self.num_classes == 0):
-            raise ValueError(f"labels y: must be given only if num_classes={self.num_classes} > 0")
+            raise ValueError(f"labels y: needed if and only if num_classes={self.num_classes} > 0")
         if y is not None and drop is not None:
             y = torch.where(drop, self.num_classes, y)
         return x.to(self.pos_embed.dtype), y
@@ -135,7 +135,7 @@ class SiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """adaLN, then tokens (B, T, D) -> patches (B, T, p*p*C); zero at the start."""
+    """adaLN, then tokens (B, T, D) -> patches (B, T, p*p*C); initialised to zero."""
 
     def __init__(self, dim, out_dim):
         super().__init__()
@@ -151,20 +151,20 @@ class FinalLayer(nn.Module):
 class SiT(LatentTransformer):
     """
     The transformer of SiT and REPA (and of DiT). adaLN-Zero: every gate and the last layer start at
-    zero, so a fresh network is the zero function and every block the identity.
+    zero, so at initialisation the network outputs zero and every block is the identity.
     input_size   int or (h, w); ValueError if patch_size does not divide it
-    num_classes  0 = unconditional; else num_classes + 1 embeddings, the last the null label's
+    num_classes  0 = unconditional; else num_classes + 1 embeddings, the last for the null label
     """
     def __init__(self, input_size, in_channels, num_classes, patch_size, depth, dim, heads):
         super().__init__(input_size, in_channels, num_classes, patch_size, depth)
-        # a ModuleDict in place of the original's class keeps the names of its checkpoints
+        # ModuleDicts instead of the original's classes keep its state-dict names
         patchify = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.x_embedder = nn.ModuleDict({"proj": patchify})
         time_mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.t_embedder = nn.ModuleDict({"mlp": time_mlp})
         if num_classes:
             self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, dim)})
-        # (1, T, D), never trained
+        # (1, T, D), not trained
         self.pos_embed = nn.Parameter(sincos_positions(self.grid, dim), requires_grad=False)
         self.blocks = nn.ModuleList([SiTBlock(dim, heads) for _ in range(depth)])
         self.final_layer = FinalLayer(dim, patch_size ** 2 * in_channels)
@@ -173,7 +173,7 @@ class SiT(LatentTransformer):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(patchify.weight.flatten(1))  # a view: initialised as a linear map
+        nn.init.xavier_uniform_(patchify.weight.flatten(1))  # a view: initialised like a Linear
         nn.init.zeros_(patchify.bias)
         for i in (0, 2):
             nn.init.normal_(time_mlp[i].weight, std=0.02)
@@ -187,13 +187,13 @@ class SiT(LatentTransformer):
     def forward(self, x, t, y=None, drop=None, return_hidden=None):
         """
         x              (B, C, h, w) noisy latent, any float dtype; computed in the weights'
-                       precision or under the caller's autocast
-        t              (B,) float, unscaled: in [0, 1] from Interpolant
-        y              (B,) int64 labels 0 .. num_classes; None exactly when num_classes == 0
-        drop           (B,) bool or None: rows whose label is replaced by the null label
+                       dtype or under the caller's autocast
+        t              (B,) float, not rescaled: in [0, 1] with Interpolant
+        y              (B,) int64 labels 0 .. num_classes; None if and only if num_classes == 0
+        drop           (B,) bool or None: where to replace the label by the null label
         return_hidden  k or None: also return the tokens (B, T, D) after block k, 1 .. depth
         returns        (B, C, h, w), or the pair (output, tokens)
-        raises         ValueError for another latent size, missing or unexpected labels
+        raises         ValueError for a wrong latent size, missing or unexpected labels
         """
         x, y = self.prepare(x, y, drop)
         tokens = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed  # (B, T, D)
@@ -210,7 +210,7 @@ class SiT(LatentTransformer):
 
 # -------------------------------------------------------------------------------------------- U-ViT
 class UViTBlock(nn.Module):
-    """Pre-norm block on tokens (B, T, D); with skip, it first merges a shallow block's tokens."""
+    """Pre-norm block on tokens (B, T, D); with skip, first merges in a shallow block's tokens."""
 
     def __init__(self, dim, heads, skip):
         super().__init__()
@@ -229,17 +229,17 @@ class UViTBlock(nn.Module):
 
 class UViT(LatentTransformer):
     """
-    The transformer of U-ViT: depth//2 blocks, one in the middle, depth//2 with a long skip each
-    (depth 12 is 6 + 1 + 6 blocks); positions are learned. Arguments as for SiT: unlike the
-    original's, num_classes does not count the null label (1000, not 1001).
+    The transformer of U-ViT: depth//2 blocks, a middle block, and depth//2 blocks with a long skip
+    each (depth 12: 6 + 1 + 6 blocks); learned position embeddings. Arguments as in SiT; unlike in
+    the original, num_classes does not count the null label (1000, not 1001).
     """
     def __init__(self, input_size, in_channels, num_classes, patch_size, depth, dim, heads):
         half = depth // 2
         super().__init__(input_size, in_channels, num_classes, patch_size, half * 2 + 1)
-        self.extras = 2 if num_classes else 1             # (label,) time
+        self.extras = 2 if num_classes else 1             # extra tokens: [label,] time
         patchify = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.patch_embed = nn.ModuleDict({"proj": patchify})
-        if num_classes:                                   # starts at std 1, as the original
+        if num_classes:                                   # initial std 1, as in the original
             self.label_emb = nn.Embedding(num_classes + 1, dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + math.prod(self.grid), dim))
         self.in_blocks = nn.ModuleList([UViTBlock(dim, heads, skip=False) for _ in range(half)])
@@ -247,7 +247,7 @@ class UViT(LatentTransformer):
         self.out_blocks = nn.ModuleList([UViTBlock(dim, heads, skip=True) for _ in range(half)])
         self.norm = nn.LayerNorm(dim)
         self.decoder_pred = nn.Linear(dim, patch_size ** 2 * in_channels)
-        # smooths the borders between patches
+        # smooths patch boundaries
         self.final_layer = nn.Conv2d(in_channels, in_channels, 3, padding=1)
 
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -258,11 +258,11 @@ class UViT(LatentTransformer):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x, t, y=None, drop=None, return_hidden=None):
-        """As SiT.forward; t is n = 1 .. 1000 from DDPM; hidden tokens are those of the patches."""
+        """As SiT.forward, but t is n = 1 .. 1000 of DDPM; hidden tokens are the patch tokens."""
         x, y = self.prepare(x, y, drop)
         patches = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # (B, T, D)
         extras = [sinusoid(t, patches.shape[-1]).to(x.dtype)[:, None]]    # (B, 1, D)
-        if y is not None:                                 # label first, as the original
+        if y is not None:                                 # label first, as in the original
             extras = [self.label_emb(y)[:, None], *extras]
         tokens = torch.cat([*extras, patches], dim=1) + self.pos_embed    # (B, extras + T, D)
         skips = []                                        # last in, first out
@@ -293,13 +293,13 @@ for p in (1, 2, 4):
 # ---------------------------------------------------------------------------- training and sampling
 class NoiseStream:
     """
-    Gaussian noise whose row j depends on (seed, indices[j]) and the calls before alone: sample i of
+    Gaussian noise whose row j depends only on (seed, indices[j]) and on earlier calls: sample i of
     a run is the same in any batch and on any number of processes (up to rounding in the network).
     NoiseStream(seed, indices)(shape) -> float32, shape[0] == len(indices); seed, indices >= 0
     """
     def __init__(self, seed, indices):
-        # Philox is counter-based, with 128 bits of key per sample; torch's CPU generator keeps only
-        # 32 bits of a seed, too few for 50,000 distinct streams.
+        # Philox is counter-based and has a 128-bit key per sample; torch's CPU generator uses only
+        # 32 bits of its seed, too few for 50,000 distinct streams.
         philox = [np.random.Philox(key=[seed, int(i)]) for i in indices]
         self.streams = [np.random.Generator(bits) for bits in philox]
 
@@ -309,7 +309,7 @@ class NoiseStream:
 
 
 def regress(model, x_t, t, target, y, drop, return_hidden):
-    """Mean squared error of the prediction, in float32, and the hidden tokens if requested."""
+    """MSE of the prediction, in float32, and the hidden tokens if requested."""
     out = model(x_t, t, y, drop=drop, return_hidden=return_hidden)
     if return_hidden is None:
         return F.mse_loss(out.float(), target)
@@ -319,14 +319,14 @@ def regress(model, x_t, t, target, y, drop, return_hidden):
 def guided(model, shape, y, cfg, cfg_interval):
     """
     Classifier-free guidance: null + cfg * (class - null) while cfg_interval[0] <= t <=
-    cfg_interval[1], t in [0, 1]; the plain prediction outside. cfg == 1 is the conditional network,
-    cfg == 0 the unconditional one; U-ViT's configurations count from 0 (their 0.4 is cfg 1.4).
-    returns  predict(x, t, timestep) -> (B, C, h, w) in x's precision, and the model's device
+    cfg_interval[1], t in [0, 1]; the conditional prediction otherwise. cfg == 1 is conditional,
+    cfg == 0 unconditional sampling; U-ViT's configurations specify cfg - 1 (0.4 for cfg 1.4).
+    returns  predict(x, t, timestep) -> (B, C, h, w) in x's dtype, and the model's device
     """
     B = shape[0]
     device = next(model.parameters()).device
     if cfg != 1 and y is None:
-        raise ValueError(f"cfg={cfg} guides towards labels, but there are none; leave cfg at 1")
+        raise ValueError(f"cfg={cfg}: guidance needs labels, but there are none; leave cfg at 1")
     if y is not None:
         y = y.to(device)
         twice = torch.cat([y, y])                         # (2B,): class, then null
@@ -335,7 +335,7 @@ def guided(model, shape, y, cfg, cfg_interval):
     def predict(x, t, timestep):
         if cfg == 1 or not cfg_interval[0] <= t <= cfg_interval[1]:
             return model(x, x.new_full((B,), timestep), y).to(x)
-        # both halves in one call
+        # class and null in one call
         out = model(torch.cat([x, x]), x.new_full((2 * B,), timestep), twice, drop=drop)
         conditional, null = out.to(x).chunk(2)
         return null + cfg * (conditional - null)
@@ -343,7 +343,7 @@ def guided(model, shape, y, cfg, cfg_interval):
 
 
 def to_state(noise, device):
-    """Noise (B, C, h, w) as a sampler's state: float64, which Apple's GPUs do not have."""
+    """Noise (B, C, h, w) as a sampler's state: float64, or float32 on Apple GPUs, which lack it."""
     return noise.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
@@ -351,11 +351,11 @@ class Interpolant:
     """The straight path x_t = (1 - t) x + t eps, velocity v = eps - x (REPA's loss.py)."""
 
     def time(self, t):
-        """The timestep that the network receives at time t in [0, 1], 0 = data."""
+        """The network's time input at time t in [0, 1], 0 = data."""
         return t
 
     def alpha_bar_at(self, t):
-        """Fraction of the variance of x_t that is data, for data of variance 1; t float, tensor."""
+        """Fraction of x_t's variance that is data, for data of variance 1; t: float or tensor."""
         return (1 - t) ** 2 / ((1 - t) ** 2 + t ** 2)
 
     def noisy(self, x, eps, t):
@@ -363,15 +363,15 @@ class Interpolant:
         return (1 - t) * x + t * eps
 
     def clean(self, x_t, output, t):
-        """The network's output at x_t as a prediction of the clean latent: x_t - t v."""
+        """The predicted clean latent, x_t - t v, from the network's output v at x_t."""
         return x_t - t * output
 
     def loss(self, model, x, t, eps, y=None, drop=None, return_hidden=None):
         """
         Mean squared error of the predicted velocity.
         x        (B, C, h, w) float32 normalised latents
-        t, eps   (B,) uniform in [0, 1); standard normal like x
-        y, drop  (B,) labels or None; (B,) bool, rows that take the null label, or None
+        t, eps   (B,) uniform in [0, 1); standard normal, shape of x
+        y, drop  (B,) labels or None; (B,) bool, True = use the null label, or None
         returns  scalar, or (scalar, tokens (B, T, D)) with return_hidden=k
         """
         s = t.view(-1, 1, 1, 1)
@@ -381,15 +381,15 @@ class Interpolant:
     def sample(self, model, shape, steps=100, y=None, cfg=1.0, cfg_interval=(0.0, 1.0),
                sampler="em", noise=torch.randn, watch=None):
         """
-        Latents from noise, one network call per step; the state is float64, the calls run in the
-        model's precision or the caller's autocast.
+        Latents from noise, one network call per step; the state is float64, the network runs in its
+        own dtype or under the caller's autocast.
         sampler  "em": Euler-Maruyama on dx = (v - w/2 score) dt + sqrt(w) dW, w = 2t, from t = 1 to
-                 0.04 in equal steps and then one noiseless step to 0 (REPA's samplers.py);
+                 0.04 in equal steps, then one noise-free step to 0 (REPA's samplers.py);
                  "ode": Euler on dx = v dt, equal steps from 1 to 0
         shape    (B, C, h, w); y (B,) labels or None; cfg and cfg_interval as in `guided`
-        noise    noise(shape) -> (B, C, h, w), called for the start and then for every noisy step;
-                 a NoiseStream makes each sample reproducible
-        watch    None, or called at every step with t and the predicted clean latent, float64
+        noise    noise(shape) -> (B, C, h, w), called for the initial state and every stochastic
+                 step; a NoiseStream makes each sample reproducible
+        watch    None, or a callback watch(t, predicted clean latent in float64) for every step
         returns  (B, C, h, w) float32 on the model's device
         raises   ValueError for an unknown sampler, too few steps, guidance without labels
         """
@@ -420,10 +420,10 @@ class Interpolant:
 class DDPM:
     """
     1000 noise levels and eps-prediction. alpha_bar (1001,) float64: n = 0 is data (1.0), n = 1000
-    almost noise.
-    schedule  "vp": betas linear from 1e-4 to 0.02, which discretises the VP-SDE with beta(t) from
+    almost pure noise.
+    schedule  "vp": beta linear from 1e-4 to 0.02, which discretises the VP-SDE with beta(t) from
               0.1 to 20 (the authors' U-ViT on CelebA); alpha_bar ends at 0.00004
-              "sd": Stable Diffusion's, square roots linear in 0.00085 .. 0.012; ends at 0.0047
+              "sd": Stable Diffusion's, sqrt(beta) linear, beta 0.00085 to 0.012; ends at 0.0047
     """
     def __init__(self, schedule):
         low, high, power = {"vp": (1e-4, 0.02, 1), "sd": (0.00085, 0.012, 2)}[schedule]
@@ -432,11 +432,11 @@ class DDPM:
         self.alpha_bar = torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)])
 
     def time(self, t):
-        """The noise level n = 0 .. 1000 of time t in [0, 1], which is the network's timestep."""
+        """The noise level n = 0 .. 1000 at time t in [0, 1], which is the network's time input."""
         return round(1000 * t)
 
     def alpha_bar_at(self, t):
-        """As Interpolant.alpha_bar_at, of level n = time(t)."""
+        """As Interpolant.alpha_bar_at, at level n = time(t)."""
         return self.alpha_bar[(1000 * torch.as_tensor(t, dtype=torch.float64)).round().long()]
 
     def noisy(self, x, eps, t):
@@ -450,7 +450,7 @@ class DDPM:
         return (x_t - math.sqrt(1 - a) * output) / math.sqrt(a)
 
     def loss(self, model, x, t, eps, y=None, drop=None, return_hidden=None):
-        """Mean squared error of the predicted eps; arguments as Interpolant.loss."""
+        """Mean squared error of the predicted eps; arguments as in Interpolant.loss."""
         n = (1000 * t).long() + 1                         # (B,) uniform in 1 .. 1000
         roots = torch.stack([self.alpha_bar, 1 - self.alpha_bar]).sqrt().float()       # (2, 1001)
         signal, noise = roots.to(x.device, non_blocking=True)[:, n, None, None, None]
@@ -459,8 +459,8 @@ class DDPM:
 
     def step(self, x, eps, n, m, eta=0.0, noise=None):
         """
-        DDIM (Song et al. 2021, Eq. 12): x (B, C, h, w) from level n to m along the predicted eps;
-        with eta = 0 also upwards, to more noise. noise is used when eta > 0 (1 = DDPM).
+        DDIM step (Song et al. 2021, Eq. 12): x (B, C, h, w) from level n to level m, given the
+        predicted eps; with eta = 0, m > n adds noise. noise is used if eta > 0 (eta = 1: DDPM).
         """
         a, b = float(self.alpha_bar[n]), float(self.alpha_bar[m])
         x0 = self.clean(x, eps, n / 1000)
@@ -473,8 +473,8 @@ class DDPM:
     def sample(self, model, shape, steps=100, y=None, cfg=1.0, cfg_interval=(0.0, 1.0), eta=0.0,
                noise=torch.randn, watch=None):
         """
-        DDIM in `steps` (1 .. 1000) equal strides from n = 1000 to 0; t = n / 1000 in cfg_interval;
-        the rest as Interpolant.sample.
+        DDIM in `steps` (1 .. 1000) equal steps from n = 1000 to 0; cfg_interval is in t = n / 1000;
+        other arguments as in Interpolant.sample.
         """
         if not 1 <= steps <= 1000:
             raise ValueError(f"steps={steps}: DDPM has 1000 noise levels; use 1 .. 1000")
@@ -482,7 +482,7 @@ class DDPM:
         levels = torch.linspace(1000, 0, steps + 1, dtype=torch.float64).round().int().tolist()
         x = to_state(noise(shape), device)
         for n, m in zip(levels, levels[1:]):
-            # sigma is 0 on the way to n = 0
+            # sigma is 0 in the step to n = 0
             z = to_state(noise(shape), device) if eta > 0 and m > 0 else 0.0
             eps = predict(x, n / 1000, n)
             if watch:
