@@ -1,8 +1,8 @@
 """
-Representation alignment: the tokens of an early block of the diffusion transformer, projected, are
-aligned with the features of a frozen DINOv2 on the clean image. The three methods differ in the
-target's spectrum (Sec. 3.5): raw DINOv2 tokens share a large common direction, their DC, which
-dominates a cosine; less DC is more contrast between places.
+Representation alignment: tokens from an early block of the diffusion transformer are projected and
+aligned with a frozen DINOv2's features of the clean image. The three methods differ in the spectrum
+of the target (Sec. 3.5): raw DINOv2 tokens share a large common component, their DC, which
+dominates the cosine; removing it raises the contrast between positions.
 
     loss      -mean_t cos(projector(hidden_t), target_t), coefficient 0.5, hidden tokens after
               block 4 (Table 6)
@@ -10,12 +10,12 @@ dominates a cosine; less DC is more contrast between places.
     iREPA     target = (features - 0.6 mean) / std over the tokens, projector: 3x3 convolution
               (Singh et al. 2025)
     REPA-DoG  target = DoG * features / std over the tokens, Eq. 6, projector: 3x3 convolution
-    RMSC      contrast of the target's directions = its energy outside DC, Prop. 3.2
+    RMSC      spatial contrast of the target's directions = their energy outside DC, Prop. 3.2
               (spectral.rmsc)
 
-Images (B, 3, H, W) in [-1, 1]; tokens (B, T, D), row-major on a grid (h, w), T = h*w: the
-transformer's grid and the target's are the same, so the image is resized to 14 px per token
-(256 px -> 224 px -> 16x16). Numbering: arXiv:2603.14645 v1.
+Images (B, 3, H, W) in [-1, 1]; tokens (B, T, D), row-major on a grid (h, w), T = h*w. Transformer
+and target use the same grid, so images are resized to 14 px per token (256 px -> 224 px -> 16x16).
+Equations are numbered as in arXiv:2603.14645 v1.
 """
 import os
 import warnings
@@ -31,8 +31,8 @@ REPOSITORY = "facebookresearch/dinov2:12592a9bdfea0a6e4ee4767cd5a8d3195c0e3509"
 WEIGHTS = "https://dl.fbaipublicfiles.com/dinov2"
 # --repa: target filter, projector
 REPA_KINDS = {"repa": ("none", "mlp"), "irepa": ("spnorm", "conv"), "dog": ("dog", "conv")}
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std of its images in [0, 1]
-DOG_SIGMAS = (1.0, 2.5)                                    # tokens; our choice, see filter_target
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std; images in [0, 1]
+DOG_SIGMAS = (1.0, 2.5)                                    # in tokens; our choice: filter_target
 
 
 # --------------------------------------------------------------------------------------------------
@@ -40,15 +40,15 @@ DOG_SIGMAS = (1.0, 2.5)                                    # tokens; our choice,
 
 class Encoder(nn.Module):
     """
-    A frozen network that gives one feature vector per token; always in evaluation mode.
+    A frozen feature extractor, one feature vector per token; always in evaluation mode.
     network  module with patch_size, embed_dim and forward_features(x)["x_norm_patchtokens"]
              (B, T, embed_dim) for x (B, 3, patch_size*h, patch_size*w)
     forward(images, grid): images (B, 3, H, W) in [-1, 1], grid (h, w) with H/h = W/w -> tokens
-             (B, h*w, embed_dim), float32, no graph
-    resize   "bicubic" (REPA) or "bilinear" (VA-VAE), neither with antialiasing
+             (B, h*w, embed_dim), float32, no gradient
+    resize   "bicubic" (REPA) or "bilinear" (VA-VAE), both without antialiasing
     imagenet  True: images are normalised by ImageNet's mean and std, as DINOv2 was trained (REPA);
              False: the network gets them in [-1, 1] (VA-VAE)
-    raises   ValueError if the grid does not fit the image, or tokens of another shape come out
+    raises   ValueError if the grid does not fit the image or the tokens have the wrong shape
     """
 
     def __init__(self, network, resize="bicubic", imagenet=True):
@@ -60,10 +60,10 @@ class Encoder(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
-        """Stays in evaluation mode: dropout would change the target in every step."""
+        """Stays in evaluation mode: dropout would change the target at every step."""
         return super().train(False)
 
-    @torch.no_grad()             # not inference_mode: a loss may save the target for its backward
+    @torch.no_grad()             # not inference_mode: a loss may save the target for backward
     def forward(self, images, grid):
         (H, W), (h, w) = images.shape[-2:], grid
         if H * w != W * h:
@@ -79,8 +79,8 @@ class Encoder(nn.Module):
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             tokens = self.network.forward_features(x)["x_norm_patchtokens"].float()
         if tokens.shape[1:] != (h * w, self.width):
-            raise ValueError(f"the encoder gave {tuple(tokens.shape[1:])} tokens, expected "
-                             f"{(h * w, self.width)} by its patch_size and embed_dim")
+            raise ValueError(f"the encoder returned tokens of shape {tuple(tokens.shape[1:])}; its "
+                             f"patch_size and embed_dim imply {(h * w, self.width)}")
         return tokens
 
 
@@ -101,13 +101,13 @@ def load_encoder(name="dinov2_vitb14", source=None, resize="bicubic", imagenet=T
     """
     A frozen Encoder on the CPU.
     name     one of ENCODERS (DINOv2, Oquab et al. 2023), or a function of source/hubconf.py
-    source   None: DINOv2's code by torch.hub, one pinned commit; a folder: a clone of DINOv2's
-             repository, or one whose hubconf.py has a function `name` that returns a network with
-             its weights and DINOv2's interface (see Encoder); "random": a small untrained network,
+    source   None: DINOv2's code from torch.hub at a pinned commit; a folder: a clone of DINOv2's
+             repository, or any folder whose hubconf.py has a function `name` that returns a network
+             with weights and DINOv2's interface (see Encoder); "random": a small untrained network,
              always the same. DINOv2's weights are downloaded once, to TORCH_HOME
-    resize, imagenet  of DINOv2; other networks get the defaults
-    raises   ValueError for an unknown name or weights that do not fit; FileNotFoundError without
-             code, weights or network
+    resize, imagenet  see Encoder; ignored if `name` is a function of source/hubconf.py
+    raises   ValueError for an unknown name or weights that do not fit; FileNotFoundError if code or
+             weights are missing and cannot be downloaded
     """
     if name not in ENCODERS and source in (None, "random"):
         raise ValueError(f"--encoder {name}: unknown; choose one of {', '.join(ENCODERS)}, or give "
@@ -116,10 +116,10 @@ def load_encoder(name="dinov2_vitb14", source=None, resize="bicubic", imagenet=T
         warnings.warn("--encoder_source random: the target is an UNTRAINED network; it exercises "
                       "the code and teaches the model NOTHING", stacklevel=2)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)         # torch.manual_seed reaches the GPUs too
+            torch.default_generator.manual_seed(0)         # torch.manual_seed would seed GPUs too
             return Encoder(RandomEncoder(), resize, imagenet)
     if source is not None and not os.path.isfile(os.path.join(source, "hubconf.py")):
-        raise FileNotFoundError(f"--encoder_source {source}: no hubconf.py in there; give a clone "
+        raise FileNotFoundError(f"--encoder_source {source}: contains no hubconf.py; give a clone "
                                 "of https://github.com/facebookresearch/dinov2, or random")
     if name in ENCODERS:
         return Encoder(load_dinov2(name, source), resize, imagenet)
@@ -127,13 +127,13 @@ def load_encoder(name="dinov2_vitb14", source=None, resize="bicubic", imagenet=T
 
 
 def load_dinov2(name, source):
-    """DINOv2 by torch.hub: its code from a clone or the pinned commit, its official weights."""
+    """DINOv2 via torch.hub: code from a clone or the pinned commit, official weights."""
     file = name.replace("_reg", "_reg4") + "_pretrain.pth"
     url = f"{WEIGHTS}/{name.removesuffix('_reg')}/{file}"
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "xFormers")  # DINOv2 warns that it runs without
-            network = torch.hub.load(              # skip_validation: it only knows branches
+            warnings.filterwarnings("ignore", "xFormers")  # DINOv2 warns if xFormers is missing
+            network = torch.hub.load(              # skip_validation: it expects a branch or tag
                 source or REPOSITORY, name, source="local" if source else "github",
                 pretrained=False, verbose=False, trust_repo=True, skip_validation=True)
         network.load_state_dict(torch.hub.load_state_dict_from_url(
@@ -144,7 +144,7 @@ def load_dinov2(name, source):
         reason = getattr(error, "reason", error)
         raise FileNotFoundError(f"{name}: downloading it failed ({reason}): put {url} at {path} "
                                 f"and give a clone of {clone} as --encoder_source DIR") from None
-    except Exception as error:                             # code without this name, other weights
+    except Exception as error:                             # name not in the code, wrong weights
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{name} from {source or REPOSITORY} with {file}: {reason}") from None
     return network
@@ -156,23 +156,23 @@ def load_dinov2(name, source):
 @full_precision
 def filter_target(tokens, kind, grid, sigma1=DOG_SIGMAS[0], sigma2=DOG_SIGMAS[1], norm_std=0.6):
     """
-    The part of the features that the transformer is aligned with.
+    The alignment target: the encoder's features, filtered.
     tokens   (B, T, D) on the grid (h, w), T = h*w
     kind     "none"; "spnorm": spectral.spatial_norm; "dog": Eq. 6 on the grid, then every channel
              divided by its std over the tokens
     sigma1, sigma2  of the DoG, in tokens, 0 <= sigma1 < sigma2
-    norm_std  factor on the mean that spnorm subtracts: Table 6's "normalization std", since 0.6 is
-             that factor in iREPA's code (zscore_alpha). A DoG has no mean, so it ignores the factor
+    norm_std  fraction of the mean that spnorm subtracts: Table 6's "normalization std", whose 0.6
+             is this factor in iREPA's code (zscore_alpha). "dog" ignores it: it removes constants
     returns  (B, T, D), float32
     raises   ValueError for an unknown kind or sigmas out of order
 
-    The default sigmas are our choice, the paper's text names none. On a 16x16 grid DCT index u is
-    u / 2 cycles per image. The layout of objects and their parts is in u = 2 .. 8, one to four
-    cycles; u = 0 is the common offset, u = 1 a slope across the image; above 8 are edges of single
-    tokens, and noise. Gain of the sampled kernels, G(sigma1) - G(sigma2):
-        (1.0, 2.5)   0 at DC, peak 0.59 at u = 4.3, half of it at u = 1.9 and 7.9: that band
-        (1.0, 2.0)   peak 0.47 at u = 4.9, half at 2.3 and 8.6: weak at the coarsest layout
-        (0.5, 2.0)   peak at u = 6.5, above half of it from 2.7 to the end: nearly a high-pass
+    The default sigmas are our choice: the paper gives none. On a 16x16 grid, DCT index u is u / 2
+    cycles per image: u = 0 is the common offset and u = 1 a slope across the image; u = 2 .. 8, one
+    to four cycles, is the layout of objects and their parts; above 8 are edges of single tokens,
+    and noise. Gain of the sampled kernels, G(sigma1) - G(sigma2):
+        (1.0, 2.5)   0 at DC, peak 0.59 at u = 4.3, half the peak at u = 1.9 and 7.9: u = 2 .. 8
+        (1.0, 2.0)   peak 0.47 at u = 4.9, half at 2.3 and 8.6: weak on the coarsest layout
+        (0.5, 2.0)   peak at u = 6.5, above half from 2.7 up to the end: nearly a high-pass
         (1.0, 4.0)   peak at u = 3.1, half at 1.3 and 7.0: passes slopes
     """
     if kind == "none":
@@ -191,10 +191,10 @@ def filter_target(tokens, kind, grid, sigma1=DOG_SIGMAS[0], sigma2=DOG_SIGMAS[1]
 
 class Projector(nn.Module):
     """
-    From the transformer's width to the encoder's; trained with the model, not used in sampling.
+    Maps the transformer's width to the encoder's; trained with the model, not used in sampling.
     kind     "mlp": three linear layers with SiLU, token by token (REPA); "conv": one 3x3
              convolution on the grid (iREPA, REPA-DoG)
-    hidden   width of the mlp
+    hidden   hidden width of the MLP
     forward(tokens, grid): (B, T, dim) on the grid (h, w) -> (B, T, out_dim)
     """
 
@@ -220,10 +220,10 @@ class Projector(nn.Module):
 @full_precision
 def alignment_loss(projected, target):
     """
-    -mean over tokens and batch of the cosine between projected and target, both (B, T, D); float32
-    scalar in [-1, 1]. The gradient goes to projected only. ValueError if the shapes differ.
+    Negative cosine between projected and target, both (B, T, D), averaged over tokens and batch;
+    float32 scalar in [-1, 1]. Only projected gets a gradient. ValueError if the shapes differ.
     """
-    if projected.shape != target.shape:  # else they might broadcast
+    if projected.shape != target.shape:  # otherwise they might broadcast
         raise ValueError(f"alignment_loss: projected tokens {tuple(projected.shape)} and target "
                          f"{tuple(target.shape)} differ in shape")
     target = target.detach().to(projected.dtype)
