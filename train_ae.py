@@ -1,14 +1,14 @@
 """
-Stage 1: train an autoencoder whose latent spectrum is shaped.
+Stage 1: train an autoencoder with a shaped latent spectrum.
 
     python train_ae.py --preset quick --reg dsm             a laptop, minutes, nothing downloaded
     torchrun --nproc_per_node=8 train_ae.py --reg esm --gamma 1.0 --data DIR    the paper's scale
 
-The loop in main() is the method: Fig. 1's forward, the losses of Eqs. 2 to 4 a term at a time, one
-backward pass. The argparse defaults are those of Table 5 for CelebA 256 (f16d16) and Table 8's
-masks; warm-up, clipping and betas, which the paper does not name, are ours. A run lives in --out:
-ckpt.pt, log.jsonl, reconstructions.png. The batch size is the GLOBAL batch over all processes, and
-the learning rate is never rescaled. Numbering: arXiv:2603.14645 v1.
+The loop in main() is the method: the forward pass of Fig. 1, the losses of Eqs. 2 to 4 term by
+term, one backward pass. The defaults are those of Table 5 for CelebA 256 (f16d16) and the masks of
+Table 8; warm-up, clipping and betas are ours, as the paper does not give them. A run writes
+ckpt.pt, log.jsonl and reconstructions.png to --out. The batch size is the GLOBAL batch over all
+processes; the learning rate is never rescaled. Numbering as in arXiv:2603.14645 v1.
 """
 import argparse
 import dataclasses
@@ -36,65 +36,65 @@ PRESETS = {
     "celeba-f16d16": {},                                   # the argparse defaults
     "celeba-f8d4": dict(model="f8d4"),
     "imagenet-f16d16": dict(batch_size=128, steps=600_000),
-    # 64 px, an hour for both stages on one GPU of 24 GB: estimated from FLOPs, see GUIDE.md
+    # 64 px, about an hour for both stages on one 24 GB GPU, estimated from FLOPs (GUIDE.md)
     "one-gpu": dict(model="f4d4", image_size=64, steps=20_000, batch_size=32, lr=1e-4,
                     warmup_steps=500, gan_start=5000, eval_every=2500, val_images=500),
     "quick": dict(data="discs", image_size=32, model="f4d4-tiny", steps=1800, batch_size=8, lr=4e-3,
                   warmup_steps=40, lpips_weight=0.0, gan_weight=0.0, eval_every=600, log_every=10,
                   val_images=256, workers=0),
 }
-# not compiled by default: eq and se use many image sizes, vf runs the decoder backward twice
+# not compiled by default: eq and se use many image sizes, vf runs the decoder's backward twice
 UNCOMPILED = {"eq", "se", "vf"}
 
 
 def get_args():
-    """The flags; presets fill in what is not given."""
+    """Parse the flags; the preset supplies defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=run.Help,
                                      allow_abbrev=False)
     add = parser.add_argument
-    # what is run
-    add("--preset", choices=PRESETS, default="celeba-f16d16", help="a named group of defaults")
-    add("--out", help="folder of the run (default: out/ae/<preset>-<reg>[-<data>][-tuned])")
+    # run
+    add("--preset", choices=PRESETS, default="celeba-f16d16", help="named set of defaults")
+    add("--out", help="output folder (default: out/ae/<preset>-<reg>[-<data>][-tuned])")
     run.add_run_flags(parser)
     # data
-    add("--data", help="folder, .zip, cifar10, or built in: leaves or discs (default: leaves)")
+    add("--data", help="folder, .zip, cifar10, or built-in leaves or discs (default: leaves)")
     add("--image_size", type=int, default=256, help="pixels per side")
-    add("--val_images", type=int, default=1000, help="held-out images")
+    add("--val_images", type=int, default=1000, help="number of held-out images")
     # model and regulariser
     add("--model", choices=CONFIGS, default="f16d16", help="f = reduction, d = latent channels")
-    add("--init", metavar="FILE", help="fine-tune these weights, and their model: a ckpt.pt, or "
-        "released ones that common/weights.py reads (default: none)")
+    add("--init", metavar="FILE", help="fine-tune these weights; sets the model: a ckpt.pt, or "
+        "released weights that common/weights.py reads (default: none)")
     add("--reg", nargs="+", choices=("none", "kl", "esm", "dsm", "se", "eq", "vf", "uae"),
         default=["kl"], help="one or several: SD-VAE's KL, ESM, DSM, Scale Equivariance, EQ-VAE, "
         "VA-VAE, UAE; none = reconstruction only")
     add("--gamma", type=float, default=1.0, help="ESM: flattening exponent of the target, 0..10")
     add("--esm_weight", type=float, default=0.01, help="ESM: weight of the divergence (Table 5)")
-    add("--dsm_masks", type=int, nargs="+", default=list(DSM_MASKS),
-        metavar="N", help="DSM: anti-diagonals cut, up to 2 * --dsm_block - 2 (Table 8)")
+    add("--dsm_masks", type=int, nargs="+", default=list(DSM_MASKS), metavar="N",
+        help="DSM: numbers of anti-diagonals to remove, up to 2 * --dsm_block - 2 (Table 8)")
     add("--dsm_block", type=int, default=8,
-        help="DSM: side of the DCT blocks, of image and latent alike")
+        help="DSM: side of the DCT blocks, for image and latent alike")
     add("--kl_weight", type=float, help="KL: weight (default: 1e-6; for eq and vf divided by "
         "3 * image_size^2, since their authors sum the reconstruction loss over pixels)")
     add("--vf_weight", type=float, default=0.1, help="VA-VAE: weight, times the adaptive weight")
-    add("--uae_weight", type=float, default=0.5, help="UAE: weight of the low-frequency DCT's MSE")
+    add("--uae_weight", type=float, default=0.5, help="UAE: weight of the low-frequency MSE")
     add("--encoder", help="foundation model to align latents with, as in the original papers "
         "(default: dinov2_vitl14 for vf, dinov2_vitb14_reg for uae)")
     # reconstruction
-    add("--lpips_weight", type=float, default=0.5, help="0 = off (needs no VGG weights)")
+    add("--lpips_weight", type=float, default=0.5, help="0 = off, no VGG weights needed")
     add("--gan_weight", type=float, default=0.5, help="0 = off")
     add("--gan_start", type=int, default=50_000, help="first step with the discriminator")
-    add("--gan_every_step", action="store_true", help="train both networks in each step (default: "
-        "even steps the autoencoder, odd steps the discriminator)")
+    add("--gan_every_step", action="store_true", help="train both networks at every step (default: "
+        "the autoencoder at even steps, the discriminator at odd steps)")
     # optimisation
-    add("--steps", type=int, default=500_000, help="those of the discriminator count, too")
-    add("--batch_size", type=int, default=48, help="images per step over all processes")
-    add("--lr", type=float, default=5e-5, help="of both networks; constant after the warm-up")
-    add("--warmup_steps", type=int, default=2000, help="updates of a network until its lr is --lr")
-    add("--weight_decay", type=float, default=0.005, help="of AdamW, betas .9 and .999")
-    add("--clip_grad", type=float, default=1.0, help="largest gradient norm; 0 = off")
+    add("--steps", type=int, default=500_000, help="training steps, discriminator steps included")
+    add("--batch_size", type=int, default=48, help="images per step, over all processes")
+    add("--lr", type=float, default=5e-5, help="for both networks; constant after the warm-up")
+    add("--warmup_steps", type=int, default=2000, help="updates until a network's lr reaches --lr")
+    add("--weight_decay", type=float, default=0.005, help="for AdamW; betas are .9 and .999")
+    add("--clip_grad", type=float, default=1.0, help="maximum gradient norm; 0 = off")
     # reporting
     add("--eval_every", type=int, default=5000, help="steps between validations and checkpoints")
-    add("--keep_every", type=int, default=-1, help="keep ckpt_<step>.pt at these steps; -1 = off")
+    add("--keep_every", type=int, default=-1, help="steps between kept ckpt_<step>.pt; -1 = off")
     args = run.parse_args(parser, PRESETS)
     if args.kl_weight is None:
         rec_is_summed = {"eq", "vf"} & set(args.reg) and "kl" not in args.reg
@@ -103,7 +103,7 @@ def get_args():
         args.encoder = "dinov2_vitl14" if "vf" in args.reg else "dinov2_vitb14_reg"
     if args.compile is None and UNCOMPILED & set(args.reg):
         args.compile = "off"
-    # another built-in set than the preset's is another run
+    # a built-in set other than the preset's gets its own folder
     other = args.data in SETS and args.data != PRESETS[args.preset].get("data")
     names = [args.preset, *args.reg, *[args.data] * other, *["tuned"] * bool(args.init)]
     args.out = args.out or f"out/ae/{'-'.join(names)}"
@@ -111,11 +111,11 @@ def get_args():
 
 
 def check(args, config):
-    """ValueError on the first flag that cannot work, before data is read or anything written."""
+    """ValueError for the first invalid flag, before data is read or anything is written."""
     need, f = run.need, config.reduction
     need(args.image_size >= 16 and args.image_size % f == 0, f"--image_size {args.image_size}: "
          f"must be at least 16 and a multiple of {f}, the reduction of --model {args.model}")
-    need("none" not in args.reg or args.reg == ["none"], "--reg none: stands alone")
+    need("none" not in args.reg or args.reg == ["none"], "--reg none: cannot be combined")
     for group, why in ((("dsm", "se", "eq"), "each changes the decoder's input"),
                        (("vf", "uae"), "both align the latent with the same features")):
         both = [reg for reg in group if reg in args.reg]
@@ -123,26 +123,26 @@ def check(args, config):
     side = args.image_size // f
     smallest = args.image_size // (4 if {"se", "eq"} & set(args.reg) else 1)
     need("se" not in args.reg or side % max(SCALES) == 0,
-         f"--reg se: a latent of {side}x{side} does not divide by {max(SCALES)}")
+         f"--reg se: a latent of {side}x{side} is not divisible by {max(SCALES)}")
     for flag, least in (("gan_weight", 24), ("lpips_weight", 16)):
         need(getattr(args, flag) == 0 or smallest >= least, f"--{flag}: needs images of at least "
-             f"{least} pixels, and here they may be {smallest}; 0 switches it off")
+             f"{least} pixels, but they can be as small as {smallest}; 0 turns it off")
     run.need_range(args, 2, 4096, "dsm_block")
     need("dsm" not in args.reg or args.image_size % (args.dsm_block * f) == 0, f"--image_size "
-         f"{args.image_size}: must be a multiple of {args.dsm_block * f}, since --reg dsm cuts "
-         f"{args.dsm_block}x{args.dsm_block} blocks of latents; or another --dsm_block")
+         f"{args.image_size}: must be a multiple of {args.dsm_block * f}, since --reg dsm uses "
+         f"{args.dsm_block}x{args.dsm_block} blocks of latents; or change --dsm_block")
     need(all(0 <= n <= 2 * args.dsm_block - 2 for n in args.dsm_masks),
          f"--dsm_masks {args.dsm_masks}: each must lie in 0..{2 * args.dsm_block - 2}")
     need("vf" not in args.reg or args.compile != "on", "--reg vf --compile on: its adaptive ratio "
          "runs the decoder's backward pass twice, which compiled code does not allow")
-    run.need_range(args, 0, 10, "gamma")                   # 16^gamma stays far from float32's end
+    run.need_range(args, 0, 10, "gamma")                   # 16^gamma stays well within float32
     run.need_range(args, 0, float("inf"), "esm_weight", "kl_weight", "vf_weight", "uae_weight",
                    "lpips_weight", "gan_weight", "gan_start")
     run.need_range(args, 1, 2 ** 31, "val_images")
 
 
 def open_model(args):
-    """The AEConfig of --model, or with --init that of its file, and the weights of that or None."""
+    """AEConfig and initial weights: from the --init file, else those of --model and None."""
     if not args.init:
         return CONFIGS[args.model], None
     ae = load_autoencoder(args.init)
@@ -151,7 +151,7 @@ def open_model(args):
     run.need(args.model in (default, *names), f"--model {args.model}: --init {args.init} is "
              f"{names[0] if names else ae.config}; leave --model out")
     args.model = names[0] if names else "of --init"
-    args.init = autoencoder_hash(ae)                       # --resume takes the file from any path
+    args.init = autoencoder_hash(ae)                       # --resume accepts the file at any path
     return ae.config, ae.state_dict()
 
 
@@ -160,8 +160,8 @@ def open_model(args):
 
 def draw_pair(args, rng):
     """
-    This step's transform of image and latent, by a random.Random that is the same on every rank.
-    returns  scale of the images before encoding (EQ-VAE; 1.0 = none), and
+    Draw this step's transform of image and latent; rng: a random.Random, equal on all ranks.
+    returns  scale of the images before encoding (EQ-VAE; 1.0 = unchanged), and
              pair(images, latents) -> (reconstruction target, decoder input)
     """
     unchanged = lambda images, latents: (images, latents)
@@ -179,7 +179,7 @@ def draw_pair(args, rng):
 
 
 def learning_rates(args, step, gan):
-    """Of autoencoder and discriminator, each warmed up over its own updates. gan: is it on yet?"""
+    """For autoencoder and discriminator, warmed up over their own updates. gan: has it started?"""
     disc_updates = step - args.gan_start if gan else 0
     if gan and not args.gan_every_step:
         disc_updates = step // 2 - args.gan_start // 2     # odd steps in [gan_start, step)
@@ -189,19 +189,19 @@ def learning_rates(args, step, gan):
 
 
 def alignment_networks(args, latent_channels, device):
-    """VA-VAE's or UAE's frozen teacher, and the projection of latent cells to its width."""
+    """Frozen teacher of VA-VAE or UAE, and the projection of latent cells to its width."""
     # VA-VAE resizes bilinearly and leaves images in [-1, 1]
     options = dict(resize="bilinear", imagenet=False) if "vf" in args.reg else {}
     teacher = load_encoder(args.encoder, args.encoder_source, **options).to(device)
-    # no bias: it alone could fit the features' mean
+    # no bias: it could fit the mean of the features by itself
     return teacher, torch.nn.Linear(latent_channels, teacher.width, bias=False).to(device)
 
 
 def alignment(args, teacher, projection, ae, images, latents, recon, image_grad, terms):
     """
-    VA-VAE's or UAE's weighted term: projected latents (b, C, h, w) close to features of the images.
-    Its value and ratio are added to terms, for the log. VA-VAE's weight is relative to what the
-    decoder sends back to the latents of image_grad, the gradient of the other losses at recon.
+    Weighted alignment loss of VA-VAE or UAE between projected latents (b, C, h, w) and the images'
+    features. Its value and adaptive weight are added to terms, for the log. VA-VAE's weight is
+    relative to image_grad, the other losses' gradient at recon, backpropagated to the latents.
     """
     grid = latents.shape[-2:]
     features = teacher(images, grid)                       # (b, h*w, D)
@@ -229,7 +229,7 @@ def make_fast(args, ae, disc, lpips, device):
         half.features = torch.compile(half.features)
     for network in filter(None, (disc, lpips)):
         network.compile()
-    # eager code would pay for copies here, since GroupNorm returns NCHW
+    # not in eager mode, where GroupNorm returns NCHW and every convolution would copy
     if device.type == "cuda":
         for network in filter(None, (ae, lpips)):
             network.to(memory_format=torch.channels_last)
@@ -241,22 +241,22 @@ def make_fast(args, ae, disc, lpips, device):
 @torch.no_grad()
 def validate(ae, batches, args, autocast):
     """
-    Held-out images, each counted once over all ranks. Reconstructions decode the posterior's mode,
-    spectra see its samples. Also stores the samples' mean and standard deviation per channel in the
-    autoencoder (normalize, denormalize).
+    Metrics on held-out images, each counted once over all ranks. Reconstructions decode the
+    posterior's mode, spectra use samples. Also stores the samples' mean and standard deviation per
+    channel in the autoencoder, for normalize and denormalize.
     returns  {psnr dB, ssim, l1, esm: divergence from the flattened target (nats), alpha: exponent
-             of the latents' PSD, alpha_image, latent_std: over all channels}, keys with val_
+             of the latents' PSD, alpha_image, latent_std: RMS over channels}, prefixed with val_
     """
     ae.eval()
     C = ae.config.latent_channels
     totals = torch.zeros(5 + 16 + 16 + 3 * C, dtype=torch.float64)
     for images, _, indices in batches:
-        with autocast:                                     # the networks; metrics are float32
+        with autocast:                                     # networks only; metrics in float32
             posterior = ae.encode(images)
             recon = ae.decode(posterior.mode())
         recon = recon.float()
         noise = []
-        for i in indices.tolist():                         # image i has its noise on any rank
+        for i in indices.tolist():                         # same noise for image i on any rank
             generator = torch.Generator().manual_seed(run.step_seed(args.seed, i))
             noise.append(torch.randn(posterior.mean.shape[1:], generator=generator))
         latents = posterior.sample(torch.stack(noise).to(images.device))
@@ -284,7 +284,7 @@ def validate(ae, batches, args, autocast):
 
 @torch.no_grad()
 def draw_reconstructions(ae, val_set, path, device):
-    """Held-out images, and DSM's claim: a low-passed latent decodes to the low-passed image."""
+    """Plot held-out images and DSM's claim: a low-passed latent decodes to the low-passed image."""
     images = torch.stack([val_set[i][0] for i in range(min(8, len(val_set)))])
     images = images.to(device) / 127.5 - 1                 # (8, 3, H, W) in [-1, 1]
     latents = ae.encode(images).mode()
@@ -297,7 +297,7 @@ def draw_reconstructions(ae, val_set, path, device):
 
 
 def print_config(args, ae, train_set, val_set, world, device):
-    """What is about to be trained."""
+    """Print model, data and run settings."""
     parameters = sum(p.numel() for p in ae.parameters())
     d, side = ae.config.latent_channels, args.image_size // ae.config.reduction
     run.print0(f"{args.model}: {parameters:,} parameters, {args.image_size} px -> {d} x {side} x "
@@ -307,10 +307,10 @@ def print_config(args, ae, train_set, val_set, world, device):
 
 
 def summary(step, report, usage):
-    """One line of held-out numbers; usage: images/s since the start, peak memory in GB."""
+    """Validation metrics in one line; usage: images/s since the start, peak memory in GB."""
     return (f"step {step}: PSNR {report['val_psnr']:.2f} dB, SSIM {report['val_ssim']:.4f}, L1 "
             f"{report['val_l1']:.4f}, ESM divergence {report['val_esm']:.4f}, latents: std "
-            f"{report['val_latent_std']:.2f}, PSD ~ f^-{report['val_alpha']:.2f} (images of that "
+            f"{report['val_latent_std']:.2f}, PSD ~ f^-{report['val_alpha']:.2f} (images at that "
             f"size: f^-{report['val_alpha_image']:.2f}), {usage['images_per_s']:.1f} images/s, "
             f"{usage['memory_GB']:.1f} GB")
 
@@ -328,7 +328,7 @@ def main():
     identity = dict(images=run.broadcast_from_rank0(lambda: images_hash(train_set)))
     checkpoint = run.open_run(args, "ae", identity)
     start_step = checkpoint["step"] if checkpoint else 0
-    torch.manual_seed(args.seed)                           # the initial weights; nothing else
+    torch.manual_seed(args.seed)                           # for the initial weights only
     ae = AutoencoderKL(config).to(device)
     if initial:
         ae.load_state_dict(initial)
@@ -345,12 +345,12 @@ def main():
     optimizer = adamw([*ae.parameters(), *(projection.parameters() if projection else ())])
     disc_optimizer = adamw(disc.parameters()) if disc else None
     parts = dict(model=ae, optimizer=optimizer, projection=projection, disc=disc,
-                 disc_optimizer=disc_optimizer)            # what a checkpoint carries
+                 disc_optimizer=disc_optimizer)            # saved in every checkpoint
     parts = {name: part for name, part in parts.items() if part is not None}
-    if checkpoint:                                         # without disc before --gan_start
+    if checkpoint:                                         # no disc if its --steps <= --gan_start
         run.restore(checkpoint, {
             name: part for name, part in parts.items() if name in checkpoint or "disc" not in name})
-    track = run.open_tracker(args, start_step)             # before the log replaces a run
+    track = run.open_tracker(args, start_step)             # can fail, so before Log deletes a run
     log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"], track)
     del checkpoint                                         # gigabytes at paper scale
     print_config(args, ae, train_set, val_set, world, device)
@@ -367,9 +367,9 @@ def main():
             run.save_checkpoint(f"{args.out}/ckpt.pt", state, args.keep_every)
 
     def evaluate(step):
-        """Held-out numbers, checkpoint, figure."""
+        """Validate, save a checkpoint, draw the figure."""
         usage = run.usage((step - start_step) * args.batch_size, start_time, device)
-        # rare, in shapes of its own: not worth a compilation
+        # rare and with its own shapes: not worth compiling
         with torch.compiler.set_stance("force_eager" if args.compile == "on" else "default"):
             report = validate(ae, val_batches(val_set, args.batch_size, rank, world,
                                               device=device), args, autocast)
@@ -406,12 +406,12 @@ def main():
         for i, (images, eps) in enumerate(zip(batch.chunk(accum), noise.chunk(accum))):
             for network in trained:                        # DDP averages gradients once per step
                 network.require_backward_grad_sync = i == accum - 1
-            with autocast, torch.set_grad_enabled(train_ae):           # Fig. 1; Eq. 4 by `pair`
+            with autocast, torch.set_grad_enabled(train_ae):       # Fig. 1; `pair` makes it Eq. 4
                 recon, target, latents, posterior = ae_ddp(images, eps, pair)
             terms = {}
-            if train_ae:                                   # Eq. 2, or 3, or 4, term by term
-                # L1, LPIPS and GAN see only the image: their gradient is collected at a detached
-                # copy, so that each network runs backward once, whatever the adaptive weight needs
+            if train_ae:                                   # Eq. 2, 3 or 4, term by term
+                # L1, LPIPS and GAN depend on the image only: their gradients are summed at a
+                # detached copy, so each network runs backward once (the decoder twice with vf)
                 image = recon.detach().float().requires_grad_()
                 terms["l1"] = rec = F.l1_loss(image, target)           # L1
                 if lpips:
@@ -419,7 +419,7 @@ def main():
                     rec = rec + args.lpips_weight * terms["lpips"]
                 image_grad, = torch.autograd.grad(rec, image)
                 loss = rec.detach()                        # its gradient is image_grad
-                if gan:                                                # + GAN, by VQGAN's lambda
+                if gan:                                                # + GAN, times VQGAN's lambda
                     disc.requires_grad_(False)
                     with autocast:
                         terms["gan"] = losses.hinge_g_loss(disc(image))
@@ -438,7 +438,7 @@ def main():
                     loss = loss + alignment(args, teacher, projection_ddp, ae, images, latents,
                                             recon, image_grad, terms)
                 terms["loss"] = loss
-                # d/d recon of the first summand is image_grad; loss holds these terms detached
+                # the first summand has gradient image_grad at recon; in loss its terms are detached
                 (((recon.float() * image_grad).sum() + loss) / accum).backward()
             if train_disc:
                 disc.requires_grad_(True)
