@@ -5,12 +5,12 @@ Stage 2: train a diffusion transformer on an autoencoder's latents.
     torchrun --nproc_per_node=8 train_diffusion.py --preset imagenet-f16d16 --data DIR \\
         --ae out/ae/imagenet-f16d16-dsm/ckpt.pt
 
-Every image is encoded once, as it is and mirrored, into a cache on disk (common/latents.py); the
-loop reads moments from there, samples the posterior and normalises by the latents' mean and std.
-SiT learns the interpolant's velocity, U-ViT the DDPM's noise (dit.py). With --repa the tokens after
-one block are also aligned with filtered DINOv2 features of the same image, same crop, same mirror.
-The argparse defaults train U-ViT on CelebA 256. A run lives in --out: ckpt.pt, log.jsonl,
-samples.png.
+Every image is encoded once, plain and mirrored, into a cache on disk (common/latents.py). The loop
+reads posterior moments from it, samples, and normalises by the latents' mean and std. SiT predicts
+the interpolant's velocity, U-ViT the noise of DDPM (dit.py). With --repa, the tokens after one
+block are also aligned with filtered DINOv2 features of the same image, cropped and mirrored alike.
+The defaults train U-ViT on CelebA 256. A run writes ckpt.pt, log.jsonl and samples.png to --out.
+Numbering as in arXiv:2603.14645 v1.
 """
 import argparse
 import sys
@@ -32,7 +32,7 @@ from dit import DDPM, MODELS, Interpolant, NoiseStream, SiTBlock, UViTBlock
 from repa import DOG_SIGMAS, REPA_KINDS, Projector, alignment_loss, filter_target, load_encoder
 
 SIT = dict(lr=1e-4, beta2=0.999, weight_decay=0.0, warmup_steps=0, clip_grad=1.0)  # Table 6
-# REPA and iREPA: no mirrored images, a constant decay of the average
+# as REPA and iREPA: no mirrored images, constant EMA decay
 IMAGENET = dict(steps=400_000, eval_every=10_000, keep_every=100_000, mirror="off",
                 ema_warmup="off", **SIT)
 PRESETS = {
@@ -49,57 +49,57 @@ PRESETS = {
 
 
 def get_args():
-    """The flags; presets fill in what is not given. --ae: the newest autoencoder of the preset."""
+    """Parse the flags; the preset supplies defaults; --ae defaults to its newest autoencoder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=run.Help,
                                      allow_abbrev=False)
     add = parser.add_argument
-    # what is run
-    add("--preset", choices=PRESETS, default="celeba-f16d16", help="a named group of defaults")
-    add("--out", help="folder of the run (default: out/diffusion/<name of the autoencoder's run>"
+    # run
+    add("--preset", choices=PRESETS, default="celeba-f16d16", help="named set of defaults")
+    add("--out", help="output folder (default: out/diffusion/<name of the autoencoder's run>"
         "[-<repa>])")
     run.add_run_flags(parser)
     # data and latents
     add("--ae", help="ckpt.pt of train_ae.py, or released weights that common/weights.py reads "
         "(default: the newest out/ae/<preset>-*/ckpt.pt)")
-    add("--data", help="folder, .zip, or cifar10 (default: what the autoencoder was trained on)")
-    add("--image_size", type=int, help="pixels per side (default: the autoencoder's, or 256)")
+    add("--data", help="folder, .zip, or cifar10 (default: the autoencoder's training data)")
+    add("--image_size", type=int, help="pixels per side (default: as for the autoencoder, or 256)")
     add("--cache", help="folder of the latent cache (default: "
         "out/latents/<autoencoder>-<images>-<size>)")
-    add("--encode_batch", type=int, default=64, help="images per encoder call over all processes")
+    add("--encode_batch", type=int, default=64, help="images per encoder call, over all processes")
     # model
     add("--model", choices=MODELS, default="UViT-S/1",
-        help="SiT-* learns velocities, UViT-* the noise of DDPM")
-    add("--schedule", choices=("vp", "sd"), default="vp", help="noise levels of UViT-*: the VP "
-        "schedule of the authors' U-ViT, or Stable Diffusion's")
+        help="SiT-* predicts velocity, UViT-* the noise of DDPM")
+    add("--schedule", choices=("vp", "sd"), default="vp", help="noise schedule of UViT-*: VP, as "
+        "in the authors' U-ViT, or Stable Diffusion's")
     add("--mirror", choices=("on", "off"), default="on", help="mirror half of the images")
     add("--num_classes", type=int, default=-1, help="-1: one per class folder; 0: unconditional")
     add("--label_dropout", type=float, default=0.1, help="fraction of null labels, for guidance")
     # representation alignment
     add("--repa", choices=("none", *REPA_KINDS), default="none",
         help="REPA, iREPA, or the paper's DoG band-pass target")
-    add("--encoder", default="dinov2_vitb14", help="whose features are the target")
-    add("--repa_weight", type=float, default=0.5, help="of the alignment loss")
+    add("--encoder", default="dinov2_vitb14", help="network whose features are the target")
+    add("--repa_weight", type=float, default=0.5, help="weight of the alignment loss")
     add("--repa_until", type=int, default=-1, metavar="STEP",
-        help="first step without alignment; -1 = aligned to the end")
-    add("--repa_depth", type=int, default=4, help="the block, from 1, whose output is aligned")
-    add("--dog_sigma1", type=float, default=DOG_SIGMAS[0], help="dog: in tokens of a 16x16 grid")
-    add("--dog_sigma2", type=float, default=DOG_SIGMAS[1], help="dog: the wide Gaussian, in tokens")
-    add("--norm_std", type=float, help="fraction of the target's mean that is subtracted (Table 6) "
-        "(default: irepa 0.6, dog 1.0, which has no mean left)")
+        help="first step without alignment; -1 = align to the end")
+    add("--repa_depth", type=int, default=4, help="block whose output is aligned, from 1")
+    add("--dog_sigma1", type=float, default=DOG_SIGMAS[0], help="dog: narrow Gaussian, in tokens")
+    add("--dog_sigma2", type=float, default=DOG_SIGMAS[1], help="dog: wide Gaussian, in tokens")
+    add("--norm_std", type=float, help="irepa: fraction of the target's mean that is subtracted "
+        "(Table 6) (default: 0.6; others ignore it)")
     # optimisation
     add("--steps", type=int, default=300_000, help="optimiser steps")
-    add("--batch_size", type=int, default=256, help="latents per step over all processes")
+    add("--batch_size", type=int, default=256, help="latents per step, over all processes")
     add("--lr", type=float, default=2e-4, help="constant after the warm-up, never rescaled")
-    add("--beta2", type=float, default=0.99, help="of AdamW; beta1 is 0.99 for UViT, 0.9 for SiT")
-    add("--weight_decay", type=float, default=0.03, help="of AdamW")
+    add("--beta2", type=float, default=0.99, help="for AdamW; beta1 is 0.99 for UViT, 0.9 for SiT")
+    add("--weight_decay", type=float, default=0.03, help="for AdamW")
     add("--warmup_steps", type=int, default=5000, help="steps until the learning rate is --lr")
-    add("--clip_grad", type=float, default=0.0, help="largest gradient norm; 0 = off")
-    add("--ema", type=float, default=0.9999, help="decay of the weights' average, for samples")
-    add("--ema_warmup", choices=("on", "off"), default="on", help="a smaller decay at the start")
+    add("--clip_grad", type=float, default=0.0, help="maximum gradient norm; 0 = off")
+    add("--ema", type=float, default=0.9999, help="decay of the EMA of the weights, for sampling")
+    add("--ema_warmup", choices=("on", "off"), default="on", help="smaller decay at the start")
     # reporting
     add("--eval_every", type=int, default=25_000, help="steps between sample grids and checkpoints")
     add("--keep_every", type=int, default=25_000, help="steps between kept ckpt_<step>.pt; -1: off")
-    add("--sample_steps", type=int, default=100, help="network calls per sample of the grid")
+    add("--sample_steps", type=int, default=100, help="network calls per sample in the grid")
     add("--cfg", type=float, default=1.0, help="guidance scale of the grid; 1 = off")
     args = run.parse_args(parser, PRESETS)
     args.ae = args.ae or run.newest("ae", args.preset, "--ae")
@@ -111,13 +111,13 @@ def get_args():
 
 
 def check(args, world):
-    """ValueError on the first flag that cannot work, before anything is loaded or written."""
+    """ValueError for the first invalid flag, before anything is loaded or written."""
     need, need_range = run.need, run.need_range
     run.check_run_flags(args, world)
     need(args.encode_batch > 0 and args.encode_batch % world == 0,
-         f"--encode_batch {args.encode_batch}: must be above 0 and divide by {world} processes")
+         f"--encode_batch {args.encode_batch}: must be a positive multiple of {world} processes")
     need(args.cfg == 1 or args.label_dropout > 0, f"--cfg {args.cfg}: --label_dropout 0 never "
-         "trains the null label to guide away from; leave --cfg at 1")
+         "trains the null label that guidance needs; leave --cfg at 1")
     need_range(args, 0, 1, "label_dropout", "ema", "norm_std")
     need_range(args, 0, float("inf"), "cfg", "repa_weight", "dog_sigma1", "dog_sigma2")
     need_range(args, 2, 1000, "sample_steps")
@@ -130,10 +130,10 @@ def check(args, world):
 # The latents and the networks of a run
 
 def open_latents(args, ae, train_set, identity, rank, world, device):
-    """The latent cache of this autoencoder and these images, encoded now if it is not there yet."""
+    """The latent cache of this autoencoder and these images; encodes them if it does not exist."""
     key = dict(identity, size=train_set.size)
     folder = Path(args.cache or f"out/latents/{'-'.join(map(str, key.values()))}")
-    there = run.broadcast_from_rank0(folder.exists)        # it is rank 0 that creates it
+    there = run.broadcast_from_rank0(folder.exists)        # rank 0 creates it
     if not there:
         run.need_one_node(f"--cache {folder}")
         with tqdm(total=len(train_set), unit="img", desc="encoding",
@@ -142,35 +142,35 @@ def open_latents(args, ae, train_set, identity, rank, world, device):
                         device, progress=lambda n: progress.update(n * world))
     cache = LatentCache(folder, key)
     ae.set_latent_stats(cache.mean, cache.std)
-    run.print0(f"{'read' if there else 'wrote'} {folder}: {len(cache):,} latents and mirrors of "
-               f"{list(cache.moments.shape[2:])} moments, normalised per channel from std "
+    run.print0(f"{'read' if there else 'wrote'} {folder}: {len(cache):,} latents and mirrors, "
+               f"moments {list(cache.moments.shape[2:])}, normalised per channel from std "
                f"{cache.std.square().mean().sqrt():.3f} to 1")
     return cache
 
 
 def alignment_networks(args, model, size, device):
-    """The frozen encoder of the target and the projector (repa.py); size: pixels of an image."""
+    """The frozen target encoder and the projector (repa.py); size: pixels per image side."""
     grid = model.grid
     run.need(1 <= args.repa_depth <= model.depth,
              f"--repa_depth {args.repa_depth}: {args.model} has {model.depth} blocks")
     with run.local_rank_zero_first():                      # one download per node
         encoder = load_encoder(args.encoder, args.encoder_source).to(device)
     projector = Projector(REPA_KINDS[args.repa][1], model.pos_embed.shape[-1], encoder.width)
-    encoder(torch.zeros(1, 3, size, size, device=device), grid)    # what does not fit says so now
+    encoder(torch.zeros(1, 3, size, size, device=device), grid)    # raises now if it does not fit
     return encoder, projector.to(device)
 
 
 def aligned_images(cache, indices, batch):
-    """Images (b, 3, H, W) of the same entries as cached latents; ValueError if one is gone."""
+    """Images (b, 3, H, W) of the cached latents at indices; ValueError if one is unreadable."""
     images, _, positions = batch
-    moved = cache.rows[positions] != indices               # another image came in its place
+    moved = cache.rows[positions] != indices               # the loader substituted another image
     run.need(not moved.any(), "--data: an image that is in the latent cache can no longer be read "
              "(named above); restore it and --resume")
     return images
 
 
 def summary(step, means, usage):
-    """One line of a log line's loss and run.usage."""
+    """Loss, speed and memory in one line; usage: see run.usage."""
     return (f"step {step}: loss {means.get('loss', np.nan):.4f}, {usage['images_per_s']:.1f} "
             f"images/s, {usage['memory_GB']:.1f} GB")
 
@@ -178,8 +178,8 @@ def summary(step, means, usage):
 @torch.no_grad()
 def sample_grid(args, model, classes, process, ae, autocast, device, count=16):
     """
-    The first samples of --seed, decoded: (count, 3, H, W) in [0, 1]; in turn of the classes that
-    have an image.
+    The first samples of --seed, decoded: (count, 3, H, W) in [0, 1], cycling through `classes`,
+    those that have an image.
     """
     y = sample_labels(range(count), classes).to(device) if model.num_classes else None
     with autocast:
@@ -211,11 +211,11 @@ def main():
 
     classes = len(train_set.classes) if args.num_classes == -1 else args.num_classes
     run.need(args.cfg == 1 or classes, f"--cfg {args.cfg}: an unconditional model has no null "
-             "class to guide away from; leave --cfg at 1")
+             "class, which guidance needs; leave --cfg at 1")
     model_args = dict(input_size=size // f, in_channels=ae.config.latent_channels,
                       num_classes=classes)
     build = partial(MODELS[args.model], **model_args)
-    torch.manual_seed(args.seed)                           # the initial weights; nothing else
+    torch.manual_seed(args.seed)                           # for the initial weights only
     model, uvit, encoder, projector = build().to(device), args.model.startswith("UViT"), None, None
     process = DDPM(args.schedule) if uvit else Interpolant()
     if args.repa != "none":
@@ -224,16 +224,16 @@ def main():
         [*model.parameters(), *(projector.parameters() if projector else ())], lr=args.lr,
         betas=(0.99 if uvit else 0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
     ema = run.EMA(model, args.ema, args.ema_warmup == "on")
-    averaged = build().to(device).eval().requires_grad_(False)     # the EMA's weights, to sample
+    averaged = build().to(device).eval().requires_grad_(False)     # holds the EMA, for sampling
     cache = open_latents(args, ae, train_set, identity, rank, world, device)
     run.need(not classes or cache.labels.max() < classes,
              f"--num_classes {classes}: the data has labels up to {cache.labels.max()}")
     seen = np.unique(cache.labels[cache.rows]).tolist()    # classes that have an image
-    parts = dict(model=model, optimizer=optimizer, ema=ema)        # what a checkpoint carries
+    parts = dict(model=model, optimizer=optimizer, ema=ema)        # saved in every checkpoint
     parts |= dict(projector=projector) if projector else {}
     if checkpoint:
         run.restore(checkpoint, parts)
-    track = run.open_tracker(args, start_step)             # before the log replaces a run
+    track = run.open_tracker(args, start_step)             # can fail, so before Log deletes a run
     log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"], track)
     del checkpoint                                         # gigabytes at paper scale
     run.print0(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
@@ -245,12 +245,12 @@ def main():
     if args.compile == "on":
         model.compile()
     n = args.grad_accum
-    static = n == 1 and args.repa_until < 0                # every step has the same graph
+    static = n == 1 and args.repa_until < 0                # every step runs the same graph
     model_ddp, projector_ddp = (run.ddp(net, static) for net in (model, projector))
     trained = [network for network in (model_ddp, projector_ddp) if network]
     stream = (args.batch_size, start_step, args.seed, rank, world)
     latent_batches = cache.batches(*stream, device, args.mirror == "on")
-    image_batches = iter(())                               # with --repa the same stream of images
+    image_batches = iter(())                               # with --repa: images in the same order
     if encoder:
         image_batches = train_batches(take(train_set, cache.rows), *stream, args.workers, device,
                                       args.mirror == "on")
@@ -283,7 +283,7 @@ def main():
             run.print0(f"wrote {args.out}/ckpt.pt, log.jsonl, samples.png")
             break
 
-        # every draw is a function of (seed, step): any number of processes, any restart, the same
+        # random draws depend on (seed, step), not on the number of processes or restarts
         generator = torch.Generator(device).manual_seed(run.step_seed(args.seed, step))
         draw = partial(run.sharded, generator=generator, rank=rank, world=world)
         posterior, labels, indices, _ = next(latent_batches)
@@ -293,7 +293,7 @@ def main():
         b = len(latents)                                   # global batch / world
         t = draw(torch.rand, (b,))                         # 0 = data, 1 = noise
         eps = draw(torch.randn, latents.shape)             # (b, C, h, w)
-        drop = draw(torch.rand, (b,)) < args.label_dropout     # these take the null label
+        drop = draw(torch.rand, (b,)) < args.label_dropout     # True: null label
         if aligned:
             images = aligned_images(cache, indices, images)
 
@@ -302,7 +302,7 @@ def main():
             y = labels[part] if classes else None
             for network in trained:
                 network.require_backward_grad_sync = i == n - 1
-            with autocast:                                 # velocity or noise, mean squared error
+            with autocast:                                 # MSE of velocity or noise
                 loss = process.loss(model_ddp, latents[part], t[part], eps[part], y, drop[part],
                                     args.repa_depth if aligned else None)
             terms = dict(loss=loss)
