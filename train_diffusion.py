@@ -133,8 +133,8 @@ def open_latents(args, ae, train_set, identity, rank, world, device):
     """The latent cache of this autoencoder and these images; encodes them if it does not exist."""
     key = dict(identity, size=train_set.size)
     folder = Path(args.cache or f"out/latents/{'-'.join(map(str, key.values()))}")
-    there = run.broadcast_from_rank0(folder.exists)        # rank 0 creates it
-    if not there:
+    exists = run.broadcast_from_rank0(folder.exists)       # rank 0 creates it
+    if not exists:
         run.need_one_node(f"--cache {folder}")
         with tqdm(total=len(train_set), unit="img", desc="encoding",
                   disable=rank > 0 or not sys.stderr.isatty()) as progress:
@@ -142,7 +142,7 @@ def open_latents(args, ae, train_set, identity, rank, world, device):
                         device, progress=lambda n: progress.update(n * world))
     cache = LatentCache(folder, key)
     ae.set_latent_stats(cache.mean, cache.std)
-    run.print0(f"{'read' if there else 'wrote'} {folder}: {len(cache):,} latents and mirrors, "
+    run.print0(f"{'read' if exists else 'wrote'} {folder}: {len(cache):,} latents and mirrors, "
                f"moments {list(cache.moments.shape[2:])}, normalised per channel from std "
                f"{cache.std.square().mean().sqrt():.3f} to 1")
     return cache
@@ -163,8 +163,8 @@ def alignment_networks(args, model, size, device):
 def aligned_images(cache, indices, batch):
     """Images (b, 3, H, W) of the cached latents at indices; ValueError if one is unreadable."""
     images, _, positions = batch
-    moved = cache.rows[positions] != indices               # the loader substituted another image
-    run.need(not moved.any(), "--data: an image that is in the latent cache can no longer be read "
+    replaced = cache.rows[positions] != indices            # the loader substituted another image
+    run.need(not replaced.any(), "--data: an image in the latent cache can no longer be read "
              "(named above); restore it and --resume")
     return images
 
@@ -196,16 +196,16 @@ def main():
     check(args, world)
     autocast = run.device_choices(args, device, fixed_size=False)
     ae = load_autoencoder(args.ae).to(device).requires_grad_(False)
-    trained = run.checkpoint_args(args.ae)                 # the autoencoder's flags, if it is ours
-    origin = dict(data=args.data or trained.get("data"), data_seed=trained.get("seed", 0),
-                  image_size=args.image_size or trained.get("image_size", 256))
+    ae_args = run.checkpoint_args(args.ae)                 # its training flags; {} if not ours
+    origin = dict(data=args.data or ae_args.get("data"), data_seed=ae_args.get("seed", 0),
+                  image_size=args.image_size or ae_args.get("image_size", 256))
     size, f = origin["image_size"], ae.config.reduction
     run.need(size > 0 and size % f == 0, f"--image_size {size}: must be a multiple of {f}, the "
              f"reduction of {args.ae}")
     train_set, _ = open_data(origin["data"], size, seed=origin["data_seed"])
     identity = dict(autoencoder=autoencoder_hash(ae),
                     images=run.broadcast_from_rank0(lambda: images_hash(train_set)))
-    compare_images(args.ae, trained, origin["data"], train_set)
+    compare_images(args.ae, ae_args, origin["data"], train_set)
     checkpoint = run.open_run(args, "diffusion", identity)
     start_step = checkpoint["step"] if checkpoint else 0
 
@@ -224,7 +224,7 @@ def main():
         [*model.parameters(), *(projector.parameters() if projector else ())], lr=args.lr,
         betas=(0.99 if uvit else 0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
     ema = run.EMA(model, args.ema, args.ema_warmup == "on")
-    averaged = build().to(device).eval().requires_grad_(False)     # holds the EMA, for sampling
+    ema_model = build().to(device).eval().requires_grad_(False)    # the EMA weights, for sampling
     cache = open_latents(args, ae, train_set, identity, rank, world, device)
     run.need(not classes or cache.labels.max() < classes,
              f"--num_classes {classes}: the data has labels up to {cache.labels.max()}")
@@ -275,8 +275,8 @@ def main():
         if step == args.steps or step % args.eval_every == 0:
             save(step)
             if rank == 0:
-                averaged.load_state_dict(ema.shadow)
-                image_grid(sample_grid(args, averaged, seen, process, ae, autocast, device),
+                ema_model.load_state_dict(ema.shadow)
+                image_grid(sample_grid(args, ema_model, seen, process, ae, autocast, device),
                              f"{args.out}/samples.png")
                 log.track(step, dict(samples=f"{args.out}/samples.png"))
         if step == args.steps:
