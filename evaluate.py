@@ -1,22 +1,22 @@
 """
-Every number and figure of the project, by one command each:
+All numbers and figures of the project, one command each:
 
     recon          PSNR, SSIM, LPIPS and rFID of reconstructions                   Tables 2, 3
     gen            samples, their FID, IS, KID, precision, recall, SWD             Tables 2, 3, 4
-    fid A B        Frechet distance of two sets of images
+    fid A B        Frechet distance between two sets of images
     spectrum       radial PSD of images and of the latents of any autoencoders     Figs. 4, 5, 7, 8
     bands          does a low-passed latent decode to the low-passed image?        Alg. 2
     latents        latents as images, PCA to RGB                                   Fig. 3
-    similarity     which tokens a token resembles, for each target of REPA         Fig. 6
-    curves RUN...  the logs of training runs, also while they run
+    similarity     similarity of one token to all others, for each target of REPA  Fig. 6
+    curves RUN...  training curves from log.jsonl, also while training runs
     denoise        how much of the learnable power a network has learned           Prop. 3.1
-    trajectory     in which order sampling brings the frequencies in               Sec. 3.2
-    diffusability  what can be known of autoencoders before any diffusion          Table 1
+    trajectory     in which order the frequencies appear during sampling           Sec. 3.2
+    diffusability  statistics of autoencoders, before any diffusion training       Table 1
 
-`evaluate.py COMMAND --help` says more. A command is a function of the flags and the device: in
-analysis/theory.py the last three, in analysis/figures.py the five before them. It yields (values,
-settings), which are printed, and appended to results.jsonl with command, commit and hardware.
-Without the Inception weights there is no FID, only the metrics that need none.
+`evaluate.py COMMAND --help` says more. Each command is a function of flags and device: the last
+three are in analysis/theory.py, the five before them in analysis/figures.py. It yields (values,
+settings), which are printed and appended to results.jsonl with command, commit and hardware.
+Without the Inception weights, recon, gen and diffusability skip the metrics that need them.
 """
 import argparse
 import contextlib
@@ -50,17 +50,17 @@ PRESETS = {
 
 
 def report(values, settings, results):
-    """Print a result, all finite, with its settings, and append it to `results`; on rank 0."""
+    """On rank 0, print a result and its settings and append it to `results`; it must be finite."""
     bad = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
     run.need(not bad, f"{next(iter(settings.values()), '')}: {', '.join(bad)} not finite, so "
-             "there is no result; the run has diverged, take an earlier checkpoint")
+             "no result is recorded; the run has diverged, use an earlier checkpoint")
     if run.get_rank() > 0:
         return
     number = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
     run.print0("  ".join(f"{k} {number(v)}" for k, v in values.items()))
     run.print0("  with " + ", ".join(f"{k} {v}" for k, v in settings.items()))
     commit, cpu = "", f"{platform.machine()}, {os.cpu_count()} cores"
-    with contextlib.suppress(OSError):                 # no git here
+    with contextlib.suppress(OSError):                 # git is not installed
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     line = dict(values, **settings, command=" ".join(["evaluate.py", *sys.argv[1:]]), commit=commit,
@@ -72,14 +72,14 @@ def report(values, settings, results):
 
 
 def load_or_none(load, args, device):
-    """load() on every rank; None, with a line that says why, if one lacks the weights."""
+    """load() on every rank, or None, printing the reason, if any rank lacks the weights."""
     network = None
     if args.networks == "off":
         return None
     try:
         with run.local_rank_zero_first():
             network = load()
-    except FileNotFoundError as error:                 # without its advice for train_ae.py
+    except FileNotFoundError as error:                 # cut its advice, meant for train_ae.py
         run.print0(str(error).partition(", or train without it")[0])
     return network if all(run.all_gather(network is not None)) else None
 
@@ -90,26 +90,26 @@ def load_or_none(load, args, device):
 @torch.no_grad()
 def evaluate_recon(args, device):
     """
-    Images through the autoencoder: PSNR, SSIM, L1, LPIPS and rFID, as far as weights can be had.
+    Reconstruction metrics: PSNR, SSIM, L1, and LPIPS and rFID if their weights are available.
 
-    --protocol plain: held-out images, decoded from the posterior's mode. --protocol authors, as the
-    paper's authors measured: training images, decoded from a posterior sample; for rFID and PSNR
-    both sides go through JPEG first, of quality 75, and SSIM is of images clamped to [-1, 1]. They
-    drew 50,000 of CelebA's with repetition and mirrors; here each counts once, as it is.
+    --protocol plain: held-out images, decoded from the posterior's mode. --protocol authors, as in
+    the authors' code: training images, decoded from a posterior sample; both sides are compressed
+    as JPEG, quality 75, for rFID and PSNR, and SSIM clamps to [-1, 1]. The authors drew 50,000
+    CelebA images with repetition and mirroring; here each image counts once, not mirrored.
     """
     authors, rank, world = args.protocol == "authors", run.get_rank(), run.get_world_size()
     args.ae = args.ae or run.newest("ae", args.preset, "--ae")
     ae = load_autoencoder(args.ae).to(device)
-    trained = run.checkpoint_args(args.ae)
-    data = args.data or trained.get("data")
-    size = args.image_size or trained.get("image_size", 256)
+    ae_args = run.checkpoint_args(args.ae)
+    data = args.data or ae_args.get("data")
+    size = args.image_size or ae_args.get("image_size", 256)
     f = ae.config.reduction
     run.need(size >= 11 and size % f == 0, f"--image_size {size}: must be at least 11, SSIM's "
              f"window, and a multiple of {f}, the reduction of {args.ae}")
     split = args.split or ("train" if authors else "val")
     train_set, images = open_data(data, size, val_images=args.val_images or 1000,
-                                  seed=trained.get("seed", 0))
-    compare_images(args.ae, trained, data, train_set)
+                                  seed=ae_args.get("seed", 0))
+    compare_images(args.ae, ae_args, data, train_set)
     if split == "train":
         images = spread(train_set, args.val_images or len(train_set))
     lpips = load_or_none(lambda: PerceptualLoss().to(device), args, device)
@@ -121,11 +121,11 @@ def evaluate_recon(args, device):
                                          args.workers, device):
         posterior = ae.encode(batch)
         z = posterior.mode()
-        if authors:                                    # noise of (--seed, index in the set)
+        if authors:                                    # noise from (--seed, index in the set)
             noise = NoiseStream(args.seed, indices.tolist())(z.shape)
             z = posterior.sample(noise.to(device))
         recon = ae.decode(z).float()
-        pair = [metrics.to_uint8(x) for x in (recon, batch)]           # as files hold them
+        pair = [metrics.to_uint8(x) for x in (recon, batch)]           # as stored in files
         if authors:
             pair = [metrics.jpeg_round_trip(x) for x in pair]
         scores = [torch.ones(len(batch)), metrics.psnr(*(x / 127.5 - 1 for x in pair)),
@@ -155,13 +155,13 @@ def evaluate_gen(args, device):
     Sample images, write them (grid.png, samples.npz for the ADM evaluation suite), and compare them
     with the training images.
 
-    Several --ckpt, or --every, are sampled one after the other, each into a folder of its own; the
-    best is printed at the end. That is how the steps of Table 2 were found.
+    With several --ckpt, or --every, each checkpoint's samples go to a folder of their own, and the
+    best checkpoint is printed at the end; the paper found the steps of Table 2 in this way.
     """
-    run.need_one_node("gen: the file of samples")
+    run.need_one_node("gen: samples.npz")
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     load = lambda: load_or_none(lambda: metrics.load_inception(device), args, device)
-    inception = cache(load)                            # when flags and checkpoint are known to fit
+    inception = cache(load)                            # called once flags and checkpoint are valid
     checkpoints, results = figures.named_checkpoints(args), []
     for file, name in checkpoints:
         out = Path(args.out or Path(file).parent / "samples")
@@ -176,10 +176,10 @@ def evaluate_gen(args, device):
         figures.need_outside(out / "images", data)
         training_set = fid.training_images(file, checkpoint, args)
         network, count, values, described = None, 0, {}, "none"
-        if training_set is not None:       # before hours of sampling: images may prove unreadable
+        if training_set is not None:       # images may be unreadable: before hours of sampling
             reference = fid.reference_statistics(training_set, inception, args, device)
             network = inception()
-            count = min(n, len(training_set), 2048)            # in memory, unlike all else here
+            count = min(n, len(training_set), 2048)            # these are kept in memory
             batches = val_batches(spread(training_set, count), args.batch_size)
             real = [images for images, _, _ in batches] if run.get_rank() == 0 else []
             described = f"{len(training_set)} training images of {data or 'built-in'} at {size} px"
@@ -204,7 +204,7 @@ def evaluate_gen(args, device):
             seconds=round(seconds, 1))
         results.append((values, settings))
         yield values, settings
-    if len(results) > 1 and values:                    # FID, or SWD of the finest level without it
+    if len(results) > 1 and values:                    # by FID, or else by SWD at the finest level
         key = next(key for key in values if key.startswith(("FID", "SWD")))
         values, settings = min(results, key=lambda result: result[0].get(key, math.inf))
         run.print0(f"best of {len(results)}: {key} {values[key]:.4g} at step {settings['step']}, "
@@ -213,15 +213,15 @@ def evaluate_gen(args, device):
 
 def evaluate_fid(args, device):
     """
-    Frechet distance of two sets, each a folder, a zip, an npz of images (arr_0) or an npz of
+    Frechet distance between two sets, each a folder, a zip, an npz of images (arr_0) or an npz of
     statistics (mu, sigma).
 
-    Images are compared at one size: --image_size, else that of the npz, else that of all images of
-    the folders and zips. Larger and smaller ones are cropped and resized as ADM does.
+    Images are compared at one size: --image_size, else the npz's, else the common size of all
+    images in the folders and zips. Images of other sizes are cropped and resized as in ADM.
     """
     a, b = sets = [fid.open_set(spec) for spec in (args.a, args.b)]
     size = args.image_size or fid.common_size(sets)
-    for entry in sets:                                 # those that gen keeps know their size
+    for entry in sets:                                 # statistics saved by gen record their size
         run.need(not entry.moments or entry.size in (None, size), f"{entry.spec}: statistics of "
                  f"images of {entry.size} px, not {size}; compare at --image_size {entry.size}")
     inception = metrics.load_inception(device) if a.images or b.images else None
@@ -230,7 +230,7 @@ def evaluate_fid(args, device):
             entry.images.size = size
             found = fid.set_statistics(inception, entry.images, [], 0, args, device)
             entry.n, *entry.moments = found[:3]
-    known = [entry.n for entry in sets if entry.n]     # images; of statistics it is not known
+    known = [entry.n for entry in sets if entry.n]     # number of images; statistics may lack it
     name = fid.fid_at(min(known)) if known else "FID"
     yield {name: metrics.frechet_distance(*a.moments, *b.moments)}, dict(
         a=a.spec, b=b.spec, n_a=a.n, n_b=b.n, size=size,
@@ -241,7 +241,7 @@ def evaluate_fid(args, device):
 # The command line
 
 IMAGES = "data image_size batch_size val_images"
-COMMANDS = {                                           # name: (function, flags that it takes)
+COMMANDS = {                                           # name: (function, its flags)
     "recon": (evaluate_recon, f"{IMAGES} ae workers seed protocol split networks"),
     "gen": (evaluate_gen, "ckpt every ae data out batch_size workers seed num_samples steps "
             "sampler cfg cfg_interval labels jpeg dtype reference_images folder networks"),
@@ -251,12 +251,12 @@ COMMANDS = {                                           # name: (function, flags 
     "bands": (figures.bands_figure, f"{IMAGES} ae out"),
     "latents": (figures.latents_figure, f"{IMAGES} ae out"),
     "similarity": (figures.similarity_figure, f"{IMAGES} out image token encoder encoder_source"),
-    "curves": (figures.curves_figure, "runs out"),     # reads logs and measures nothing
+    "curves": (figures.curves_figure, "runs out"),     # only reads logs
     "denoise": (theory.denoise_figure, "ckpt every ae data out batch_size val_images seed"),
     "trajectory": (theory.trajectory_figure, "ckpt every ae out seed num_samples steps"),
     "diffusability": (theory.diffusability_rows, f"{IMAGES} ae networks"),
 }
-# where a command's default is another one
+# defaults of single commands that differ from the flag's
 DEFAULTS = {"similarity": dict(data="leaves", image_size=224, val_images=8,
                                encoder="dinov2_vitb14"),
             "latents": dict(val_images=8), "recon": dict(val_images=None),
@@ -264,7 +264,7 @@ DEFAULTS = {"similarity": dict(data="leaves", image_size=224, val_images=8,
 
 
 def get_args():
-    """A command, then its flags: the parser has those that it takes, and refuses all others."""
+    """Parse a command and its flags; the parser refuses flags that the command does not take."""
     command = sys.argv[1] if sys.argv[1:] and sys.argv[1] in COMMANDS else None
     function, takes = COMMANDS.get(command, (None, ""))
     takes = takes.split() + ["preset", "device", "results"] * (command != "curves")
@@ -286,70 +286,70 @@ def get_args():
     add("a", help=kinds)
     add("b", help=kinds)
     add("runs", nargs="+", metavar="RUN", help="a run's folder, or its log.jsonl")
-    add("--preset", "celeba-f16d16", choices=PRESETS, help="defaults by name; explicit flags win")
+    add("--preset", "celeba-f16d16", choices=PRESETS, help="named set of defaults")
     several = command in ("spectrum", "bands", "latents", "diffusability")
-    add("--ae", nargs="+" if several else None, help="ckpt.pt or released weights (default: what "
-        "--ckpt was trained on; of out/ae/<preset>-*/ckpt.pt the newest, or all if all can be)")
+    add("--ae", nargs="+" if several else None, help="ckpt.pt or released weights (default: the "
+        "one of --ckpt, else the newest out/ae/<preset>-*/ckpt.pt, or all if several are allowed)")
     add("--ckpt", nargs="+", help="run(s) of train_diffusion.py or their ckpt.pt (default: the "
         "newest out/diffusion/<preset>-*/ckpt.pt)")
     add("--every", False, action="store_true", help="all ckpt_<step>.pt of the run, in order")
-    add("--data", help="folder, .zip, cifar10, leaves or discs; without it what was trained on")
-    add("--image_size", type=int, help="pixels a side; without it as in training, for fid as above")
-    add("--val_images", 1000, type=int, help="held-out images (recon: 1000, or all for training)")
-    add("--batch_size", 50, type=int, help="images per network call and process")
+    add("--data", help="folder, .zip, cifar10, leaves or discs (default: as in training)")
+    add("--image_size", type=int, help="pixels per side (default: as in training; fid: see above)")
+    add("--val_images", 1000, type=int, help="held-out images (default: 1000; train split: all)")
+    add("--batch_size", 50, type=int, help="images per network call, per process")
     add("--workers", 4, type=int, help="loader processes")
-    add("--seed", 0, type=int, help="of every draw")
-    add("--networks", "on", choices=("on", "off"), help="LPIPS and Inception, whose weights are "
-        "downloaded once; off: the metrics that need none")
+    add("--seed", 0, type=int, help="seed of all random draws")
+    add("--networks", "on", choices=("on", "off"), help="off: skip LPIPS, Inception (downloaded "
+        "once) and all metrics that need them")
     add("--protocol", "plain", choices=("plain", "authors"), help="how to measure, see above")
-    add("--split", choices=("train", "val"), help="images (default: val; of authors: train)")
+    add("--split", choices=("train", "val"), help="(default: val, or train for --protocol authors)")
     # gen and trajectory
     add("--num_samples", 50_000, type=int, help="images to sample")
     add("--steps", 100, type=int, help="network calls per sample")
     add("--sampler", "em", choices=("em", "ode"), help="SiT: Euler-Maruyama or Euler ODE")
     add("--cfg", 1.0, type=float, help="guidance scale; 1 = off (paper: 1.8 on ImageNet)")
-    add("--cfg_interval", (0.0, 1.0), type=float, nargs=2, help="times of guidance, 0 = data")
+    add("--cfg_interval", (0.0, 1.0), type=float, nargs=2, help="times with guidance, 0 = data")
     add("--labels", "turn", choices=("turn", "random"), help="classes in turn, or at random")
-    add("--jpeg", False, action="store_true", help="samples through JPEG, quality 75")
-    add("--dtype", choices=("fp32", "bf16"), help="of the transformer (default: bf16 on cuda)")
+    add("--jpeg", False, action="store_true", help="compress the samples as JPEG, quality 75")
+    add("--dtype", choices=("fp32", "bf16"), help="transformer's dtype (default: bf16 on cuda)")
     add("--reference_images", 0, type=int, help="training images to compare with; 0 = all")
     add("--folder", False, action="store_true", help="also write every sample as a PNG")
     # spectrum and similarity
     add("--gamma", 1.0, type=float, help="flattening exponent of the target")
     add("--latents", nargs="+", metavar="FILE.npy", help="latents (N, C, h, w) of any autoencoder, "
-        "in the place of --ae; with images only if --data is given")
-    add("--published", choices=figures.CURVES, help="the authors' curves, all in their form")
+        "instead of --ae; compared with images only if --data is given")
+    add("--published", choices=figures.CURVES, help="add the authors' curves; yours in their form")
     add("--encoder", help="DINOv2 model")
     add("--encoder_source", help="a local clone of facebookresearch/dinov2, or random (for tests)")
-    add("--image", help="an image file (default: the first --val_images held-out ones of --data)")
-    add("--token", type=int, help="number of the token, row by row from 0 (default: the middle)")
-    add("--out", f"out/{command}.png", help="figure; of gen a folder (default: beside --ckpt)")
-    add("--device", choices=run.DEVICES, help="default: cuda when there is a GPU")
-    add("--results", "results.jsonl", help="every result is appended here")
-    few = DEFAULTS.get(command, {}).get("val_images")  # for the eye: presets leave them alone
+    add("--image", help="image file (default: the first --val_images held-out images of --data)")
+    add("--token", type=int, help="token index in row-major order, from 0 (default: the centre)")
+    add("--out", f"out/{command}.png", help="figure; for gen a folder (default: next to --ckpt)")
+    add("--device", choices=run.DEVICES, help="(default: cuda if there is one)")
+    add("--results", "results.jsonl", help="file to which results are appended")
+    few = DEFAULTS.get(command, {}).get("val_images")  # few images to look at: not set by presets
     return run.parse_args(parser, {name: {k: v for k, v in values.items() if k in takes and not few}
                                    for name, values in PRESETS.items()})
 
 
 def check_flags(args):
-    """ValueError naming the first flag whose value makes no sense, before anything is read."""
+    """ValueError for the first invalid flag, before anything is read."""
     for name, low, high in (
             ("val_images", 1, math.inf), ("batch_size", 1, math.inf), ("num_samples", 2, math.inf),
             ("steps", 2, math.inf), ("image_size", 8, LARGEST_SIDE), ("workers", 0, 1024),
             ("seed", 0, 2 ** 63), ("cfg", 0, math.inf), ("reference_images", 0, math.inf),
-            ("gamma", 0, 10)):                         # 16^gamma is to fit float32
+            ("gamma", 0, 10)):                         # 16^gamma must fit float32
         if getattr(args, name, None) is not None:
             run.need_range(args, low, high, name)
     start, end = getattr(args, "cfg_interval", (0, 1))
-    run.need(0 <= start <= end <= 1, f"--cfg_interval {start} {end}: two times in order, in 0..1")
-    for flag in ("results", "out"):                    # now, not after hours
+    run.need(0 <= start <= end <= 1, f"--cfg_interval {start} {end}: needs 0 <= start <= end <= 1")
+    for flag in ("results", "out"):                    # fail now, not after hours
         if not getattr(args, flag, None):
             continue
         path = Path(getattr(args, flag)).absolute()
         existing = next(p for p in (path, *path.parents) if p.exists())
         folder = existing != path or (args.command, flag) == ("gen", "out")
         fits = existing.is_dir() if folder else existing.is_file()
-        run.need(fits and os.access(existing, os.W_OK), f"--{flag} {path}: cannot be written there")
+        run.need(fits and os.access(existing, os.W_OK), f"--{flag} {path}: cannot be written")
 
 
 def main():
@@ -359,7 +359,7 @@ def main():
              f"{args.command}: runs in one process; start it without torchrun")
     check_flags(args)
     if getattr(args, "networks", "on") == "off":
-        run.print0("--networks off: nothing that needs LPIPS' or Inception's weights, as FID does")
+        run.print0("--networks off: no metrics that need LPIPS or Inception, such as FID")
     function, _ = COMMANDS[args.command]
     for values, settings in function(args, device):
         report(values, settings, args.results)
