@@ -142,7 +142,7 @@ def check(args, config):
 
 
 def open_model(args):
-    """AEConfig and initial weights: from the --init file, else those of --model and None."""
+    """Config and initial weights of the --init file; without --init, --model's config and None."""
     if not args.init:
         return CONFIGS[args.model], None
     ae = load_autoencoder(args.init)
@@ -179,7 +179,7 @@ def draw_pair(args, rng):
 
 
 def learning_rates(args, step, gan):
-    """For autoencoder and discriminator, warmed up over their own updates. gan: has it started?"""
+    """Rates of autoencoder and discriminator, warmed up separately. gan: has the GAN started?"""
     disc_updates = step - args.gan_start if gan else 0
     if gan and not args.gan_every_step:
         disc_updates = step // 2 - args.gan_start // 2     # odd steps in [gan_start, step)
@@ -310,7 +310,7 @@ def summary(step, report, usage):
     """Validation metrics in one line; usage: images/s since the start, peak memory in GB."""
     return (f"step {step}: PSNR {report['val_psnr']:.2f} dB, SSIM {report['val_ssim']:.4f}, L1 "
             f"{report['val_l1']:.4f}, ESM divergence {report['val_esm']:.4f}, latents: std "
-            f"{report['val_latent_std']:.2f}, PSD ~ f^-{report['val_alpha']:.2f} (images at that "
+            f"{report['val_latent_std']:.2f}, PSD ~ f^-{report['val_alpha']:.2f} (images at latent "
             f"size: f^-{report['val_alpha_image']:.2f}), {usage['images_per_s']:.1f} images/s, "
             f"{usage['memory_GB']:.1f} GB")
 

@@ -48,7 +48,7 @@ def init_distributed(kind=None):
     returns  (rank, world, torch.device); CUDA tensors are communicated by NCCL, CPU tensors by gloo
     """
     usable = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    need(usable[kind or "cpu"], f"--device {kind}: PyTorch sees no such device here")
+    need(usable[kind or "cpu"], f"--device {kind}: PyTorch sees no such device")
     torch.backends.cudnn.allow_tf32 = False            # float32 means float32
     device = torch.device(kind or ("cuda" if torch.cuda.is_available() else "cpu"))
     if "RANK" not in os.environ:
@@ -57,8 +57,8 @@ def init_distributed(kind=None):
         os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if not os.environ.get(name)]
-    need(not missing, f"RANK is set, which means several processes, but {', '.join(missing)} is "
-         "missing; start the script with torchrun, or unset RANK for a single process")
+    need(not missing, "RANK is set for several processes, but these variables are missing: "
+         f"{', '.join(missing)}; start the script with torchrun, or unset RANK to run one process")
     group = dict(backend="gloo", timeout=datetime.timedelta(hours=2))  # rank 0 may be downloading
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -114,7 +114,7 @@ def all_gather(value):
 
 
 def broadcast_from_rank0(function):
-    """The value of function(), called on rank 0 only, on all ranks: nodes may have other files."""
+    """function() called on rank 0 only, its value on all ranks: files may differ between nodes."""
     return all_gather(function() if get_rank() == 0 else None)[0]
 
 
@@ -167,7 +167,7 @@ class Interrupt:
         self.name = signal.Signals(number).name
 
     def asked(self, step):
-        """True on all processes once one got a signal; under torchrun asked every tenth step."""
+        """True on all ranks once one got a signal; under torchrun, checked every tenth step."""
         if dist.is_initialized() and step % 10:
             return False
         found = [name for name in all_gather(self.name) if name]       # by gloo: no wait for a GPU
@@ -457,7 +457,7 @@ def run_name(path):
 
 
 def checkpoint_args(path):
-    """Flags and image hash of the train_ae.py run at path, a file or folder; {} if it is none."""
+    """Flags and image hash of the train_ae.py run at path, a file or folder; {} if none."""
     kept = sorted(Path(path).glob("*.pt"))             # in a folder: ckpt.pt, or the only .pt
     path = kept[0] if len(kept) == 1 else Path(path, "ckpt.pt") if os.path.isdir(path) else path
     with contextlib.suppress(ValueError, OSError):
