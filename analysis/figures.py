@@ -1,9 +1,7 @@
 """
 What the scripts draw with, and five commands of evaluate.py: spectrum, bands, latents, similarity,
-curves. A command takes evaluate.py's flags and the device, yields (values, settings) as it
-measures, and writes its figure to args.out at the end.
-
-What is drawn is in [0, 1], images for a network are in [-1, 1].
+curves. A command takes evaluate.py's flags and the device, yields (values, settings) as it measures
+and writes its figure to args.out. Images are drawn in [0, 1]; networks take them in [-1, 1].
 """
 import csv
 import json
@@ -39,12 +37,11 @@ def pca_rgb(latents):
     return (components * 0.25 + 0.5).clamp(0, 1).view(B, h, w, 3).movedim(-1, 1)
 
 
-def image_grid(images, path, columns=8):
-    """Images (N, 3, H, W) in [0, 1], clipped, side by side as one PNG."""
+def image_grid(images, path):
+    """Images (N, 3, H, W) in [0, 1], clipped, side by side as one PNG, eight in a row."""
     from torchvision.utils import save_image
     images = images.float().cpu().clamp(0, 1)
-    run.write_atomic(path, lambda file: save_image(
-        images, file, "png", nrow=columns, padding=2, pad_value=1.0))
+    run.write_atomic(path, lambda file: save_image(images, file, "png", pad_value=1.0))
 
 
 def subplots(rows, columns, inches, **options):
@@ -75,11 +72,10 @@ def log_axes(ax, names):
 def figure_rows(rows, path):
     """A grid of images {label: (N, 3, h, w) in [0, 1]}, a row per label; one N, any h and w."""
     columns = len(next(iter(rows.values())))
-    figure, axes = subplots(len(rows), columns, (1.3 * columns + 0.3, 1.3 * len(rows)),
-                            gridspec_kw=dict(wspace=0.04, hspace=0.04))
-    figure.set_layout_engine("none")                   # which would set its own distances
+    figure, axes = subplots(len(rows), columns, (1.3 * columns + 0.3, 1.3 * len(rows)))
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for (label, images), row in zip(rows.items(), axes):
-        row[0].set_ylabel(label, fontsize=8)
+        row[0].set_ylabel(label)
         for image, ax in zip(images.float().cpu().clamp(0, 1), row):
             ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
@@ -195,13 +191,13 @@ COLORS = {"SD-VAE": "C0", "DSM": "C1", "ESM": "C2", "Scale Equivariance": "C3", 
           "VA-VAE": "C5", "DINOv2-B features": "C6", "image": "black", TARGET: "gray"}
 
 
-def run_colors(names, reserved=()):
-    """A colour per run: its method's if the name tells (quick-kl), else, or if used, a free one."""
+def run_colors(names):
+    """A colour per run: its method's if the name tells (quick-kl), else, or if used, another."""
     colors = []
     for name in names:
         told = [COLORS[METHODS[word]] for word in re.split("[-_/]", name) if word in METHODS]
-        free = [f"C{i}" for i in range(10) if f"C{i}" not in reserved]
-        colors.append(next((color for color in told + free if color not in colors), "C9"))
+        free = ("C4", "C9", "C8", "C6", "C5", "C3", "C2", "C1", "C0")
+        colors.append(next((color for color in (*told, *free) if color not in colors), "C7"))
     return colors
 
 
@@ -219,18 +215,17 @@ def draw_curve(axes, rows, name, batches, gamma=0.0, descriptor=True, remove_dc=
     One curve of batches (b, C, h, w): on axes[0] radial power, on axes[1] what ESM compares, unless
     the values have no scale (descriptor False). Appends 16 rows, returns the mean descriptor (16,).
     """
-    x, rings = torch.cat(list(batches)), torch.arange(1, 17)
+    x, rings = torch.cat(list(batches)), range(1, 17)
     P = spectral.power_spectrum(x - x.mean((-2, -1), keepdim=True))
-    power = spectral.radial_profile(P).mean(0).cpu() * rings ** gamma
+    power = spectral.radial_profile(P).mean(0).cpu() * torch.tensor(rings) ** gamma
     shares = spectral.spectrum_distribution(x, gamma=gamma, remove_dc=remove_dc).mean(0).cpu()
-    relative = power / power.sum()
-    label = f"{name}: $f^{{-{spectral.fit_power_law(power):.2f}}}$"
+    relative, last = power / power.sum(), shares.tolist() if descriptor else 16 * [""]
+    rows.extend(zip(16 * [name], rings, power.tolist(), relative.tolist(), last))
     visible = lambda curve: curve.where(curve > 1e-6, float("nan"))    # in ring 1 may be DC alone
-    axes[0].plot(rings, visible(relative), marker="o", ms=3, label=label, **style)
+    label = f"{name}: $f^{{-{spectral.fit_power_law(power):.2f}}}$"
+    axes[0].loglog(rings, visible(relative), marker="o", ms=3, label=label, **style)
     if descriptor:
         axes[1].plot(rings, visible(shares), marker="o", ms=3, **style)
-    last = shares.tolist() if descriptor else 16 * [""]
-    rows.extend(zip(16 * [name], rings.tolist(), power.tolist(), relative.tolist(), last))
     return shares
 
 
@@ -241,17 +236,6 @@ def saved_latents(args, device):
         array = np.load(file, mmap_mode="r")
         run.need(array.ndim == 4, f"--latents {file}: shape {array.shape}, not (N, C, h, w)")
         yield label, images, torch.from_numpy(array[:args.val_images].astype(np.float32)).to(device)
-
-
-def draw_published(ax, name, rows):
-    """The authors' curves of a data set, dotted; prints the divergence of each from the target."""
-    for curve, shares in CURVES[name].items():
-        label = f"{curve}, published"
-        ax.plot(range(1, 17), shares, ls=":", lw=2, color=COLORS[curve], label=label)
-        rows += [(label, ring, "", "", share) for ring, share in enumerate(shares, 1)]
-        if curve not in ("image", TARGET):
-            kl = divergence(CURVES[name][TARGET], shares)
-            print(f"published, {name}, {curve}: KL(target || curve) {kl:.4f}")
 
 
 @torch.no_grad()
@@ -280,9 +264,14 @@ def spectrum_figure(args, device):
     panels = 2 if sources else 1
     figure, (axes,) = subplots(1, panels, (5 * panels + 2.4, 4.6))
     draw = partial(draw_curve, axes, rows, remove_dc=not published)
-    if published:
-        draw_published(axes[-1], published, rows)
-    reserved = [COLORS[name] for name in CURVES.get(published, ())]
+    printed = CURVES.get(published, {})
+    for name, shares in printed.items():
+        curve = f"{name}, published"
+        axes[-1].plot(range(1, 17), shares, ls=":", lw=2, color=COLORS[name], label=curve)
+        rows += [(curve, ring, "", "", share) for ring, share in enumerate(shares, 1)]
+        if name not in ("image", TARGET):
+            kl = divergence(printed[TARGET], shares)
+            print(f"published, {published}, {name}: KL(target || curve) {kl:.4f}")
     targets = {}                                       # one for all latents of a size
     for label, images, latents in sources:
         grid = tuple(s // 16 for s in images.shape[2:]) if latents is None else latents.shape[2:]
@@ -303,8 +292,7 @@ def spectrum_figure(args, device):
                 curves[name] = draw(name, [features], descriptor=bool(published), color="C6")
         if latents is not None:
             names.append(label)
-            color = run_colors(names, reserved)[-1]
-            curves[label] = draw(label, [latents], color=color)
+            curves[label] = draw(label, [latents], color=run_colors(names)[-1])
         settings = dict(gamma=args.gamma, n=n, seed=args.seed)
         if published and images is not None:
             for name, curve in curves.items():
@@ -320,15 +308,12 @@ def spectrum_figure(args, device):
             values["std"] = latents.std().item()
             shape = "x".join(map(str, latents.shape[1:]))
             yield values, dict(autoencoder=label, **settings, latent=shape)
-    form = "In the paper's form, DC kept" if published else "What ESM compares"
     axes[0].set(title="Radial power and its power law $f^{-\\alpha}$", ylabel="share of power")
-    axes[-1].set(title=form, ylabel="share of log(1 + power)", xticks=range(2, 17, 2))
-    if sources:
-        log_axes(axes[0], "xy")
-    axes[-1].set(yscale="log", ylim=(0.001, None))
-    log_axes(axes[-1], "y")
-    for ax in axes:
+    axes[-1].set(title="In the paper's form, DC kept" if published else "What ESM compares",
+                 ylabel="share of log(1 + power)", xticks=range(2, 17, 2), ylim=(0.001, None))
+    for ax, logarithmic in zip(axes, ("xy", "y") if sources else ("y",)):
         ax.set_xlabel("ring (1 = low frequency)")
+        log_axes(ax, logarithmic)
     figure.legend(loc="outside right upper")
     write_table(args, figure, ("curve", "ring", "power", "share", "descriptor"), rows)
 
@@ -343,7 +328,7 @@ def decode_lowpassed(ae, latents, masks, batch_size):
 
 def band_matrix(decoded):
     """
-    The share of each band (anti-diagonal of 8x8 blocks) of the image in what a latent's band adds:
+    What a band (anti-diagonal of 8x8 blocks) of the latent adds to each of the image, as shares:
     decode_lowpassed with all n = 0 .. 14 -> (14, 15), latent bands 1 .. 14 by image bands 0 .. 14.
     """
     diagonal = (torch.arange(8)[:, None] + torch.arange(8)).flatten()  # of each coefficient
@@ -405,6 +390,7 @@ def latents_figure(args, device):
 def similarity_figure(args, device):
     """Fig. 6: cosine similarity of a token to all others; raw, spnorm and DoG, with their RMSC."""
     size, side = args.image_size, args.image_size // 14
+    grid = side, side
     run.need(size % 14 == 0, f"--image_size {size}: must be a multiple of 14, the encoder's patch")
     token = side * side // 2 + side // 2 if args.token is None else args.token
     run.need(0 <= token < side * side, f"--token {token}: must lie in 0..{side * side - 1}")
@@ -414,16 +400,14 @@ def similarity_figure(args, device):
     else:
         images, _, _ = held_out_images(args, {}, device)
     encoder = repa.load_encoder(args.encoder, args.encoder_source).to(device)
-    # (N, T, D)
-    tokens = torch.cat([encoder(x, (side, side)) for x in images.split(args.batch_size)])
+    tokens = torch.cat([encoder(x, grid) for x in images.split(args.batch_size)])  # (N, T, D)
     marked, values = images * 0.5 + 0.5, {}
     y, x = 14 * (token // side), 14 * (token % side)
     marked[..., y:y + 14, x:x + 14] = torch.tensor([1.0, 0.2, 0.2], device=device)[:, None, None]
     rows = {"image, token in red": marked}
     for kind, label in dict(none="raw", spnorm="spnorm", dog="dog").items():
-        target = F.normalize(repa.filter_target(tokens, kind, (side, side)), dim=-1)
-        # (N, 1, h, w) in [-1, 1]
-        cosine = (target @ target[:, token, :, None])[..., 0].view(-1, 1, side, side)
+        target = F.normalize(repa.filter_target(tokens, kind, grid), dim=-1)
+        cosine = (target @ target[:, token, :, None]).view(-1, 1, *grid)        # in [-1, 1]
         contrast = values[f"rmsc_{kind}"] = spectral.rmsc(target).mean().item()
         rows[f"{label}\nRMSC {contrast:.2f}"] = (cosine * 0.5 + 0.5).expand(-1, 3, -1, -1)
     yield values, dict(encoder=encoder_name(args), n=len(images), token=token)
@@ -431,14 +415,11 @@ def similarity_figure(args, device):
     print(f"wrote {args.out} (black = opposite, white = equal)")
 
 
-# -------------------------------------------------------------------------- logs of training runs
-
-# What is drawn of a line of log.jsonl, and what its axis measures
+# What `curves` draws of a line of log.jsonl, and what its axis measures
 PANELS = dict(
     loss="training loss", l1="mean |error|, in [-1, 1]", lpips="LPIPS", kl="nats per image",
-    esm="nats", align="alignment loss", gan="hinge loss", disc="hinge loss",
-    grad_norm="norm before clipping", disc_grad_norm="norm before clipping", val_psnr="dB",
-    val_ssim="1 = equal images", val_esm="nats")
+    esm="nats", align="alignment loss", gan="hinge loss", disc="hinge loss", grad_norm="L2 norm",
+    disc_grad_norm="L2 norm", val_psnr="dB", val_ssim="1 = equal images", val_esm="nats")
 
 
 def curves_figure(args, device):
@@ -451,9 +432,9 @@ def curves_figure(args, device):
     logs = [[json.loads(line) for line in lines] for lines in texts]
     shown = [panel for panel in PANELS if any(panel in entry for log in logs for entry in log)]
     run.need(shown, f"{args.runs[0]}: no line of a log yet; try again later")
-    names, columns = unique_names(paths), min(3, len(shown))
-    rows = -(-len(shown) // 3)
+    columns, rows = min(3, len(shown)), math.ceil(len(shown) / 3)
     figure, axes = subplots(rows, columns, (4 * columns, 2.7 * rows + 0.5))
+    names = unique_names(paths)
     for ax in axes.flat[len(shown):]:
         ax.set_axis_off()
     for panel, ax in zip(shown, axes.flat):

@@ -1,11 +1,9 @@
 """
-The paper in two figures, drawn from one image.
+The paper in two figures, drawn from one image: what its figures and equations say (--plot), and
+where ESM and DSM enter the training of an autoencoder, Fig. 1 (--pipeline). The latent there is a
+stand-in, the image made 4 times smaller, so that nothing has to be trained.
 
     python -m analysis.ideas --plot assets/ideas.png --pipeline assets/pipeline.png
-
-    --plot       what the paper's figures and equations say, each on this image
-    --pipeline   where ESM and DSM enter the training of an autoencoder, Fig. 1. Its latent is a
-                 stand-in, the image made 4 times smaller, so that nothing has to be trained
 """
 import argparse
 import itertools
@@ -60,7 +58,6 @@ def plot(image):
     show(whole, image[0], f"1  An image, {H} x {W} pixels")
     show(directions, F.normalize(image[0], dim=0),         # every pixel, a vector, of length 1
          "2  Without magnitudes the layout\nis still there (Fig. 2)")
-    # Images follow a power law
     frequency = (torch.arange(32) + 0.5)[1:] / 32          # 1 = the corner; without DC's ring
     power = spectral.radial_profile(spectral.power_spectrum(image), 32)[0]
     alpha, power = spectral.fit_power_law(power).item(), power[1:]
@@ -68,9 +65,7 @@ def plot(image):
     law.plot(frequency, power, "o-", ms=4, label="radial power")
     law.plot(frequency, fit * (power / fit).log().mean().exp(), "k--",
              label=f"fit: $f^{{-{alpha:.2f}}}$")
-    law.set(title="3  Its power follows a power law", xlabel="frequency f (1 = highest)",
-            ylabel="power per DCT coefficient")
-    # ESM's targets
+    law.set(title="3  Its power follows a power law")
     targets, learnable = middle.subplots(1, 2)
     small = spectral.match_resolution(image, [side // 8 for side in image.shape[-2:]])
     for gamma in (0.0, 0.6, 1.0, 1.4):
@@ -80,16 +75,17 @@ def plot(image):
     targets.set(title="4  ESM: the target is the image's spectrum, flattened by $\\gamma$",
                 xlabel="ring (1 = low frequency)", xticks=range(1, 17, 3),
                 ylabel="share of log(1 + power)")
-    # Prop. 3.1
     S = power / power.mean()                               # power 1 on average, as a latent's
     learnable.plot(frequency, S, "k--", label="all the power there is")
     for alpha_bar in (0.9, 0.5, 0.1):
         learnable.plot(frequency, spectral.learnable_power(S, alpha_bar),
                        label=f"learnable at $\\bar\\alpha_t$ = {alpha_bar}")
-    learnable.set(title="5  Noise hides high frequencies first (Prop. 3.1)",
-                  xlabel="frequency f (1 = highest)", ylabel="power per DCT coefficient",
-                  yscale="log", ylim=(1e-4, None))
-    # DSM's masks
+    learnable.set(title="5  Noise hides high frequencies first (Prop. 3.1)", ylim=(1e-4, 30))
+    for ax in (law, learnable):
+        ax.set(xlabel="frequency f (1 = highest)", ylabel="power per DCT coefficient")
+        log_axes(ax, "xy")
+    for ax in (law, targets, learnable):
+        ax.legend()
     masks, dct, dog = bottom.subfigures(1, 3, width_ratios=(2.1, 0.9, 1.1))
     masks.suptitle("6  DSM (Fig. 10): cut the n last anti-diagonals of every 8x8\n"
                    "DCT block, in the image and in the latent (dark = kept)")
@@ -97,7 +93,6 @@ def plot(image):
         mask = spectral.triangle_mask(n)
         show(column[0], mask, f"n = {n}: {mask.sum()} kept")
         show(column[1], crop_face(spectral.lowpass(image, n))[0])
-    # downsampling is cutting the DCT
     dct.suptitle("7  The DCT's top-left quarter\nis the half-size image (Fig. 9)")
     whole, half = dct.subplots(2, 1, height_ratios=(1.4, 1))
     power = spectral.dct2(image)[0].square().mean(0).log()                 # (H, W)
@@ -108,10 +103,6 @@ def plot(image):
     half.spines[:].set(color=PURPLE, lw=3)
     dog.suptitle("8  DoG on a 16x16 token grid\nis a band-pass (Eq. 6)")
     plot_dog(dog.subplots())
-    for ax in (law, learnable):
-        log_axes(ax, "xy")
-    for ax in (law, targets, learnable):
-        ax.legend()
     return figure
 
 
@@ -121,9 +112,8 @@ def pipeline(image, n=12):
     latent = spectral.downsample_dct(image, 4)             # in the place of an encoder's
     figure = Figure((13, 6.8), layout="constrained")
     figure.suptitle("Fig. 1: how an autoencoder is trained with ESM, DSM or both\n", fontsize=15)
-    figure.supxlabel("Afterwards a diffusion model learns the latents. Nothing was trained here: "
-                     "the latent is the image at a quarter of its size, the reconstruction a "
-                     "low-pass.", fontsize=10, color="gray")
+    figure.supxlabel("Nothing was trained here: the latent is the image at a quarter of its size, "
+                     "the reconstruction a low-pass.", fontsize=10, color="gray")
     ax = figure.subplot_mosaic([
         ["image", ".", "mask image", ".", ".", "masked image"],
         [".", "esm", "mask", ".", ".", "loss"],

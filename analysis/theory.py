@@ -1,7 +1,7 @@
 """
 The paper's argument, measured on trained models; commands as in figures.py. Prop. 3.1: of a
 frequency of power S, the best denoiser of Gaussian data with independent frequencies saves
-S * SNR / (1 + SNR) of the squared error over predicting 0. The rest, S / (1 + SNR), is the bound. A
+S * SNR / (1 + SNR) of the squared error over predicting 0; the rest, S / (1 + SNR), is the bound. A
 network may get below it: it also sees means, the class, and how frequencies depend on one another.
 Latents (N, C, h, w) normalised to std 1; t from 0 = data to 1 = noise; R rings, at most 16.
 """
@@ -217,8 +217,8 @@ def trajectory_figure(args, device):
 
 def halfway_to_neighbours(latents):
     """
-    (N, C, h, w), N > 1: the points halfway, on the sphere, from each latent to its nearest
-    neighbour by cosine (iFID, arXiv 2603.05630, whose neighbours are in a second set of images).
+    The points halfway, on the sphere, from each latent (N, C, h, w) to its nearest neighbour by
+    cosine (iFID, arXiv 2603.05630, whose neighbours are in a second set of images).
     """
     direction = F.normalize(latents.flatten(1), dim=1)
     cosine, nearest = (direction @ direction.T).fill_diagonal_(-2).max(1)      # (N,), not itself
