@@ -64,7 +64,7 @@ def log_axes(ax, names):
         ax.set(**{f"{name}scale": "log"})
         axis = dict(x=ax.xaxis, y=ax.yaxis)[name]
         low, high = axis.get_view_interval()
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
 
@@ -185,17 +185,17 @@ def divergence(target, curve):
     return (p * (p.log() - q.log())).sum().item()
 
 
-# The paper's name of a --reg, and the one colour that a method has in all figures
-METHODS = dict(kl="SD-VAE", dsm="DSM", esm="ESM", se="Scale Equivariance", eq="EQ-VAE", vf="VA-VAE")
-COLORS = {"SD-VAE": "C0", "DSM": "C1", "ESM": "C2", "Scale Equivariance": "C3", "EQ-VAE": "C4",
-          "VA-VAE": "C5", "DINOv2-B features": "C6", "image": "black", TARGET: "gray"}
+# One colour per method in all figures, by its value of --reg and by the name of a published curve
+COLORS = {"kl": "C0", "SD-VAE": "C0", "dsm": "C1", "DSM": "C1", "esm": "C2", "ESM": "C2",
+          "se": "C3", "Scale Equivariance": "C3", "eq": "C4", "vf": "C5", "VA-VAE": "C5",
+          "DINOv2-B features": "C6", "image": "black", TARGET: "gray"}
 
 
 def run_colors(names):
     """A colour per run: its method's if the name tells (quick-kl), else, or if used, another."""
     colors = []
     for name in names:
-        told = [COLORS[METHODS[word]] for word in re.split("[-_/]", name) if word in METHODS]
+        told = [COLORS[word] for word in re.split("[-_/]", name) if word in COLORS]
         free = ("C4", "C9", "C8", "C6", "C5", "C3", "C2", "C1", "C0")
         colors.append(next((color for color in (*told, *free) if color not in colors), "C7"))
     return colors
@@ -310,7 +310,7 @@ def spectrum_figure(args, device):
             yield values, dict(autoencoder=label, **settings, latent=shape)
     axes[0].set(title="Radial power and its power law $f^{-\\alpha}$", ylabel="share of power")
     axes[-1].set(title="In the paper's form, DC kept" if published else "What ESM compares",
-                 ylabel="share of log(1 + power)", xticks=range(2, 17, 2), ylim=(0.001, None))
+                 ylabel="share of log(1 + power)", xticks=range(2, 17, 2), ylim=(0.002, None))
     for ax, logarithmic in zip(axes, ("xy", "y") if sources else ("y",)):
         ax.set_xlabel("ring (1 = low frequency)")
         log_axes(ax, logarithmic)

@@ -20,7 +20,6 @@ from losses import DSM_MASKS, esm_loss
 
 TIMES = [(i + 0.5) / 20 for i in range(20)]                # uniform, as training draws them
 SHOWN = (3, 7, 11, 15)                                     # of TIMES: t = .175, .375, .575, .775
-RING = "ring (1 = low frequency)"
 FAINT = 1e-3                                               # of the largest ring's power
 
 
@@ -105,7 +104,7 @@ def denoise_figure(args, device):
             ax.plot(rings, found.error[k], "o-", color="C3", ms=4,
                     label="denoising error of the network")
             ax.axhline((1 - alpha_bar) / alpha_bar, color="C0", ls=":", label="noise")
-            ax.set(title=f"{name}, t = {TIMES[k]:.3g}", xlabel=RING)
+            ax.set(title=f"{name}, t = {TIMES[k]:.3g}", xlabel="ring (1 = low frequency)")
         row[0].set(ylabel="power per coefficient", xticks=rings[::1 + len(rings) // 10])
         for t, *lines in zip(TIMES, found.learnable.tolist(), found.error.tolist()):
             table += [(name, t, *line) for line in zip(rings, found.power.tolist(), *lines)]
@@ -141,9 +140,9 @@ def half_times(times, power):
     """When each ring of power (T, R) has reached half of its last row for good: t, linear, (R,)."""
     half = []
     for share in (power / power[-1]).T:                    # (T,) of a ring
-        k = max((share < 0.5).nonzero().flatten().tolist(), default=None)  # the last step below
-        part = 0 if k is None else (0.5 - share[k]) / (share[k + 1] - share[k])
-        k = k or 0
+        below = (share < 0.5).nonzero().flatten().tolist()             # steps, the last one counts
+        k = below[-1] if below else 0
+        part = (0.5 - share[k]) / (share[k + 1] - share[k]) if below else 0
         half.append(times[k] + part * (times[k + 1] - times[k]))
     return torch.stack(half)
 
@@ -207,7 +206,7 @@ def trajectory_figure(args, device):
         yield (dict(slope=slope, slope_where_snr_is_1=slope_per_octave(ideal, power[-1])),
                dict(ckpt=file, step=checkpoint["step"], n=args.num_samples, steps=args.steps,
                     sampler=sampler, cfg=1, seed=args.seed))
-    axes[0, 0].set_ylabel(RING)
+    axes[0, 0].set_ylabel("ring (1 = low frequency)")
     figure.legend(handles=axes[0, 0].lines, loc="outside lower center", ncols=2)
     figure.colorbar(mesh, ax=axes[0], label="share of the ring's final power")
     figures.write_table(args, figure, ("run", "t", "ring", "power"), table)

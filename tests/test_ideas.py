@@ -34,7 +34,7 @@ def test_the_ideas_show_what_the_code_uses():
 
 def test_a_method_has_one_colour():
     """In a run's name as in the authors' curves; runs of one method differ; images are black."""
-    runs = ["quick-kl", "b/dsm-s0", "celeba-f16d16-esm", "se_2", "kl-1e-6-s0", "first", "image"]
+    runs = ["quick-kl", "b/dsm-s0", "celeba-f16d16-esm", "se_2", "kl-1e-6-s0", "first", "1"]
     colors = figures.run_colors(runs)
     names = "SD-VAE", "DSM", "ESM", "Scale Equivariance"
     assert colors[:4] == [figures.COLORS[name] for name in names]
