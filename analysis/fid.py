@@ -1,7 +1,7 @@
 """
 Sets of images as evaluate.py compares them: samples of a diffusion run with its training images
-(gen), and any two that a user supplies (fid A B). Images are (N, H, W, 3) uint8 in files and
-(B, 3, H, W) uint8 for Inception; `args` are the flags of evaluate.py.
+(gen), and any two that a user supplies (fid A B). uint8: (N, H, W, 3) in files, (B, 3, H, W) for
+Inception. `args` are the flags of evaluate.py.
 """
 import contextlib
 import itertools
@@ -73,9 +73,9 @@ def rank_batches(n, batch_size):
 
 def write_samples(draw, shape, out, args):
     """
-    draw(indices) for all of (N, H, W, 3); then, in the place of an earlier sampling's, grid.png,
-    samples.npz for the ADM suite, and with --folder images/NNNNNN.png in the folder out.
-    returns  the samples, a memory-mapped uint8 array that all ranks share, and the seconds
+    draw(indices) for all of (N, H, W, 3): a memory-mapped uint8 array that all ranks share, and the
+    seconds. In the folder out, in the place of an earlier sampling's, it leaves grid.png,
+    samples.npz for the ADM suite, and with --folder images/NNNNNN.png.
     """
     path, folder, rank = out / "samples.npy", out / "images", run.get_rank()
     # one run at a time writes there, others wait
@@ -190,14 +190,14 @@ def inception_metrics(inception, samples, reference, args, device):
     _, mean, cov, fake, logits = inception_statistics(inception, batches, np.arange(n), device)
     if run.get_rank() > 0:
         return {}
-    fid = frechet_distance(mean, cov, reference["mu"], reference["sigma"])
     score = metric_isc.isc_features_to_metric(logits, splits=min(10, n))
     fake, real = fake[:10_000], torch.from_numpy(reference["features"])
     size = min(1000, len(fake), len(real))
     kid = metric_kid.kid_features_to_metric(fake, real, kid_subset_size=size, verbose=False)
-    values = {name: fid, "IS": score["inception_score_mean"],
+    values = {name: frechet_distance(mean, cov, reference["mu"], reference["sigma"]),
+              "IS": score["inception_score_mean"],
               f"KID_x1e3_subset{size}": 1000 * kid["kernel_inception_distance_mean"]}
-    if min(len(fake), len(real)) > 3:                  # of three nearest neighbours
+    if size > 3:                                       # of three nearest neighbours
         found = metric_prc.prc_features_to_metric(fake, real, verbose=False)
         values |= {name: float(found[name]) for name in ("precision", "recall")}
     return values
@@ -222,8 +222,6 @@ def common_size(sets):
         for row in range(entry.n or 0):                    # 0 of statistics
             with contextlib.suppress(Exception):           # unreadable ones are named later
                 sizes.add(min(entry.images.source.image(row).size))
-            if len(sizes) > 1:
-                break
     run.need(len(sizes) < 2, f"{sets[0].spec} and {sets[1].spec}: images of several sizes; "
              "--image_size says at which to compare them")
     return next(iter(sizes), None)
@@ -231,9 +229,8 @@ def common_size(sets):
 
 def open_set(spec):
     """
-    A folder, a zip, 'cifar10', or an npz of images (arr_0) or of statistics (mu, sigma).
-    returns  spec; n; images, an ImageSet still without its size, and moments (mu, sigma), one of
-             them None; size, the pixels a side of an npz's images if known, else None
+    A folder, a zip, 'cifar10', or an npz of images (arr_0) or of statistics (mu, sigma): its spec;
+    n; images, an ImageSet without its size, or moments (mu, sigma); an npz's size if it is known.
     """
     found = SimpleNamespace(spec=spec, n=None, images=None, moments=None, size=None)
     npz = spec.lower().endswith(".npz") and Path(spec).is_file()       # a pipe would block

@@ -1,13 +1,13 @@
 """
 What the scripts draw with, and five commands of evaluate.py: spectrum, bands, latents, similarity,
-curves. A command takes evaluate.py's flags and the device, yields (values, settings) as it
-measures, and writes its figure to args.out at the end.
-
-What is drawn is in [0, 1], images for a network are in [-1, 1].
+curves. A command takes evaluate.py's flags and the device, yields (values, settings) as it measures
+and writes its figure to args.out. Images are drawn in [0, 1]; networks take them in [-1, 1].
 """
 import csv
 import json
+import math
 import pathlib
+import re
 from functools import partial
 
 import numpy as np
@@ -26,8 +26,7 @@ from losses import esm_loss
 def pca_rgb(latents):
     """Latents (B, C, h, w) as colours (B, 3, h, w) in [0, 1]: principal components (Fig. 3)."""
     B, C, h, w = latents.shape
-    # (B*h*w, C), on the CPU: eigh is not on every device
-    cells = latents.float().cpu().movedim(1, -1).reshape(-1, C)
+    cells = latents.float().cpu().movedim(1, -1).reshape(-1, C)  # (B*h*w, C); mps has no eigh
     cells = cells - cells.mean(0)
     _, directions = torch.linalg.eigh(cells.T @ cells)                      # ascending eigenvalues
     directions = directions[:, -3:].flip(-1)
@@ -38,12 +37,11 @@ def pca_rgb(latents):
     return (components * 0.25 + 0.5).clamp(0, 1).view(B, h, w, 3).movedim(-1, 1)
 
 
-def image_grid(images, path, columns=8):
-    """Images (N, 3, H, W) in [0, 1], clipped, side by side as one PNG."""
+def image_grid(images, path):
+    """Images (N, 3, H, W) in [0, 1], clipped, side by side as one PNG, eight in a row."""
     from torchvision.utils import save_image
     images = images.float().cpu().clamp(0, 1)
-    run.write_atomic(path, lambda file: save_image(
-        images, file, "png", nrow=columns, padding=2, pad_value=1.0))
+    run.write_atomic(path, lambda file: save_image(images, file, "png", pad_value=1.0))
 
 
 def subplots(rows, columns, inches, **options):
@@ -59,14 +57,25 @@ def save_figure(figure, path, dpi=90, **options):
     run.write_atomic(path, lambda file: figure.savefig(file, format=suffix, dpi=dpi, **options))
 
 
+def log_axes(ax, names):
+    """Logarithmic axes "x", "y" or "xy" with plain numbers: 1, 2, 5, 10; of many decades 1, 10."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+    for name in names:
+        ax.set(**{f"{name}scale": "log"})
+        axis = dict(x=ax.xaxis, y=ax.yaxis)[name]
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+
+
 def figure_rows(rows, path):
     """A grid of images {label: (N, 3, h, w) in [0, 1]}, a row per label; one N, any h and w."""
     columns = len(next(iter(rows.values())))
-    figure, axes = subplots(len(rows), columns, (1.3 * columns + 0.3, 1.3 * len(rows)),
-                            gridspec_kw=dict(wspace=0.04, hspace=0.04))
-    figure.set_layout_engine("none")                   # which would set its own distances
+    figure, axes = subplots(len(rows), columns, (1.3 * columns + 0.3, 1.3 * len(rows)))
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for (label, images), row in zip(rows.items(), axes):
-        row[0].set_ylabel(label, fontsize=8)
+        row[0].set_ylabel(label)
         for image, ax in zip(images.float().cpu().clamp(0, 1), row):
             ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
@@ -109,9 +118,9 @@ def unique_names(files):
         names = ["/".join(path[-n:]) for path in paths]
         # "images" are a row and a curve themselves; a legend leaves out what begins with _
         taken = any(name in ("image", "images") or name[0] == "_" for name in names)
-        if len(set(names)) == len(set(files)) and not taken:
-            return names
-    return list(map(str, files))                       # x.pt beside x.ckpt
+        if len(set(names)) == len(set(paths)) and not taken:
+            break
+    return names
 
 
 def named_checkpoints(args):
@@ -135,51 +144,38 @@ def held_out_images(args, trained, device, file=None):
     return torch.cat(images), torch.cat(labels), len(val_set.classes)
 
 
-def autoencoder_files(args):
-    """The files of --ae, or of every run of the preset."""
-    return args.ae or run.checkpoints("ae", args.preset, "--ae")
-
-
 def autoencoders(args, device):
-    """Yields (label, autoencoder, held-out images (N, 3, H, W)) of every autoencoder_files."""
-    files = autoencoder_files(args)
+    """Yields (label, autoencoder, held-out images) of --ae, or of every run of the preset."""
+    files = args.ae or run.checkpoints("ae", args.preset, "--ae")
     runs = [run.checkpoint_args(file) for file in files]   # {} of released weights
     for key in ("images", "image_size"):
         if len({trained[key] for trained in runs if trained.get(key)}) > 1:
             print(f"these runs differ in {key}; compare them with care")
     for file, label, trained in zip(files, unique_names(files), runs):
-        ae = load_autoencoder(file).to(device)
         images, _, _ = held_out_images(args, trained, device, file)
-        yield label, ae, images
+        yield label, load_autoencoder(file).to(device), images
 
 
 @torch.no_grad()
 def encode_all(ae, images, batch_size, seed=None):
     """Latents (N, C, h, w) of images: posterior samples with a seed, modes without."""
-    posteriors = [ae.encode(x) for x in images.split(batch_size)]
-    if seed is None:
-        return torch.cat([posterior.mode() for posterior in posteriors])
-    generator = torch.Generator().manual_seed(seed)
-    draws = (torch.randn(p.mean.shape, generator=generator).to(p.mean.device) for p in posteriors)
-    return torch.cat([posterior.sample(eps) for posterior, eps in zip(posteriors, draws)])
+    latents, generator = [], torch.Generator().manual_seed(seed or 0)
+    for x in images.split(batch_size):
+        posterior = ae.encode(x)
+        eps = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
+        latents.append(posterior.mode() if seed is None else posterior.sample(eps))
+    return torch.cat(latents)
 
 
 # ----------------------------------------------------------------------------------------- spectra
 
-def read_curves():
-    """
-    {data set: {curve: 16 shares}}, what the authors print for Figs. 4, 5, 7, 8 (latent_analysis.py
-    of forever208/SpectrumMatching, branch SM-DSM; 256 px): of log(1 + power) by ring, lowest
-    frequency first, DC kept as by spectrum_distribution(x, remove_dc=False).
-    """
-    curves = {}
-    for line in pathlib.Path(__file__).with_name("published.csv").read_text().splitlines():
-        data, name, *shares = line.split(",")
-        curves.setdefault(data, {})[name] = list(map(float, shares))
-    return curves
-
-
-CURVES, TARGET = read_curves(), "flattened by 1.0"     # TARGET: the image's with gamma 1
+# {data set: {curve: 16 shares}}, what the authors print for Figs. 4, 5, 7, 8 (latent_analysis.py of
+# forever208/SpectrumMatching, branch SM-DSM; 256 px): of log(1 + power) by ring, lowest frequency
+# first, DC kept as by spectrum_distribution(x, remove_dc=False)
+CURVES, TARGET = {}, "flattened by 1.0"                # TARGET: the image's with gamma 1
+for line in pathlib.Path(__file__).with_name("published.csv").read_text().splitlines():
+    data, name, *shares = line.split(",")
+    CURVES.setdefault(data, {})[name] = list(map(float, shares))
 
 
 def divergence(target, curve):
@@ -187,6 +183,22 @@ def divergence(target, curve):
     p, q = (torch.as_tensor(shares, dtype=torch.float64) for shares in (target, curve))
     p, q = p / p.sum(), q / q.sum()
     return (p * (p.log() - q.log())).sum().item()
+
+
+# One colour per method in all figures, by its value of --reg and by the name of a published curve
+COLORS = {"kl": "C0", "SD-VAE": "C0", "dsm": "C1", "DSM": "C1", "esm": "C2", "ESM": "C2",
+          "se": "C3", "Scale Equivariance": "C3", "eq": "C4", "vf": "C5", "VA-VAE": "C5",
+          "DINOv2-B features": "C6", "image": "black", TARGET: "gray"}
+
+
+def run_colors(names):
+    """A colour per run: its method's if the name tells (quick-kl), else, or if used, another."""
+    colors = []
+    for name in names:
+        told = [COLORS[word] for word in re.split("[-_/]", name) if word in COLORS]
+        free = ("C4", "C9", "C8", "C6", "C5", "C3", "C2", "C1", "C0")
+        colors.append(next((color for color in (*told, *free) if color not in colors), "C7"))
+    return colors
 
 
 encoder_name = lambda args: args.encoder if args.encoder_source != "random" else "random encoder"
@@ -203,28 +215,26 @@ def draw_curve(axes, rows, name, batches, gamma=0.0, descriptor=True, remove_dc=
     One curve of batches (b, C, h, w): on axes[0] radial power, on axes[1] what ESM compares, unless
     the values have no scale (descriptor False). Appends 16 rows, returns the mean descriptor (16,).
     """
-    x, rings = torch.cat(list(batches)), torch.arange(1, 17)
+    x, rings = torch.cat(list(batches)), range(1, 17)
     P = spectral.power_spectrum(x - x.mean((-2, -1), keepdim=True))
-    power = spectral.radial_profile(P).mean(0).cpu() * rings ** gamma
+    power = spectral.radial_profile(P).mean(0).cpu() * torch.tensor(rings) ** gamma
     shares = spectral.spectrum_distribution(x, gamma=gamma, remove_dc=remove_dc).mean(0).cpu()
-    relative = power / power.sum()
+    relative, last = power / power.sum(), shares.tolist() if descriptor else 16 * [""]
+    rows.extend(zip(16 * [name], rings, power.tolist(), relative.tolist(), last))
+    visible = lambda curve: curve.where(curve > 1e-6, float("nan"))    # in ring 1 may be DC alone
     label = f"{name}: $f^{{-{spectral.fit_power_law(power):.2f}}}$"
-    there = relative.where(relative > 1e-9, float("nan"))  # small latents: DC alone in ring 1
-    axes[0].loglog(rings, there, marker="o", ms=3, label=label, **style)
+    axes[0].loglog(rings, visible(relative), marker="o", ms=3, label=label, **style)
     if descriptor:
-        axes[1].plot(rings, shares, marker="o", ms=3, label=name, **style)
-    last = shares.tolist() if descriptor else 16 * [""]
-    rows.extend(zip(16 * [name], rings.tolist(), power.tolist(), relative.tolist(), last))
+        axes[1].plot(rings, visible(shares), marker="o", ms=3, **style)
     return shares
 
 
-def latents_and_images(args, device):
+def saved_latents(args, device):
     """Yields (label, images or None, latents (N, C, h, w)) of every file of --latents."""
     images = held_out_images(args, {}, device)[0] if args.data else None
     for file, label in zip(args.latents, unique_names(args.latents)):
         array = np.load(file, mmap_mode="r")
-        shape = getattr(array, "shape", "of a .npz")
-        run.need(len(shape) == 4, f"--latents {file}: shape {shape}, not (N, C, h, w) in a .npy")
+        run.need(array.ndim == 4, f"--latents {file}: shape {array.shape}, not (N, C, h, w)")
         yield label, images, torch.from_numpy(array[:args.val_images].astype(np.float32)).to(device)
 
 
@@ -240,11 +250,11 @@ def spectrum_figure(args, device):
     """
     run.need(args.encoder or not args.encoder_source,
              f"--encoder_source {args.encoder_source}: needs --encoder NAME")
-    published, rows, grids, sources = args.published, [], [], []
+    published, rows, sources, names = args.published, [], [], []
     if args.encoder:
         encoder = repa.load_encoder(args.encoder, args.encoder_source).to(device)
     if args.latents:
-        sources = latents_and_images(args, device)
+        sources = saved_latents(args, device)
     elif args.ae or not (args.encoder or published) or list(
             pathlib.Path().glob(f"out/ae/{args.preset}-*/ckpt.pt")):
         sources = ((label, images, encode_all(ae, images, args.batch_size, args.seed))
@@ -252,41 +262,41 @@ def spectrum_figure(args, device):
     elif args.encoder:                                 # features alone, as large as f16 latents
         sources = [("", held_out_images(args, {}, device)[0], None)]
     panels = 2 if sources else 1
-    figure, (axes,) = subplots(1, panels, (6 * panels, 4.8))
-    printed, rings = CURVES.get(published, {}), range(1, 17)
-    for i, (name, shares) in enumerate(printed.items()):
+    figure, (axes,) = subplots(1, panels, (5 * panels + 2.4, 4.6))
+    draw = partial(draw_curve, axes, rows, remove_dc=not published)
+    printed = CURVES.get(published, {})
+    for name, shares in printed.items():
         curve = f"{name}, published"
-        axes[-1].plot(rings, shares, ls=":", lw=2, color=f"C{9 - i}", label=curve)
-        rows += [(curve, ring, "", "", share) for ring, share in zip(rings, shares)]
+        axes[-1].plot(range(1, 17), shares, ls=":", lw=2, color=COLORS[name], label=curve)
+        rows += [(curve, ring, "", "", share) for ring, share in enumerate(shares, 1)]
         if name not in ("image", TARGET):
             kl = divergence(printed[TARGET], shares)
             print(f"published, {published}, {name}: KL(target || curve) {kl:.4f}")
-    draw = partial(draw_curve, axes, rows, remove_dc=not published)
-    for i, (label, images, latents) in enumerate(sources):
+    targets = {}                                       # one for all latents of a size
+    for label, images, latents in sources:
         grid = tuple(s // 16 for s in images.shape[2:]) if latents is None else latents.shape[2:]
         n = len(images if latents is None else latents)
-        curves = {}
+        curves, at = {}, f", {grid[0]}x{grid[1]}" if targets else ""
         if images is not None:
             small = spectral.match_resolution(images, grid)
-        if images is not None and grid not in grids:   # once for all latents of one size
-            at = f", {grid[0]}x{grid[1]}" if grids else ""
-            grids.append(grid)
+        if images is not None and grid not in targets:
             draw(f"images{at}", [small], color="black", lw=2)
-            draw(f"target, gamma {args.gamma:g}{at}", [small], args.gamma, color="black", ls="--")
+            target = f"target, gamma {args.gamma:g}{at}"
+            targets[grid] = draw(target, [small], args.gamma, color="gray", lw=2)
             if args.encoder:
                 tokens = torch.cat([encoder(x, grid) for x in images.split(args.batch_size)])
                 features = tokens.mT.unflatten(2, grid)                   # (N, D, h, w)
                 if not published:
                     features = F.normalize(features, dim=1)
-                name, style = encoder_name(args) + at, dict(color="gray", ls="-.")
-                curves[name] = draw(name, [features], descriptor=bool(published), **style)
+                name = encoder_name(args) + at
+                curves[name] = draw(name, [features], descriptor=bool(published), color="C6")
         if latents is not None:
-            curves[label] = draw(label, [latents], color=f"C{i}")
+            names.append(label)
+            curves[label] = draw(label, [latents], color=run_colors(names)[-1])
         settings = dict(gamma=args.gamma, n=n, seed=args.seed)
         if published and images is not None:
-            target = spectral.spectrum_distribution(small, gamma=args.gamma, remove_dc=False)
             for name, curve in curves.items():
-                yield (dict(kl_from_target=divergence(target.mean(0).cpu(), curve)),
+                yield (dict(kl_from_target=divergence(targets[grid], curve)),
                        dict(curve=name, **settings, rings=16, dc="kept", published=published))
         elif latents is not None:
             values = dict(alpha=psd_exponent(latents))
@@ -298,13 +308,13 @@ def spectrum_figure(args, device):
             values["std"] = latents.std().item()
             shape = "x".join(map(str, latents.shape[1:]))
             yield values, dict(autoencoder=label, **settings, latent=shape)
-    form = "The paper's form, DC kept" if published else "What ESM compares"
-    axes[0].set(title="Radial power, each curve scaled to sum 1", ylabel="share of power")
-    axes[-1].set(title=f"{form}: log(1 + power), scaled to sum 1", ylim=(0, None),
-                 ylabel="share of log(1 + power)")
-    for ax in axes:
+    axes[0].set(title="Radial power and its power law $f^{-\\alpha}$", ylabel="share of power")
+    axes[-1].set(title="In the paper's form, DC kept" if published else "What ESM compares",
+                 ylabel="share of log(1 + power)", xticks=range(2, 17, 2), ylim=(0.002, None))
+    for ax, logarithmic in zip(axes, ("xy", "y") if sources else ("y",)):
         ax.set_xlabel("ring (1 = low frequency)")
-        ax.legend(fontsize=8)
+        log_axes(ax, logarithmic)
+    figure.legend(loc="outside right upper")
     write_table(args, figure, ("curve", "ring", "power", "share", "descriptor"), rows)
 
 
@@ -318,7 +328,7 @@ def decode_lowpassed(ae, latents, masks, batch_size):
 
 def band_matrix(decoded):
     """
-    The share of each band (anti-diagonal of 8x8 blocks) of the image in what a latent's band adds:
+    What a band (anti-diagonal of 8x8 blocks) of the latent adds to each of the image, as shares:
     decode_lowpassed with all n = 0 .. 14 -> (14, 15), latent bands 1 .. 14 by image bands 0 .. 14.
     """
     diagonal = (torch.arange(8)[:, None] + torch.arange(8)).flatten()  # of each coefficient
@@ -336,28 +346,30 @@ def bands_figure(args, device):
     DSM made visible. Left: PSNR of decode(lowpass(z, n)) against lowpass(x, n) for every n. Right:
     what an anti-diagonal of the latent's 8x8 blocks adds to those of the decoded image's blocks.
     """
-    columns = len(autoencoder_files(args))
-    figure, ((left, *others),) = subplots(1, 1 + columns, (4.6 + 3.6 * columns, 4))
-    for ax, (label, ae, images) in zip(others, autoencoders(args, device)):
+    found, bands = [], torch.arange(1, 15)
+    for label, ae, images in autoencoders(args, device):
         latents = encode_all(ae, images, args.batch_size)
         decoded = decode_lowpassed(ae, latents, range(15), args.batch_size)
         scores = [psnr(decoded[n], spectral.lowpass(images, n)).mean().item() for n in decoded]
         matrix = band_matrix(decoded)
-        left.plot(range(15), scores, "o-", ms=3, label=label)
-        mesh = ax.imshow(matrix.numpy(), cmap="magma", vmin=0, vmax=0.6, origin="lower",
-                         extent=(-0.5, 14.5, 0.5, 14.5), aspect="auto")
-        bands = torch.arange(1, 15)
-        ax.plot(bands, bands, "w:", lw=1, label="same band: DSM")
-        ax.plot(bands / ae.config.reduction, bands, "w--", lw=1, label="same wavelength")
-        ax.set(title=f"{label}\nwhere each latent band lands",
-               xlabel="band of the decoded image (0 = DC)", ylabel="band of the latent")
+        found.append((label, scores, matrix, bands / ae.config.reduction))
         values = {f"psnr_n{n}": scores[n] for n in (0, 8, 10, 12)}
         values["mean_image_band"] = (matrix @ torch.arange(15.0)).mean().item()
         yield values, dict(autoencoder=label, n=len(images))
+    figure, ((left, *others),) = subplots(1, 1 + len(found), (4.6 + 3.6 * len(found), 4))
+    colors = run_colors(label for label, *_ in found)
+    for ax, color, (label, scores, matrix, same) in zip(others, colors, found):
+        left.plot(range(15), scores, "o-", ms=3, label=label, color=color)
+        mesh = ax.imshow(matrix, cmap="magma", vmin=0, vmax=0.6, origin="lower",
+                         extent=(-0.5, 14.5, 0.5, 14.5), aspect="auto")
+        ax.plot(bands, bands, "w:", label="same band: DSM")
+        ax.plot(same, bands, "w--", label="same wavelength")
+        ax.set(title=f"{label}\nwhere each latent band lands", xticks=range(0, 15, 2),
+               xlabel="band of the decoded image (0 = DC)", ylabel="band of the latent")
     left.set(title="Does a low-passed latent decode\nto the low-passed image?",
-             xlabel="n, anti-diagonals cut", ylabel="PSNR, dB")
-    left.legend(fontsize=8)
-    ax.legend(fontsize=8, labelcolor="white", facecolor="gray")
+             xlabel="n, anti-diagonals cut", xticks=range(0, 15, 2), ylabel="PSNR, dB")
+    left.legend()
+    ax.legend(labelcolor="white", facecolor="gray")
     figure.colorbar(mesh, ax=others, label="share of the energy that a latent band adds")
     save_figure(figure, args.out)
     print(f"wrote {args.out}")
@@ -378,6 +390,7 @@ def latents_figure(args, device):
 def similarity_figure(args, device):
     """Fig. 6: cosine similarity of a token to all others; raw, spnorm and DoG, with their RMSC."""
     size, side = args.image_size, args.image_size // 14
+    grid = side, side
     run.need(size % 14 == 0, f"--image_size {size}: must be a multiple of 14, the encoder's patch")
     token = side * side // 2 + side // 2 if args.token is None else args.token
     run.need(0 <= token < side * side, f"--token {token}: must lie in 0..{side * side - 1}")
@@ -387,16 +400,14 @@ def similarity_figure(args, device):
     else:
         images, _, _ = held_out_images(args, {}, device)
     encoder = repa.load_encoder(args.encoder, args.encoder_source).to(device)
-    # (N, T, D)
-    tokens = torch.cat([encoder(x, (side, side)) for x in images.split(args.batch_size)])
+    tokens = torch.cat([encoder(x, grid) for x in images.split(args.batch_size)])  # (N, T, D)
     marked, values = images * 0.5 + 0.5, {}
     y, x = 14 * (token // side), 14 * (token % side)
     marked[..., y:y + 14, x:x + 14] = torch.tensor([1.0, 0.2, 0.2], device=device)[:, None, None]
     rows = {"image, token in red": marked}
     for kind, label in dict(none="raw", spnorm="spnorm", dog="dog").items():
-        target = F.normalize(repa.filter_target(tokens, kind, (side, side)), dim=-1)
-        # (N, 1, h, w) in [-1, 1]
-        cosine = (target @ target[:, token, :, None])[..., 0].view(-1, 1, side, side)
+        target = F.normalize(repa.filter_target(tokens, kind, grid), dim=-1)
+        cosine = (target @ target[:, token, :, None]).view(-1, 1, *grid)        # in [-1, 1]
         contrast = values[f"rmsc_{kind}"] = spectral.rmsc(target).mean().item()
         rows[f"{label}\nRMSC {contrast:.2f}"] = (cosine * 0.5 + 0.5).expand(-1, 3, -1, -1)
     yield values, dict(encoder=encoder_name(args), n=len(images), token=token)
@@ -404,15 +415,16 @@ def similarity_figure(args, device):
     print(f"wrote {args.out} (black = opposite, white = equal)")
 
 
-# -------------------------------------------------------------------------- logs of training runs
-
-# What is drawn of a line of log.jsonl
-PANELS = ("loss", "l1", "lpips", "kl", "esm", "align", "gan", "disc", "grad_norm", "disc_grad_norm",
-          "val_psnr", "val_ssim", "val_esm")
+# What `curves` draws of a line of log.jsonl, and what its axis measures
+PANELS = dict(
+    loss="training loss", l1="mean |error|, in [-1, 1]", lpips="LPIPS", kl="nats per image",
+    esm="nats", align="alignment loss", gan="hinge loss", disc="hinge loss", grad_norm="L2 norm",
+    disc_grad_norm="L2 norm", val_psnr="dB", val_ssim="1 = equal images", val_esm="nats")
 
 
 def curves_figure(args, device):
     """The log.jsonl of training runs in one figure, one colour per run; they may be going on."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
     paths = [pathlib.Path(path) for path in dict.fromkeys(args.runs)]
     paths = [path.parent if path.name == "log.jsonl" else path for path in paths]
     # the last line is being written
@@ -420,19 +432,21 @@ def curves_figure(args, device):
     logs = [[json.loads(line) for line in lines] for lines in texts]
     shown = [panel for panel in PANELS if any(panel in entry for log in logs for entry in log)]
     run.need(shown, f"{args.runs[0]}: no line of a log yet; try again later")
-    columns, rows = min(3, len(shown)), -(-len(shown) // 3)
-    figure, axes = subplots(rows, columns, (4.4 * columns, 3 * rows + 0.5))
+    columns, rows = min(3, len(shown)), math.ceil(len(shown) / 3)
+    figure, axes = subplots(rows, columns, (4 * columns, 2.7 * rows + 0.5))
+    names = unique_names(paths)
     for ax in axes.flat[len(shown):]:
         ax.set_axis_off()
     for panel, ax in zip(shown, axes.flat):
-        linear = panel in ("val_psnr", "val_ssim")
-        for log in logs:
-            entries = [entry for entry in log if panel in entry]
-            ax.plot([entry["step"] for entry in entries], [entry[panel] for entry in entries], lw=1)
-            linear = linear or any(entry[panel] <= 0 for entry in entries)
-        ax.set(title=panel, xlabel="step", yscale="linear" if linear else "log")
-    figure.legend(axes[0, 0].lines, unique_names(paths), loc="outside lower center", fontsize=8,
-                  ncols=4)
+        for log, color in zip(logs, run_colors(names)):
+            points = [(entry["step"], entry[panel]) for entry in log if panel in entry]
+            ax.plot(*zip(*points or [(math.nan, math.nan)]), ".-", color=color)
+        if panel != "val_ssim" and ax.dataLim.y1 > 10 * ax.dataLim.y0 > 0:
+            log_axes(ax, "y")
+        ax.set(title=panel, xlabel="step", ylabel=PANELS[panel])
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))             # 500, 100k
+    figure.legend(axes[0, 0].lines, names, loc="outside lower center", ncols=4)
     save_figure(figure, args.out)
     print(f"wrote {args.out}")
     return ()                                          # nothing is measured

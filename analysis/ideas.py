@@ -1,11 +1,9 @@
 """
-The paper in two figures, drawn from one image.
+The paper in two figures, drawn from one image: what its figures and equations say (--plot), and
+where ESM and DSM enter the training of an autoencoder, Fig. 1 (--pipeline). The latent there is a
+stand-in, the image made 4 times smaller, so that nothing has to be trained.
 
     python -m analysis.ideas --plot assets/ideas.png --pipeline assets/pipeline.png
-
-    --plot       what the paper's figures and equations say, each on this image
-    --pipeline   where ESM and DSM enter the training of an autoencoder, Fig. 1. Its latent is a
-                 stand-in, the image made 4 times smaller, so that nothing has to be trained
 """
 import argparse
 import itertools
@@ -18,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch, Rectangle
 
 import spectral
-from analysis.figures import image_file, psd_exponent, save_figure
+from analysis.figures import image_file, log_axes, psd_exponent, save_figure
 from common import run
 from losses import DSM_MASKS
 from repa import DOG_SIGMAS
@@ -41,71 +39,70 @@ def crop_face(image):
 
 def plot_dog(ax):
     """The gain of DoG filters over the frequencies of a token grid, the default thick."""
-    omega = torch.arange(16) / 32                          # cycles per token of DCT row u
-    gain = lambda sigma: torch.exp(-2 * (math.pi * sigma * omega) ** 2)
-    for sigmas in ((0.5, 2.0), (1.0, 2.0), (1.0, 4.0), DOG_SIGMAS):
+    u = torch.arange(16)                                   # DCT row u: u / 32 cycles per token
+    gain = lambda sigma: torch.exp(-2 * (math.pi * sigma * u / 32) ** 2)
+    for sigmas in (DOG_SIGMAS, (1.0, 4.0), (0.5, 2.5)):
         default = sigmas == DOG_SIGMAS
-        ax.plot(gain(sigmas[0]) - gain(sigmas[1]), "o-", ms=3, lw=3 if default else 1,
+        ax.plot(u, gain(sigmas[0]) - gain(sigmas[1]), "o-", ms=4, lw=3 if default else 1.5,
                 label="$\\sigma$ = {}, {}".format(*sigmas) + " (default)" * default)
-    ax.set(title="Eq. 6: DoG on a 16x16 token grid", ylabel="gain",
-           xlabel="DCT frequency u (0 = DC)")
-    ax.legend()
+    ax.set(xlabel="DCT index u (0 = DC)", xticks=u[::3], ylabel="gain", ylim=(0, 1.3))
+    ax.legend(loc="upper right")
 
 
 def plot(image):
     """The figure of --plot. image (1, 3, H, W) in [-1, 1], H and W multiples of 8."""
     H, W = image.shape[-2:]
-    figure = Figure((18, 9.6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1)
-    whole, directions, law, targets, learnable = top.subplots(1, 5)
-    masks, quarter, dog = bottom.subfigures(1, 3, width_ratios=(3, 0.9, 1.1))
-    show(whole, image[0], f"{H} x {W} pixels")
+    figure = Figure((12, 10.4), layout="constrained")
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(1, 0.9, 1.05))
+    whole, directions, law = top.subplots(1, 3)
+    show(whole, image[0], f"1  An image, {H} x {W} pixels")
     show(directions, F.normalize(image[0], dim=0),         # every pixel, a vector, of length 1
-         "Fig. 2: without magnitudes\nthe layout is still there")
-    # Images follow a power law
+         "2  Without magnitudes the layout\nis still there (Fig. 2)")
     frequency = (torch.arange(32) + 0.5)[1:] / 32          # 1 = the corner; without DC's ring
     power = spectral.radial_profile(spectral.power_spectrum(image), 32)[0]
     alpha, power = spectral.fit_power_law(power).item(), power[1:]
     fit = frequency ** -alpha
-    law.loglog(frequency, power, "o-", ms=3, label="radial PSD of the image")
-    law.loglog(frequency, fit * (power / fit).log().mean().exp(), "k--",
-               label=f"fit: $f^{{-{alpha:.2f}}}$")
-    law.set(title="Images follow a power law", xlabel="frequency (1 = corner of the DCT grid)",
-            ylabel="power")
-    # ESM's targets
+    law.plot(frequency, power, "o-", ms=4, label="radial power")
+    law.plot(frequency, fit * (power / fit).log().mean().exp(), "k--",
+             label=f"fit: $f^{{-{alpha:.2f}}}$")
+    law.set(title="3  Its power follows a power law")
+    targets, learnable = middle.subplots(1, 2)
     small = spectral.match_resolution(image, [side // 8 for side in image.shape[-2:]])
     for gamma in (0.0, 0.6, 1.0, 1.4):
         target = spectral.spectrum_distribution(small, 16, gamma)[0]
-        targets.plot(range(1, 17), target, "o-", ms=3, label=f"$\\gamma$ = {gamma}")
-    targets.axhline(1 / 16, color="gray", ls=":", label="white")
-    targets.set(title="ESM: the target, flattened by $\\gamma$", xlabel="ring (1 = low frequency)",
+        targets.plot(range(1, 17), target, "o-", ms=4, label=f"$\\gamma$ = {gamma:g}")
+    targets.axhline(1 / 16, color="gray", ls=":", label="white noise")
+    targets.set(title="4  ESM: the target is the image's spectrum, flattened by $\\gamma$",
+                xlabel="ring (1 = low frequency)", xticks=range(1, 17, 3),
                 ylabel="share of log(1 + power)")
-    # Prop. 3.1
     S = power / power.mean()                               # power 1 on average, as a latent's
-    for alpha_bar in (0.999, 0.9, 0.5, 0.1, 0.01):
-        learnable.loglog(frequency, spectral.learnable_power(S, alpha_bar),
-                         label=f"$\\bar\\alpha_t$ = {alpha_bar}")
-    learnable.loglog(frequency, S, "k--", label="all the power there is")
-    learnable.set(title="Prop. 3.1: power a denoiser can learn", xlabel="frequency",
-                  ylabel="learnable power")
-    # DSM's masks
-    masks.suptitle("DSM (Fig. 10): cut the n last anti-diagonals of every 8x8 DCT block, "
-                   "in the image and in the latent (dark = kept)")
-    for n, column in zip(DSM_MASKS, masks.subplots(2, 4, height_ratios=(1, 2.2)).T):
+    learnable.plot(frequency, S, "k--", label="all the power there is")
+    for alpha_bar in (0.9, 0.5, 0.1):
+        learnable.plot(frequency, spectral.learnable_power(S, alpha_bar),
+                       label=f"learnable at $\\bar\\alpha_t$ = {alpha_bar}")
+    learnable.set(title="5  Noise hides high frequencies first (Prop. 3.1)", ylim=(1e-4, 30))
+    for ax in (law, learnable):
+        ax.set(xlabel="frequency f (1 = highest)", ylabel="power per DCT coefficient")
+        log_axes(ax, "xy")
+    for ax in (law, targets, learnable):
+        ax.legend()
+    masks, dct, dog = bottom.subfigures(1, 3, width_ratios=(2.1, 0.9, 1.1))
+    masks.suptitle("6  DSM (Fig. 10): cut the n last anti-diagonals of every 8x8\n"
+                   "DCT block, in the image and in the latent (dark = kept)")
+    for n, column in zip(DSM_MASKS, masks.subplots(2, 4, height_ratios=(1, 1.4)).T):
         mask = spectral.triangle_mask(n)
-        show(column[0], mask, f"n = {n}: {mask.sum()} of 64 kept")
+        show(column[0], mask, f"n = {n}: {mask.sum()} kept")
         show(column[1], crop_face(spectral.lowpass(image, n))[0])
-    # downsampling is cutting the DCT
-    dct, half = quarter.subplots(2, 1, height_ratios=(2, 1))
+    dct.suptitle("7  The DCT's top-left quarter\nis the half-size image (Fig. 9)")
+    whole, half = dct.subplots(2, 1, height_ratios=(1.4, 1))
     power = spectral.dct2(image)[0].square().mean(0).log()                 # (H, W)
-    dct.imshow(power, cmap="gray", vmin=power.quantile(0.02), vmax=power.quantile(0.998))
-    dct.add_patch(Rectangle((0, 0), W / 2, H / 2, lw=3, ec=PURPLE, fc=PURPLE + "60"))
-    dct.set(title="Fig. 9: of the image's DCT\nthe top-left quarter ...", xticks=[], yticks=[])
-    show(half, spectral.downsample_dct(image, 2)[0], "... is the image at half its size")
+    whole.imshow(power, cmap="gray", vmin=power.quantile(0.02), vmax=power.quantile(0.998))
+    whole.add_patch(Rectangle((0, 0), W / 2, H / 2, lw=3, ec=PURPLE, fc=PURPLE + "60"))
+    whole.set(xticks=[], yticks=[])
+    show(half, spectral.downsample_dct(image, 2)[0])
     half.spines[:].set(color=PURPLE, lw=3)
+    dog.suptitle("8  DoG on a 16x16 token grid\nis a band-pass (Eq. 6)")
     plot_dog(dog.subplots())
-    for axes in (law, targets, learnable):
-        axes.legend(fontsize=8)
     return figure
 
 
@@ -113,11 +110,10 @@ def pipeline(image, n=12):
     """The figure of --pipeline. image (1, 3, H, W) in [-1, 1], H and W multiples of 64."""
     image = crop_face(image)
     latent = spectral.downsample_dct(image, 4)             # in the place of an encoder's
-    figure = Figure((15.6, 7.9), layout="constrained")
+    figure = Figure((13, 6.8), layout="constrained")
     figure.suptitle("Fig. 1: how an autoencoder is trained with ESM, DSM or both\n", fontsize=15)
-    figure.supxlabel("Afterwards a diffusion model learns the latents. Nothing was trained here: "
-                     "the latent is the image at a quarter of its size, the reconstruction a "
-                     "low-pass.", fontsize=10, color="gray")
+    figure.supxlabel("Nothing was trained here: the latent is the image at a quarter of its size, "
+                     "the reconstruction a low-pass.", fontsize=10, color="gray")
     ax = figure.subplot_mosaic([
         ["image", ".", "mask image", ".", ".", "masked image"],
         [".", "esm", "mask", ".", ".", "loss"],
@@ -136,7 +132,8 @@ def pipeline(image, n=12):
     ax["esm"].fill_between(range(16), target, current, color=GREEN, alpha=0.25,
                            label="their KL joins the loss")
     ax["esm"].set(xticks=[], yticks=[], ylabel="power by frequency", facecolor="#e8f5e9")
-    ax["esm"].set_title("ESM (Alg. 1): match spectra", loc="right", color=GREEN, weight="bold")
+    ax["esm"].set_title("ESM (Alg. 1): match spectra", loc="right", color=GREEN, weight="bold",
+                        fontsize=11)
     ax["esm"].legend(fontsize=10)
     show(ax["mask"], spectral.triangle_mask(n))
     ax["mask"].set_title("DSM (Alg. 2):\none mask for both", color=BLUE, weight="bold")
@@ -179,7 +176,7 @@ def main():
     image = image_file(file, args.size, "cpu")             # (1, 3, size, size) in [-1, 1]
     for path, draw in ((args.plot, plot), (args.pipeline, pipeline)):
         if path:
-            save_figure(draw(image), path, dpi=80)
+            save_figure(draw(image), path, dpi=100)
     print(f"the image's power falls as f^-{psd_exponent(image, 32):.2f}")
 
 

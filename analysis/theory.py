@@ -1,7 +1,7 @@
 """
 The paper's argument, measured on trained models; commands as in figures.py. Prop. 3.1: of a
 frequency of power S, the best denoiser of Gaussian data with independent frequencies saves
-S * SNR / (1 + SNR) of the squared error over predicting 0. The rest, S / (1 + SNR), is the bound. A
+S * SNR / (1 + SNR) of the squared error over predicting 0; the rest, S / (1 + SNR), is the bound. A
 network may get below it: it also sees means, the class, and how frequencies depend on one another.
 Latents (N, C, h, w) normalised to std 1; t from 0 = data to 1 = noise; R rings, at most 16.
 """
@@ -20,7 +20,6 @@ from losses import DSM_MASKS, esm_loss
 
 TIMES = [(i + 0.5) / 20 for i in range(20)]                # uniform, as training draws them
 SHOWN = (3, 7, 11, 15)                                     # of TIMES: t = .175, .375, .575, .775
-RING = "ring (1 = low frequency)"
 FAINT = 1e-3                                               # of the largest ring's power
 
 
@@ -32,11 +31,9 @@ def ring_profile(P):
 @torch.no_grad()
 def denoised_power(model, process, latents, labels=None, times=TIMES, seed=0, batch_size=64):
     """
-    Prop. 3.1 and a network, by ring and time, in float64 means per coefficient.
-    latents  (N, C, h, w) normalised, on the model's device; labels (N,) or None
-    times    T of them in (0, 1); the noise of a latent depends on (seed, its number) alone
-    returns  power (R,) of the latents; learnable (T, R) by Prop. 3.1; error (T, R), squared, of the
-             predicted clean latent; sizes (R,), how many coefficients a ring has
+    Prop. 3.1 and a network, float64 means per coefficient by ring and time: power (R,) of the
+    latents; learnable (T, R) by Prop. 3.1; error (T, R), squared, of the predicted clean latent;
+    sizes (R,), how many coefficients a ring has. labels (N,) or None.
     """
     N, _, h, w = latents.shape
     S = spectral.dct2(latents.cpu().double()).square().mean(0)     # (C, h, w); no float64 on mps
@@ -46,7 +43,7 @@ def denoised_power(model, process, latents, labels=None, times=TIMES, seed=0, ba
         learnable.append(ring_mean(spectral.learnable_power(S, float(process.alpha_bar_at(t)))))
         error = torch.zeros_like(S)
         for rows in torch.arange(N, device=latents.device).split(batch_size):
-            z = latents[rows]
+            z = latents[rows]                              # its noise depends on (seed, row) alone
             z_t = process.noisy(z, NoiseStream(seed, rows.tolist())(z.shape).to(z), t)
             time = z.new_full((len(z),), process.time(t))
             output = model(z_t, time, None if labels is None else labels[rows])
@@ -86,36 +83,37 @@ def held_out_latents(file, args, device):
 
 def denoise_figure(args, device):
     """
-    Prop. 3.1 on trained networks: by radial frequency, at four times, the power of held-out
-    latents, the network's denoising error and the least error of a denoiser of Gaussian latents.
-    Printed: the fraction of the learnable power that was learned, over twenty times spread evenly;
-    of all frequencies, and ring by ring, "-" where there is almost no power. Above 1: better than
-    the bound.
+    Prop. 3.1 on trained networks, a row each: by radial frequency, at four times, the power of
+    held-out latents, the network's denoising error and the least one for Gaussian latents. Printed:
+    the fraction of the learnable power that was learned, over twenty times spread evenly; of all
+    frequencies, and ring by ring, "-" where there is almost no power. Above 1: better than the
+    bound.
     """
-    figure, (axes,) = figures.subplots(1, len(SHOWN), (4 * len(SHOWN), 4.4), sharey=True)
-    table = []
-    for i, (file, name) in enumerate(figures.named_checkpoints(args)):
+    runs, table = figures.named_checkpoints(args), []
+    figure, axes = figures.subplots(len(runs), len(SHOWN), (12, 2.5 * len(runs) + 0.9),
+                                    sharex="row", sharey=True)
+    for row, (file, name) in zip(axes, runs):
         model, process, latents, labels, settings = held_out_latents(file, args, device)
         found = denoised_power(model, process, latents, labels, seed=args.seed,
                                batch_size=args.batch_size)
-        rings, color = range(1, len(found.power) + 1), f"C{i}"
-        for ax, k in zip(axes, SHOWN):
+        rings = range(1, len(found.power) + 1)
+        for ax, k in zip(row, SHOWN):
             alpha_bar = float(process.alpha_bar_at(TIMES[k]))
-            ax.semilogy(rings, found.power, color=color, lw=5, alpha=0.25)
-            ax.semilogy(rings, found.power - found.learnable[k], "--", color=color, lw=1)
-            ax.semilogy(rings, found.error[k], "o-", color=color, ms=3, label=name)
-            ax.axhline((1 - alpha_bar) / alpha_bar, color=color, lw=1, ls=":")
-            ax.set(title=f"t = {TIMES[k]:.3g}", xlabel=RING)
+            ax.plot(rings, found.power, color="lightgray", lw=6, label="power of the latent")
+            ax.plot(rings, found.power - found.learnable[k], "k--", label="bound of Prop. 3.1")
+            ax.plot(rings, found.error[k], "o-", color="C3", ms=4,
+                    label="denoising error of the network")
+            ax.axhline((1 - alpha_bar) / alpha_bar, color="C0", ls=":", label="noise")
+            ax.set(title=f"{name}, t = {TIMES[k]:.3g}", xlabel="ring (1 = low frequency)")
+        row[0].set(ylabel="power per coefficient", xticks=rings[::1 + len(rings) // 10])
         for t, *lines in zip(TIMES, found.learnable.tolist(), found.error.tolist()):
             table += [(name, t, *line) for line in zip(rings, found.power.tolist(), *lines)]
         fractions, total = fraction_learned(found)
         faint = found.power < FAINT * found.power.max()
         by_ring = " ".join("-" if hidden else f"{x:.2f}" for x, hidden in zip(fractions, faint))
         yield dict(fraction_learned=total, by_ring=by_ring), settings
-    axes[0].set_ylabel("power per coefficient, normalised latents")
-    axes[0].legend(axes[0].lines[:4], ["power of the latent", "bound of Prop. 3.1",
-                                       "denoising error of the network", "noise"], fontsize=8)
-    axes[-1].legend(fontsize=8)
+    figures.log_axes(axes[0, 0], "y")                      # of all
+    figure.legend(handles=axes[0, 0].lines, loc="outside lower center", ncols=4)
     columns = ("run", "t", "ring", "power", "learnable", "denoising_error")
     figures.write_table(args, figure, columns, table)
 
@@ -124,9 +122,8 @@ def denoise_figure(args, device):
 
 def follow_sampling(model, process, shape, steps, seed=0, labels=None, keep=1):
     """
-    Draw N samples of shape (N, C, h, w) without guidance, and watch the predicted clean latents.
-    returns  times (T,), falling to 0; power (T, R) of the predictions, the last row that of the
-             samples; predictions, T tensors (keep, C, h, w), float32
+    Draw N samples (N, C, h, w) without guidance: times (T,), falling to 0; power (T, R) of the
+    predicted clean latents, the last row that of the samples; T of them (keep, C, h, w), float32.
     """
     times, power, kept = [], [], []
 
@@ -143,9 +140,9 @@ def half_times(times, power):
     """When each ring of power (T, R) has reached half of its last row for good: t, linear, (R,)."""
     half = []
     for share in (power / power[-1]).T:                    # (T,) of a ring
-        k = max((share < 0.5).nonzero().flatten().tolist(), default=None)  # the last step below
-        part = 0 if k is None else (0.5 - share[k]) / (share[k + 1] - share[k])
-        k = k or 0
+        below = (share < 0.5).nonzero().flatten().tolist()             # steps, the last one counts
+        k = below[-1] if below else 0
+        part = (0.5 - share[k]) / (share[k + 1] - share[k]) if below else 0
         half.append(times[k] + part * (times[k + 1] - times[k]))
     return torch.stack(half)
 
@@ -178,7 +175,7 @@ def trajectory_figure(args, device):
     slope of both, in t per octave. Rings with almost no power are grey, and left out of the slopes.
     """
     runs, table = figures.named_checkpoints(args), []
-    figure, axes = figures.subplots(2, len(runs), (3.1 * len(runs) + 0.8, 4.2),
+    figure, axes = figures.subplots(2, len(runs), (3.1 * len(runs) + 0.8, 4.5),
                                     height_ratios=(6, 1))
     for (top, bottom), (file, name) in zip(axes.T, runs):
         model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
@@ -187,7 +184,6 @@ def trajectory_figure(args, device):
             classes = fid.sampled_classes(file, checkpoint)
             labels = fid.sample_labels(range(args.num_samples), classes).to(device)
         times, power, kept = follow_sampling(model, process, shape, args.steps, args.seed, labels)
-        run.need(power.isfinite().all(), f"{file}: its samples are not finite: no result")
         half, ideal = half_times(times, power), wiener_half_times(power[-1], process)
         slope, rings = slope_per_octave(half, power[-1]), range(1, power.shape[1] + 1)
         share = (power / power[-1]).clamp(0, 1)            # (T, R)
@@ -196,22 +192,22 @@ def trajectory_figure(args, device):
         top.set_facecolor("lightgray")
         mesh = top.pcolormesh(times, rings, share.T, cmap="magma", vmin=0, vmax=1,
                               shading="nearest")
-        top.plot(half, rings, "o", color="white", mec="gray", ms=4, label="half of it")
-        top.plot(ideal, rings, "--", color="cyan", lw=1.5, label="SNR = 1")
+        top.plot(half, rings, "o", color="white", mec="gray", ms=4, label="half of the final power")
+        top.plot(ideal, rings, "--", color="cyan", lw=1.5, label="SNR = 1: half by Prop. 3.1")
         top.set(title=f"{name}: {slope:.2f} in t per octave", xlabel="t (1 = noise)", xlim=(1, 0))
         shown = [int((times - t).abs().argmin()) for t in torch.linspace(times[0], 0, 8)]
         frames = [ae.decode(ae.denormalize(kept[k]))[0] for k in shown]  # (3, H, W) each
         strip = (torch.cat(frames, dim=2).cpu() * 0.5 + 0.5).clamp(0, 1)         # side by side
         bottom.imshow(strip.movedim(0, -1))
         bottom.set(xticks=[], yticks=[], xlabel="a sample's prediction, from t = 1 to 0")
-        for t, line in zip(times.tolist(), power.tolist()):
-            table += [(name, t, *pair) for pair in zip(rings, line)]
+        table += [(name, t, ring, value) for t, line in zip(times.tolist(), power.tolist())
+                  for ring, value in zip(rings, line)]
         sampler = "em" if isinstance(process, Interpolant) else "ddim"
         yield (dict(slope=slope, slope_where_snr_is_1=slope_per_octave(ideal, power[-1])),
                dict(ckpt=file, step=checkpoint["step"], n=args.num_samples, steps=args.steps,
                     sampler=sampler, cfg=1, seed=args.seed))
-    axes[0, 0].set_ylabel(RING)
-    axes[0, 0].legend(fontsize=8, loc="upper left")
+    axes[0, 0].set_ylabel("ring (1 = low frequency)")
+    figure.legend(handles=axes[0, 0].lines, loc="outside lower center", ncols=2)
     figure.colorbar(mesh, ax=axes[0], label="share of the ring's final power")
     figures.write_table(args, figure, ("run", "t", "ring", "power"), table)
 
@@ -220,12 +216,11 @@ def trajectory_figure(args, device):
 
 def halfway_to_neighbours(latents):
     """
-    (N, C, h, w), N > 1: the points halfway, on the sphere, from each latent to its nearest
-    neighbour by cosine (iFID, arXiv 2603.05630, whose neighbours are in a second set of images).
+    The points halfway, on the sphere, from each latent (N, C, h, w) to its nearest neighbour by
+    cosine (iFID, arXiv 2603.05630, whose neighbours are in a second set of images).
     """
     direction = F.normalize(latents.flatten(1), dim=1)
-    cosine = (direction @ direction.T).fill_diagonal_(-2)      # not itself
-    cosine, nearest = cosine.max(1)                            # (N,)
+    cosine, nearest = (direction @ direction.T).fill_diagonal_(-2).max(1)      # (N,), not itself
     # slerp at 1/2: both weights are sin(a / 2) / sin(a) = 1 / (2 cos(a / 2))
     return (latents + latents[nearest]) / (2 + 2 * cosine).sqrt()[:, None, None, None]
 
@@ -248,13 +243,12 @@ def interpolation_distance(ae, images, features, batch_size=100):
 def diffusability(ae, images, batch_size=100, features=None):
     """
     What is known of an autoencoder before any diffusion (Table 1's observations as numbers), of
-    images (N, 3, H, W) in [-1, 1] on its device: a dict of floats, each explained beside its line.
-    With features, as of interpolation_distance, that distance as iFD.
+    images (N, 3, H, W) in [-1, 1] on its device: a dict of floats. With features also iFD, the
+    interpolation_distance in them.
     """
     latents = figures.encode_all(ae, images, batch_size, seed=0)
     channels = dict(dim=(0, 2, 3), keepdim=True)
-    normal = (latents - latents.mean(**channels)) / latents.std(**channels)
-    z = normal - normal.mean(**channels)
+    z = (latents - latents.mean(**channels)) / latents.std(**channels)
     products = [z[..., 1:, :] * z[..., :-1, :], z[..., 1:] * z[..., :-1]]  # of cells side by side
     modes = figures.encode_all(ae, images, batch_size)
     decoded = figures.decode_lowpassed(ae, modes, DSM_MASKS, batch_size)
@@ -265,7 +259,7 @@ def diffusability(ae, images, batch_size=100, features=None):
         esm=esm_loss(images, latents).item(),              # from the target of gamma 1, nats
         # the same of normalised latents at the best scale: log(1 + P) sees the latent's scale, and
         # diffusion, which normalises, does not
-        esm_shape=min(esm_loss(images, scale * normal).item() for scale in scales),
+        esm_shape=min(esm_loss(images, scale * z).item() for scale in scales),
         alpha=figures.psd_exponent(latents),               # Scale Equivariance: SD-VAE's is small
         # correlation of cells one step apart; over-smoothed latents (REPA-E) are near 1
         neighbours=float(sum(x.mean() for x in products) / 2 / z.square().mean()),

@@ -1,10 +1,12 @@
 """The two figures that explain the paper are drawn, with the values that the code uses."""
+import pytest
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.image import AxesImage
 from matplotlib.text import Text
 from PIL import Image
 
-from analysis import ideas
+from analysis import figures, ideas
 from conftest import run_main
 from losses import DSM_MASKS
 from repa import DOG_SIGMAS
@@ -12,16 +14,46 @@ from repa import DOG_SIGMAS
 
 def texts(figure):
     """All that is written in a figure, legends and titles included."""
-    return "\n".join(text.get_text() for text in figure.findobj(Text))
+    return "\n\n".join(text.get_text() for text in figure.findobj(Text))
 
 
 def test_the_ideas_show_what_the_code_uses():
     """A panel per figure of the paper that it explains; the masks of --reg dsm, the default DoG."""
-    found = texts(ideas.plot(torch.rand(1, 3, 64, 80) * 2 - 1))
-    for figure in ("Fig. 2", "Fig. 9", "Fig. 10", "Prop. 3.1", "Eq. 6", "ESM"):
-        assert figure in found
+    figure = ideas.plot(torch.rand(1, 3, 64, 80) * 2 - 1)
+    found = texts(figure)
+    sources = "Fig. 2", "power law", "ESM", "Prop. 3.1", "Fig. 10", "Fig. 9", "Eq. 6"
+    for number, source in enumerate(sources, 2):           # as in the table of GUIDE.md
+        title, = [text for text in found.split("\n\n") if text.startswith(f"{number}  ")]
+        assert source in title
     assert all(f"n = {n}:" in found for n in DSM_MASKS)
     assert "= {}, {} (default)".format(*DOG_SIGMAS) in found
+    counted = [ax for ax in figure.axes if ax.get_xlabel().startswith(("ring", "DCT index"))]
+    assert len(counted) == 2
+    assert all(tick == int(tick) for ax in counted for tick in ax.get_xticks())
+
+
+def test_a_method_has_one_colour():
+    """In a run's name as in the authors' curves; runs of one method differ; images are black."""
+    runs = ["quick-kl", "b/dsm-s0", "celeba-f16d16-esm", "se_2", "kl-1e-6-s0", "first", "1"]
+    colors = figures.run_colors(runs)
+    names = "SD-VAE", "DSM", "ESM", "Scale Equivariance"
+    assert colors[:4] == [figures.COLORS[name] for name in names]
+    assert len({to_rgb(color) for color in (*colors, "black", "gray")}) == len(runs) + 2
+    assert all(curve in figures.COLORS for curves in figures.CURVES.values() for curve in curves)
+
+
+@pytest.mark.parametrize("values, ticks", [((0.3, 7), ["0.5", "1", "2", "5"]),
+                                           ((0.002, 300), ["0.01", "0.1", "1", "10", "100"])])
+def test_logarithmic_axes_have_plain_numbers(values, ticks, tmp_path):
+    """1, 2, 5 of each decade, or decades alone; nothing else is labelled."""
+    figure, ((ax,),) = figures.subplots(1, 1, (4, 4))
+    ax.plot(range(2), values)
+    figures.log_axes(ax, "y")
+    figures.save_figure(figure, tmp_path / "a.png")
+    low, high = ax.get_ylim()
+    labels = [label for label in ax.get_yticklabels(which="both") if label.get_text()]
+    inside = [label.get_text() for label in labels if low <= label.get_position()[1] <= high]
+    assert inside == ticks
 
 
 def test_the_pipeline_has_every_stage():

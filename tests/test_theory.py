@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import evaluate
 import train_diffusion
-from analysis import theory
+from analysis import figures, theory
 from common.data import open_data
 from common.metrics import frechet_distance, frechet_parts
 from common.weights import load_diffusion
@@ -206,11 +206,15 @@ def evaluated(tmp_path, monkeypatch):
     return lines
 
 
-def test_commands_write_figure_and_table(material, runs, evaluated):
+def test_commands_write_figure_and_table(material, runs, evaluated, monkeypatch):
     """One result per run, one row per run, time and ring; of trajectory the samples, too."""
+    drawn, save = [], figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", lambda *args: (drawn.append(args[0]), save(*args)))
     results, rows = evaluated("denoise", "--ckpt", *runs, "--val_images", 3)
     assert [line["model"] for line in results] == ["SiT-tiny/4", "UViT-tiny/2"]
     assert len(rows) == 2 * len(theory.TIMES) * len(results[0]["by_ring"].split())
+    assert [len(ax.lines) for ax in drawn[0].axes] == [4] * 8              # and each has a name
+    assert len(drawn[0].legends[0].get_texts()) == 4
     lines, rows = evaluated("trajectory", "--ckpt", *runs, "--num_samples", 3, "--steps", 5)
     assert [line["sampler"] for line in lines[2:]] == ["em", "ddim"]
     assert all(math.isfinite(line["slope"]) for line in lines[2:])
