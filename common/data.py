@@ -178,7 +178,7 @@ def open_source(spec):
     if spec == "cifar10":
         return Cifar10()
     need(Path(spec).is_dir() or Path(spec).is_file() and Path(spec).suffix.lower() == ".zip",
-         f"--data {spec}: no folder, .zip or 'cifar10'; leaves and discs are built in")
+         f"--data {spec}: neither a folder nor a .zip nor 'cifar10'; leaves and discs are built in")
     return Files(spec)
 
 
