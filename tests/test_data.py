@@ -7,7 +7,6 @@ import shutil
 import signal
 import time
 import zipfile
-from contextlib import nullcontext
 from itertools import islice
 
 import numpy as np
@@ -21,7 +20,7 @@ import train_diffusion
 from common import data
 from common.builtin import BuiltInImages
 from common.data import open_data, pack, stream_entries, train_batches, val_batches
-from conftest import run_main, start
+from conftest import run_main
 
 
 def noise(i, height=9, width=11):
@@ -31,17 +30,25 @@ def noise(i, height=9, width=11):
 
 def make(path, names):
     """A folder, or a zip if it is called so, of PNGs under these names; returns its path."""
-    zipped = path.suffix == ".zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) if zipped else nullcontext() as archive:
-        for i, name in enumerate(names):
-            file = io.BytesIO()
-            Image.fromarray(noise(i)).save(file, "PNG")
-            if zipped:
+    for i, name in enumerate(names):
+        file = io.BytesIO()
+        Image.fromarray(noise(i)).save(file, "PNG")
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path, "a") as archive:
                 archive.writestr(name, file.getvalue())
-            else:
-                (path / name).parent.mkdir(parents=True, exist_ok=True)
-                (path / name).write_bytes(file.getvalue())
+        else:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(file.getvalue())
     return path
+
+
+def label(folder, tables):
+    """Write dataset.json into folders below it, tables {place: {name: label} or None}."""
+    for place, labels in tables.items():
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dict(labels=labels and [*labels.items()]))
+        (folder / place / "dataset.json").write_text(text)
+    return folder
 
 
 def names_of(image_set):
@@ -147,8 +154,8 @@ def test_one_image_less_moves_no_other(tmp_path):
     names = [f"{c}/{i}.png" for c in "ab" for i in range(100)]
     before = sides(make(tmp_path / "x.zip", names))
     assert 10 < sum(before.values()) < 32 and len(before) == 200
-    for gone in ("a/0.png", "b/57.png"):
-        after = sides(make(tmp_path / "y.zip", ["wrapper/" + n for n in names if n != gone]))
+    for k, gone in enumerate(("a/0.png", "b/57.png")):
+        after = sides(make(tmp_path / f"{k}.zip", ["wrapper/" + n for n in names if n != gone]))
         assert len(after) == 199
         assert all(before[name.removeprefix("wrapper/")] == side for name, side in after.items())
     train, held_out = open_data(tmp_path / "x.zip", 8)
@@ -164,25 +171,23 @@ def test_how_many_images_are_held_out(n):
     assert sorted([*train, *held_out]) == [*range(n)] and len(train)
     expected = max(n / 10 if n <= 50_000 else 5000 * n / 2 ** 16, 1)
     assert abs(len(held_out) - expected) < 4 * expected ** 0.5
-    if 50_000 < n < 90_000:
-        assert {*held_out} == {i for i in data._hold_out([f"{i:06d}.png" for i in range(90_000)])[1]
-                               if i < n}
+    if n > 50_000:
+        more = data._hold_out([f"{i:06d}.png" for i in range(90_000)])[1]
+        assert {*held_out} == {i for i in more if i < n}
 
 
 @pytest.mark.parametrize("tops, held_out_top", [
-    (["train", "test"], "test"), (["train", "val", "test"], "val"),
-    (["Training", "Testing"], "Testing"), (["TRAIN", "validation"], "validation"),
-    (["train2017", "val2017"], "val2017"), (["training_set", "Test_Set (1)"], "Test_Set (1)"),
-    (["train", "valid"], "valid"), (["train", "dev", "others"], "dev")])
+    ("train test", "test"), ("train val test", "val"), ("Training Testing", "Testing"),
+    ("TRAIN validation", "validation"), ("train2017 val2017", "val2017"), ("train valid", "valid"),
+    ("training_set Test-Set(1)", "Test-Set(1)"), ("train dev others", "dev")])
 @pytest.mark.parametrize("inside, separator", [("", "/"), ("b/c/", "/"), ("b/c/", "\\")])
 def test_train_and_val_folders_are_the_splits(tmp_path, tops, held_out_top, inside, separator):
     """In any case; of three, test is not read, nor what is neither. Windows' zips may hold \\."""
-    names = [f"{top}/{inside}{i}.png" for top in tops for i in range(5)]
-    if inside:
-        names += [f"{top}/z/{i}.png" for top in tops for i in range(2)]
+    names = [f"{top}/{inside}{i}.png" for top in tops.split() for i in range(5)]
+    names += [f"{top}/z/{i}.png" for top in tops.split() for i in range(2) if inside]
     path = make(tmp_path / "x.zip", [name.replace("/", separator) for name in names])
     train, held_out = open_data(path, 8, val_images=4)
-    assert {n.split("/")[0] for n in names_of(train)} == {tops[0]}
+    assert {n.split("/")[0] for n in names_of(train)} == {tops.split()[0]}
     assert len(train) == (7 if inside else 5)
     assert {n.split("/")[0] for n in names_of(held_out)} == {held_out_top} and len(held_out) == 4
     assert train.classes == held_out.classes == ([inside.split("/")[0], "z"] if inside else [])
@@ -210,40 +215,12 @@ def test_classes_are_the_sorted_folders(tmp_path, form, wrapper, separator):
             np.testing.assert_array_equal(image.permute(1, 2, 0), np.asarray(expected))
 
 
-IMAGENET = [f"ILSVRC/Data/CLS-LOC/train/{c}/{c}_{i}.JPEG" for c in ("n02", "n01") for i in range(3)]
-IMAGENET += [f"ILSVRC/Data/CLS-LOC/{split}/{i}.JPEG" for split in ("val", "test") for i in range(4)]
-ORDERED = [f"train/{c}/{i}.png" for c in ("n03", "n01", "n02") for i in range(3)]
-
-
-@pytest.mark.parametrize("names, labels", [
-    (IMAGENET, [0, 0, 0, 0]),
-    ([*ORDERED, *(f"test/{c}/{i}.png" for c in ("n04", "n03") for i in range(2))], [0, 0, 0, 0]),
-    ([*ORDERED, *(f"test/{c}/{i}.png" for c in ("n02", "n03") for i in range(2))], [1, 1, 2, 2]),
-], ids=["imagenet", "unknown class", "fewer classes"])
-def test_held_out_images_are_labelled_in_the_training_classes(tmp_path, names, labels):
-    """Or not at all, if some have none of these."""
-    train, held_out = open_data(make(tmp_path, names), 8)
-    assert held_out.classes == train.classes and sorted(held_out.labels) == labels
-    for part in (train, held_out) if any(labels) else (train,):
-        assert all(f"/{part.classes[k]}/" in name for k, name in zip(part.labels, names_of(part)))
-
-
-def with_labels(folder, names, labels, place="dataset.json"):
-    """A folder of these images with a dataset.json; labels: its text, or {name: class}."""
-    make(folder, names).mkdir(exist_ok=True)
-    text = labels if isinstance(labels, str) else json.dumps(dict(labels=[*labels.items()]))
-    (folder / place).write_text(text)
-    return folder
-
-
 @pytest.mark.parametrize("inside", ["", "images/"])
 def test_labels_come_from_dataset_json(tmp_path, inside):
     """As StyleGAN, EDM and REPA prepare their sets: folders are shards. Packing keeps it."""
     labels = {f"{i // 5:05d}/img{i:08d}.png": 3 * i % 7 for i in range(11)}
-    names = [inside + name for name in labels]
-    folder = with_labels(tmp_path / "set", names, labels, f"{inside}dataset.json")
-    if inside:
-        with_labels(folder / "vae-sd", [], "{}")           # REPA's latents lie beside the images
+    tables = {inside: labels} | ({"vae-sd": None} if inside else {})       # REPA's latents
+    folder = label(make(tmp_path / "set", [inside + name for name in labels]), tables)
     pack(folder, 8, tmp_path / "x.zip")
     for a, b in zip(open_data(folder, 8), open_data(tmp_path / "x.zip", 8)):
         assert a.classes == b.classes == ["0", "1", "2", "3", "4", "5", "6"]
@@ -252,27 +229,34 @@ def test_labels_come_from_dataset_json(tmp_path, inside):
         assert a.labels.tolist() == b.labels.tolist() == expected
 
 
-SHARDED = [f"{i // 5:05d}/img{i:08d}.png" for i in range(11)]
+IMAGENET = [f"ILSVRC/Data/CLS-LOC/train/{c}/{c}_{i}.JPEG" for c in ("n02", "n01") for i in (0, 1)]
+IMAGENET += [f"ILSVRC/Data/CLS-LOC/{split}/{i}.JPEG" for split in ("val", "test") for i in (0, 1)]
+TRAIN = [f"train/{c}/{i}.png" for c in "cab" for i in (0, 1)]
+SHARDS = [f"{i // 5:05d}/img{i:08d}.png" for i in range(11)]
 
 
 @pytest.mark.parametrize("names, tables, classes, labels", [
-    (SHARDED, {"": '{"labels": null}'}, [], [0]),
-    (SHARDED[:4], {"": {name: 2 for name in SHARDED}}, ["0", "1", "2"], [2]),  # one shard; spare
-    (SHARDED, {"": {name.replace("/", "\\"): 1 for name in SHARDED}}, ["0", "1"], [1]),
-    (["a/0.png", "1.png"], {"": {"a/0.png": 1, "1.png": 1}}, ["0", "1"], [1]),
-    (["train/0/a.png", "train/1/b.png", "val/0/c.png"], {"train/": {"0/a.png": 1, "1/b.png": 1},
-        "val/": {"0/c.png": 0}}, ["0", "1"], [1]),
-    (["train/a.png", "val/b.png"], {"": {"train/a.png": 1, "val/b.png": 9}}, ["0", "1"], [1]),
-], ids=["null", "one-shard", "windows", "beside-folders", "splits", "above-splits"])
-def test_where_and_how_dataset_json_is_found(tmp_path, names, tables, classes, labels):
-    """Null is unlabelled; names count from its own folder, which lies around the images."""
-    folder = make(tmp_path / "set", names)
-    for place, table in tables.items():
-        with_labels(folder, [], table, f"{place}dataset.json")
-    train, held_out = open_data(folder, 8)
-    assert train.classes == held_out.classes == classes and set(train.labels) == set(labels)
-    if "val/b.png" in names or "val/0/c.png" in names:
-        assert held_out.labels.tolist() == [0]
+    (IMAGENET, {}, ["n01", "n02"], [1, 1, 0, 0, 0, 0, None, None]),
+    ([*TRAIN, "test/d/0.png", "test/c/0.png"], {}, [*"abc"], [2, 2, 0, 0, 1, 1, 0, 0]),
+    ([*TRAIN, "test/b/0.png", "test/c/0.png"], {}, [*"abc"], [2, 2, 0, 0, 1, 1, 1, 2]),
+    (SHARDS, {"": None}, [], 11 * [0]),
+    (SHARDS[:4], {"": {name: 2 for name in SHARDS}}, ["0", "1", "2"], 4 * [2]),  # one shard; spare
+    (SHARDS, {"": {name.replace("/", "\\"): 1 for name in SHARDS}}, ["0", "1"], 11 * [1]),
+    (["a/0.png", "1.png"], {"": {"a/0.png": 1, "1.png": 1}}, ["0", "1"], [1, 1]),
+    (["train/0/a.png", "train/1/b.png", "val/0/c.png"],
+     {"train": {"0/a.png": 1, "1/b.png": 1}, "val": {"0/c.png": 0}}, ["0", "1"], [1, 1, 0]),
+    (["train/a.png", "val/b.png"], {"": {"train/a.png": 1, "val/b.png": 9}}, ["0", "1"], [1, 0]),
+], ids=["imagenet", "unknown class", "fewer classes", "null", "one shard", "windows",
+        "beside folders", "splits", "above splits"])
+def test_where_labels_are_found(tmp_path, names, tables, classes, labels):
+    """
+    Held-out images are labelled in the training classes, or not at all if some have none of these.
+    Null is unlabelled; names count from their dataset.json's folder, which lies around the images.
+    """
+    sets = open_data(label(make(tmp_path, names), tables), 8)
+    assert [part.classes for part in sets] == [classes, classes]
+    found = {name: k for part in sets for name, k in zip(names_of(part), part.labels.tolist())}
+    assert found == {name: k for name, k in zip(names, labels) if k is not None}
 
 
 # ---- what --data names ---------------------------------------------------------------------------
@@ -441,14 +425,14 @@ def test_packing_changes_no_pixel_name_or_original(tmp_path):
     assert contents(out.parent) == packed
 
 
-def test_packed_built_in_images_are_the_built_in_images(tmp_path):
-    """pack without --data stores images 0 .. count-1; discs are others."""
-    assert pack("", 17, tmp_path / "x.zip", count=11) == (11, 0)
-    pack("discs", 17, tmp_path / "discs.zip", count=11)
-    assert (tmp_path / "x.zip").read_bytes() != (tmp_path / "discs.zip").read_bytes()
+@pytest.mark.parametrize("spec, kind", [("", "leaves"), ("leaves", "leaves"), ("discs", "discs")])
+def test_packed_built_in_images_are_the_built_in_images(tmp_path, spec, kind):
+    """Images 0 .. count-1."""
+    assert pack(spec, 17, tmp_path / "x.zip", count=11) == (11, 0)
     train, _ = open_data(tmp_path / "x.zip", 17)
     for i in range(len(train)):
-        assert torch.equal(train[i][0], BuiltInImages(17, 11)[int(train.name(i)[:6])][0])
+        expected = BuiltInImages(17, 11, kind=kind)[int(train.name(i)[:6])]
+        assert torch.equal(train[i][0], expected[0])
 
 
 def test_pack_leaves_bad_files_out_and_stops_past_one_percent(tmp_path, capfd):
@@ -467,25 +451,20 @@ def test_pack_leaves_bad_files_out_and_stops_past_one_percent(tmp_path, capfd):
     assert contents(out) == packed
 
 
-def stall(script):
-    """In another process: the second batch is never packed."""
-    def stalling(dataset, *args, **options):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_pack_that_is_stopped_leaves_nothing(flat, tmp_path, monkeypatch, number):
+    """A cluster's signal, or a closed terminal's, removes what was written."""
+    def stopped(dataset, *args, **options):
         yield next(val_batches(dataset, 8, device=None))
-        time.sleep(1000)
-    script.val_batches = stalling
-
-
-def test_a_pack_that_is_stopped_leaves_nothing(flat, tmp_path):
-    """SIGTERM removes what was written."""
-    process = start("common.data", "pack", "--data", flat, "--size", 8, "--workers", 0, "--out",
-                    tmp_path / "x.zip", cwd=tmp_path, output=tmp_path / "output.txt", patch=stall)
-    while process.is_alive() and not list(tmp_path.glob(".x.zip.*")):
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(30)
-    assert process.exitcode == 128 + signal.SIGTERM
-    assert "Traceback" not in (tmp_path / "output.txt").read_text()
-    assert [path.name for path in tmp_path.iterdir()] == ["output.txt"]
+        assert list(tmp_path.glob(".x.zip.*"))
+        os.kill(os.getpid(), number)
+    monkeypatch.setattr(data, "val_batches", stopped)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (number, signal.SIGTERM)}
+    with pytest.raises(SystemExit, match=f"^{128 + number}$"):
+        run_main(data, "pack", "--data", flat, "--out", tmp_path / "x.zip", monkeypatch=monkeypatch)
+    assert not list(tmp_path.iterdir())
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_pack_never_writes_over_what_is_there(tmp_path, monkeypatch, capsys):
