@@ -57,8 +57,7 @@ def names_of(image_set):
 
 def sides(spec):
     """{name without suffix: 0 if it trains, 1 if it is held out}."""
-    return {os.path.splitext(name)[0]: k for k, image_set in enumerate(open_data(spec, 8))
-            for name in names_of(image_set)}
+    return {name[:-4]: k for k, part in enumerate(open_data(spec, 8)) for name in names_of(part)}
 
 
 @pytest.fixture(scope="module")

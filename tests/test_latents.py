@@ -1,9 +1,9 @@
 """The latent cache: what goes in comes out; only a whole one is read. What a hash sees."""
 import json
 import os
+import pathlib
 import shutil
 import time
-import zipfile
 
 import numpy as np
 import pytest
@@ -147,11 +147,7 @@ def write_images(folder, seed=0, suffix=".png", spot=0):
 
 def zipped(folder):
     """The same files in a zip, below a folder around everything."""
-    path = folder.with_name(f"{folder.name}.zip")
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(folder.rglob("*.*")):
-            archive.write(file, f"wrapper/{file.relative_to(folder).as_posix()}")
-    return path
+    return pathlib.Path(shutil.make_archive(folder, "zip", folder.parent, folder.name))
 
 
 def hash_of(spec):
