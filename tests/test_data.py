@@ -310,6 +310,7 @@ def test_every_epoch_holds_every_index_once():
         found = stream_entries(n, part.start, part.stop, seed=3)
         np.testing.assert_array_equal(found, [indices[part], mirrored[part]])
     assert (stream_entries(n, 0, n, seed=4)[0] != epochs[0]).any()
+    assert not stream_entries(n, 0, n, seed=3, mirror=False)[1].any()
     # the order of all published runs
     assert indices[:8].tolist() == [9, 17, 12, 18, 0, 15, 3, 20]
     assert mirrored[:8].tolist() == [1, 1, 1, 0, 0, 0, 0, 1]
