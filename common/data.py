@@ -5,7 +5,7 @@ The training stream is endless: position p belongs to epoch e = p // n and is en
 permutation of the n images drawn from (seed, e); a coin drawn from (seed, e, index) mirrors it.
 Step s takes positions [s*B, (s+1)*B), B the GLOBAL batch, and rank r of W the r-th of W equal
 slices. So a run resumes from its step alone, and neither the number of processes nor of workers
-changes what is seen. No batch is short, even if n < B.
+changes what is seen.
 
 --data names a folder or a zip of images, flat or with one folder per class, with train/ beside val/
 or test/, or without; cifar10; or the built-in leaves or discs. Images are uint8 (3, size, size) up
@@ -108,15 +108,12 @@ class Files:
             need(not closed, f"--data {spec}: cannot be listed: {closed}")
         else:                              # {name: (offset, compressed, full size, CRC, method)}
             try:
-                with zipfile.ZipFile(spec) as archive:
-                    entries = archive.infolist()
+                entries = zipfile.ZipFile(spec).infolist()
             except Exception as error:     # a damaged directory breaks zipfile in many ways
                 raise ValueError(f"--data {spec}: not a readable zip ({reason(error)})") from None
-            for e in entries:              # Windows may write \ for /; what ends in it is a folder
-                if e.filename[-1:] not in ("/", "\\"):
-                    name = normpath(e.filename.replace("\\", "/")).lstrip("/")
-                    found[name] = (e.header_offset, e.compress_size, e.file_size, e.CRC,
-                                   e.compress_type)
+            for e in entries:              # Windows may write \ for /
+                name = normpath(e.filename.replace("\\", "/")).lstrip("/")
+                found[name] = e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type
         images = sorted(k for k in found if IMAGE.search(k) and not HIDDEN.search(k))
         need(images, f"--data {spec}: no images in it ({', '.join(FORMATS)})")
         # arrays, which workers share: zipfile's objects take 0.6 GB per million images
@@ -161,18 +158,14 @@ class Cifar10:
 
     def __init__(self):
         from torchvision.datasets import CIFAR10
-        try:
-            with run.local_rank_zero_first():
-                CIFAR10("data", download=True)             # fetches nothing that is there already
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"--data cifar10: {error}; unpack {CIFAR10.url} into data/") from None
-        images = []
-        for split in ("train", "test"):
-            d = CIFAR10("data", train=split == "train")
-            names = (f"{split}/{d.classes[k]}/{i:05d}.png" for i, k in enumerate(d.targets))
-            images += zip(names, d.data)                   # (32, 32, 3) uint8
-        names, self.pixels = zip(*sorted(images, key=lambda image: image[0]))
-        self.names = np.array(names, bytes)
+        images = {}
+        with run.local_rank_zero_first():                  # fetches nothing that is there already
+            for split in ("train", "test"):
+                d = CIFAR10("data", train=split == "train", download=True)
+                names = (f"{split}/{d.classes[k]}/{i:05d}.png" for i, k in enumerate(d.targets))
+                images |= zip(names, d.data)               # (32, 32, 3) uint8
+        self.names = np.array(sorted(images), bytes)
+        self.pixels = [images[name] for name in sorted(images)]
 
     def image(self, row):
         return Image.fromarray(self.pixels[row])
@@ -182,11 +175,10 @@ class Cifar10:
 
 
 def open_source(spec):
-    path = Path(spec)
     if spec == "cifar10":
         return Cifar10()
-    need(path.is_dir() or path.suffix.lower() == ".zip" and path.is_file(), f"--data {spec}: "
-         "neither a folder nor a .zip nor 'cifar10'; give one, or leaves or discs, built in")
+    need(Path(spec).is_dir() or Path(spec).is_file() and Path(spec).suffix.lower() == ".zip",
+         f"--data {spec}: neither a folder nor a .zip nor 'cifar10'; leaves and discs are built in")
     return Files(spec)
 
 
@@ -258,9 +250,8 @@ def divide(spec, source):
     labels = np.zeros(len(names), np.int64)
     labels[train], classes = _read_labels(spec, source, [names[row] for row in train])
     own, own_classes = _read_labels(spec, source, [names[row] for row in held_out])
-    number = {name: k for k, name in enumerate(classes)}
     if own_classes and set(own_classes) <= set(classes):   # ImageNet's val has no class folders
-        labels[held_out] = np.array([number[name] for name in own_classes])[own]
+        labels[held_out] = np.array([classes.index(name) for name in own_classes])[own]
     # the order of CIFAR-10's test images in published numbers
     return train, np.random.default_rng(2603).permutation(held_out), labels, classes
 
@@ -301,8 +292,7 @@ class ImageSet:
         self.unreadable |= new
         bad, total = len(self.unreadable), len(self.source.names)
         need(bad <= total / 100 and bad < len(self), f"--data {self.spec}: {bad} of {total} images "
-             "so far cannot be read, more than 1%; repair or remove them, beginning with "
-             f"{'; '.join(sorted(self.unreadable)[:3])}")
+             f"cannot be read, more than 1%; the first: {'; '.join(sorted(self.unreadable)[:3])}")
         for line in sorted(new):
             print(f"--data {self.spec}: skipping {line}", file=sys.stderr, flush=True)
 
@@ -366,14 +356,13 @@ def stream_entries(n, start, stop, seed=0, mirror=True):
     Positions start .. stop-1 of the endless training stream over n images, a pure function:
     indices (stop-start,) int64 and mirrored (stop-start,) bool, all False without `mirror`.
     """
-    position = np.arange(start, stop)
-    indices, mirrored = np.empty(len(position), np.int64), np.empty(len(position), bool)
+    parts = []
     for epoch in range(start // n, (stop - 1) // n + 1):
         order, coin = _epoch(n, seed, epoch)
-        here = position // n == epoch
-        indices[here] = order[position[here] % n]
-        mirrored[here] = coin[indices[here]] & mirror
-    return indices, mirrored
+        indices = order[max(start - epoch * n, 0):stop - epoch * n]
+        parts.append((indices, coin[indices] & mirror))
+    indices, mirrored = zip(*parts)
+    return np.concatenate(indices), np.concatenate(mirrored)
 
 
 def _leave_signals_to(trainer, _):
@@ -381,8 +370,7 @@ def _leave_signals_to(trainer, _):
     # but only the trainer (a process id) may answer them, by saving first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):     # neither on Windows nor on macOS
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGTERM})
 
         def wait():
             while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
@@ -417,14 +405,13 @@ def _load(dataset, entries, workers, device, train):
             batch = [tensor[[not lines for lines in faults]] for tensor in batch]
         # from pageable memory the host would wait for the device
         images, labels, indices, mirrored = (t.pin_memory() if cuda else t for t in batch)
-        if device is None:
-            yield images, labels, indices
-            continue
-        images = images.to(device, non_blocking=True)                          # (b, 3, H, W) uint8
-        mirrored = mirrored.to(device, non_blocking=True)[:, None, None, None]
-        images = torch.where(mirrored, images.flip(-1), images).float().div_(127.5).sub_(1)
+        if device is not None:
+            images, labels, mirrored = (
+                t.to(device, non_blocking=True) for t in (images, labels, mirrored))
+            mirrored = mirrored[:, None, None, None]
+            images = torch.where(mirrored, images.flip(-1), images).float().div_(127.5).sub_(1)
         if len(images):
-            yield images, labels.to(device, non_blocking=True), indices
+            yield images, labels, indices
 
 
 def train_batches(dataset, batch_size, start_step=0, seed=0, rank=0, world=1, workers=0,
@@ -472,26 +459,24 @@ def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
         divide(spec, source)               # refuses what a training script would
         rows = np.arange(len(source.names))
         dataset = ImageSet(spec, source, rows, 0 * rows, [], size)
-        # a name on disk need not be UTF-8, in a zip it must
-        stems = (splitext(dataset.name(i))[0] for i in rows)
-        names = [f"{stem}.bmp".encode(errors="replace").decode() for stem in stems]
+        names = [splitext(dataset.name(i))[0] + ".bmp" for i in rows]
         tables = {name: source.read(name, place) for name, place in source.tables.items()}
     need(len({*names}) == len(names), f"--data {spec}: names differ in their suffix alone; rename")
 
+    def contents():
+        yield from tables.items()
+        for images, _, indices in val_batches(dataset, 16, workers=workers, device=None):
+            for i, pixels in zip(indices.tolist(), images.movedim(1, -1).numpy()):
+                bmp = io.BytesIO()         # lossless, and read thirty times faster than PNG
+                Image.fromarray(pixels).save(bmp, "BMP")
+                yield names[i], bmp.getvalue()
+
     def write(file):
-        with zipfile.ZipFile(file, "w") as archive, tqdm(total=len(names), disable=None) as bar:
-            def add(name, content):
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, content in tqdm(contents(), total=len(names) + len(tables), disable=None):
                 entry = zipfile.ZipInfo(name)              # dated 1980
                 entry.external_attr = 0o644 << 16          # else an extracted file is closed to all
                 archive.writestr(entry, content)
-            for name in tables:
-                add(name, tables[name])
-            for images, _, indices in val_batches(dataset, 16, workers=workers, device=None):
-                for i, pixels in zip(indices.tolist(), images.movedim(1, -1).numpy()):
-                    bmp = io.BytesIO()     # lossless, and read thirty times faster than PNG
-                    Image.fromarray(pixels).save(bmp, "BMP")
-                    add(names[i], bmp.getvalue())
-                    bar.update()
     run.write_atomic(out, write)
     return len(dataset) - len(dataset.unreadable), len(dataset.unreadable)
 
@@ -507,16 +492,14 @@ def main():
     add("--workers", type=int, default=os.cpu_count(), help="processes that decode; 0 = this one")
     add("--overwrite", action="store_true", help="replace --out if it exists")
     args = run.parse_args(parser, {})
-    for name in ("SIGTERM", "SIGHUP"):                     # what is half-written is removed
-        number = getattr(signal, name, signal.SIGTERM)     # Windows has no SIGHUP
-        if signal.getsignal(number) != signal.SIG_IGN:
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):     # not on Windows
+        if signal.getsignal(number) != signal.SIG_IGN:     # what is half-written is removed
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     with run.one_line_errors():
         run.need_range(args, 8, LARGEST_SIDE, "size")
         run.need_range(args, 1, 1_000_000, "count")        # one more would need a longer name
-        written, skipped = pack(args.data, args.size, args.out, args.count, args.workers,
-                                args.overwrite)
-    print(f"{args.out}: {written} images of {args.size} px; {skipped} unreadable ones left out")
+        n, bad = pack(args.data, args.size, args.out, args.count, args.workers, args.overwrite)
+    print(f"{args.out}: {n} images of {args.size} px; {bad} unreadable ones left out")
 
 
 if __name__ == "__main__":

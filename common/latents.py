@@ -50,8 +50,7 @@ def create_array(what, path, dtype, shape):
             with open(path, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        path.unlink(missing_ok=True)
         needed = math.prod(shape) * np.dtype(dtype).itemsize / 1e9
         raise OSError(f"{what}: needs {needed:.3g} GB ({error.strerror}); name a folder on another "
                       "disk") from None
@@ -91,8 +90,7 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
     batch_size  images per encoder call over all ranks
     progress    called with the number of images done, on every rank
     """
-    folder, n = Path(folder), len(dataset)
-    side = dataset.size // ae.config.reduction
+    folder, n, side = Path(folder), len(dataset), dataset.size // ae.config.reduction
     shape = (n, 2, 2 * ae.config.latent_channels, side, side)
     layout = dict(moments=(np.float16, shape), labels=(np.int64, (n,)), readable=(bool, (n,)))
     unique = broadcast_from_rank0(lambda: uuid.uuid4().hex[:8])
@@ -166,11 +164,6 @@ class LatentCache:
 
     def __len__(self):
         return len(self.rows)
-
-    def posterior(self, indices, mirrored, device="cpu"):
-        """Posterior (b, C, h, w); numpy arrays indices (b,) among the N and mirrored (b,) bool."""
-        moments = torch.from_numpy(self.moments[indices, mirrored.astype(np.int64)])
-        return Posterior(*moments.to(device).float().chunk(2, dim=1))
 
     def batches(self, batch_size, start_step=0, seed=0, rank=0, world=1, device="cpu",
                 mirror=True):

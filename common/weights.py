@@ -14,7 +14,6 @@ in a file is run. Tensors are loaded to the CPU, no random number is drawn.
 import argparse
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import re
@@ -31,17 +30,15 @@ from common.data import images_hash
 from dit import DDPM, MODELS, Interpolant, SiT, UViT
 from vae import AEConfig, AutoencoderKL
 
+
 # ---------------------------------------------------------------------------- files
-SUFFIXES = (".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth")
-
-
 def find_file(path, hint):
     """path, or in a folder our ckpt.pt, diffusers' weights, also in vae/, or the only file."""
-    path = Path(path)
+    path, suffixes = Path(path), (".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth")
     if path.is_file():
         return path
     files = [file for file in (*path.glob("*"), *path.glob("vae/*"))
-             if file.suffix in SUFFIXES and file.is_file()]
+             if file.suffix in suffixes and file.is_file()]
     known = [file for file in files if file.name.startswith(("ckpt.pt", "diffusion_pytorch_model"))]
     if not known and len(files) != 1:
         raise FileNotFoundError(f"{path}: no such file, nor a folder with ckpt.pt, diffusion_pyt"
@@ -59,12 +56,10 @@ ALLOWED_GLOBALS = re.compile(
 
 
 class Stub:
-    """Takes any arguments and state and does nothing with them."""
     __init__ = __setstate__ = lambda self, *args: None
 
 
-class DictStub:
-    """For subclasses of dict: the unpickler fills plain dictionaries only."""
+class DictStub:             # the unpickler fills plain dictionaries only
     __new__ = lambda cls, *args: OrderedDict()
 
 
@@ -180,30 +175,24 @@ def read_settings(file):
 
 def infer_config(weights, groups):
     """The AEConfig of weights in CompVis' or diffusers' layout, by their names and shapes."""
-    widths = {}                                         # level -> output channels of its blocks
-    attn_levels = set()
-    for name, tensor in weights.items():                # both layouts count encoder levels alike
-        m = re.match(r"encoder\.down(?:_blocks)?\.(\d+)\.(att|.*\.conv1\.weight)", name)
-        if m and m[2] == "att":
-            attn_levels.add(int(m[1]))
-        elif m:
-            widths.setdefault(int(m[1]), []).append(len(tensor))
+    level = r"encoder\.down(?:_blocks)?\.(\d+)\."       # both layouts count encoder levels alike
+    blocks = [re.match(level + r".*conv1\.weight", name) for name in weights]
+    widths = [(int(m[1]), len(weights[m[0]])) for m in blocks if m]     # of every residual block
+    attention = [re.match(level + "att", name) for name in weights]
+    attn_levels = {int(m[1]) for m in attention if m}
     ch, in_channels = weights["encoder.conv_in.weight"].shape[:2]
     d = weights["decoder.conv_in.weight"].shape[1]
-    return AEConfig([widths[i][0] // ch for i in sorted(widths)], d, in_channels, ch,
-                    len(widths[0]), sorted(attn_levels), groups)
+    mult = [width // ch for _, width in sorted(dict(widths).items())]
+    return AEConfig(mult, d, in_channels, ch, len(widths) // len(mult), sorted(attn_levels), groups)
 
 
 def load_autoencoder(path):
     """
-    An autoencoder from disk: float32, in eval mode.
-    path     our ckpt.pt, CompVis' weights or those of a diffusers AutoencoderKL; or a folder of our
-             run, or of diffusers' model or pipeline
-    returns  AutoencoderKL. Its latent statistics come from our ckpt.pt or diffusers' config.json;
-             other files hold none: mean 0, std 1
+    An AutoencoderKL in float32 and eval mode, from a file or a folder with one. Its latent
+    statistics are those of our ckpt.pt or diffusers' config.json; other files: mean 0, std 1.
     raises   FileNotFoundError, or ValueError naming the file and the first tensor that does not fit
     """
-    file = find_file(path, "train an autoencoder with train_ae.py or give a released one")
+    file = find_file(path, "--ae names an autoencoder, of train_ae.py or a released one")
     data = read_file(file)
     stage = data.get("stage") if isinstance(data, dict) else None
     run.need(stage in (None, "ae"), f"{file}: is of stage {stage!r}, not from train_ae.py")
@@ -211,7 +200,6 @@ def load_autoencoder(path):
     diffusers = any(name.startswith("encoder.down_blocks.") for name in weights)
     groups, mean, std = read_settings(file) if diffusers else (32, 0.0, 1.0)
     config = AEConfig(**data["ae_config"]) if stage else infer_config(weights, groups)
-    run.need(config.in_channels == 3, f"{file}: for images of {config.in_channels} channels")
     with torch.device("meta"):                          # no random draws
         ae = AutoencoderKL(config).to_empty(device="cpu")
     ae.set_latent_stats(mean, std)
@@ -256,15 +244,13 @@ def export_diffusers(ae, out):
         if not key.startswith("latent_"):
             linear = ".attn" in key and tensor.ndim == 4   # a 1x1 convolution here
             weights[diffusers_name(key, levels)] = tensor[:, :, 0, 0] if linear else tensor
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(settings, indent=2))
     try:
-        from safetensors.torch import save
-        file, content = "diffusion_pytorch_model.safetensors", save(weights)
+        from safetensors.torch import save_file
+        save_file(weights, out / "diffusion_pytorch_model.safetensors")
     except ImportError:
-        stream = io.BytesIO()
-        torch.save(weights, stream)
-        file, content = "diffusion_pytorch_model.bin", stream.getvalue()
-    for name, data in ((file, content), ("config.json", json.dumps(settings, indent=2).encode())):
-        run.write_atomic(out / name, lambda stream, data=data: stream.write(data))
+        torch.save(weights, out / "diffusion_pytorch_model.bin")
 
 
 # ---------------------------------------------------------------------------- transformers
@@ -297,10 +283,9 @@ def load_transformer(model, path):
     file, state = find_file(path, "give a SiT, REPA or U-ViT checkpoint"), model.state_dict()
     anchor = "patch_embed.proj.weight" if isinstance(model, UViT) else "x_embedder.proj.weight"
     weights = find_network(file, read_file(file), anchor)
-    if isinstance(model, UViT) and not any(name.startswith("final_layer.") for name in weights):
-        conv = model.final_layer
-        weights["final_layer.weight"] = nn.init.dirac_(torch.empty_like(conv.weight))
-        weights["final_layer.bias"] = torch.zeros_like(conv.bias)
+    if isinstance(model, UViT) and "final_layer.weight" not in weights:
+        weights["final_layer.weight"] = nn.init.dirac_(torch.empty_like(model.final_layer.weight))
+        weights["final_layer.bias"] = torch.zeros_like(model.final_layer.bias)
     bias = "final_layer.linear.bias"
     if isinstance(model, SiT) and len(weights.get(bias, ())) == 2 * len(state[bias]):
         reverse_time(weights, model.in_channels)
@@ -329,8 +314,8 @@ def checkpoint_files(args):
             kept = found[0].parent.glob("ckpt_[1-9]*.pt")
             found = sorted(kept, key=lambda file: int(file.stem.removeprefix("ckpt_")))
         if not found or not found[0].is_file():
-            raise FileNotFoundError(f"--ckpt {place}: no checkpoint, or for --every no ckpt_<step>"
-                                    ".pt there; train_diffusion.py has --keep_every")
+            raise FileNotFoundError(f"--ckpt {place}: no checkpoint there, or for --every none of "
+                                    "train_diffusion.py --keep_every")
         files += map(str, found)
     return list(dict.fromkeys(files))
 
@@ -349,10 +334,7 @@ def load_diffusion(path, ae_path, device):
     model = MODELS[checkpoint["model_name"]](**checkpoint["model_args"])
     fill(model, path, checkpoint["ema"])
     process = DDPM(checkpoint["args"]["schedule"]) if isinstance(model, UViT) else Interpolant()
-    ae_path = Path(ae_path or checkpoint["ae"])
-    if not ae_path.exists():
-        raise FileNotFoundError(f"--ckpt {path}: its autoencoder, {ae_path}, is not here; "
-                                "--ae names it")
+    ae_path = ae_path or checkpoint["ae"]
     ae = load_autoencoder(ae_path)
     run.need(autoencoder_hash(ae) == checkpoint["autoencoder"],
              f"--ae {ae_path}: not the autoencoder on whose latents {path} was trained")

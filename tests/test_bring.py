@@ -1,7 +1,8 @@
 """What users bring to the scripts: weights to start from, a cluster's environment, one GPU."""
 import json
 import os
-import pathlib
+import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -15,43 +16,44 @@ from conftest import run_main, same
 from vae import CONFIGS
 
 TINY = ("--preset quick --image_size 32 --batch_size 4 --val_images 4 --workers 0 --device cpu "
-        "--log_every 1 --eval_every 100 --warmup_steps 2 --lpips_weight 0").split()
+        "--log_every 1 --eval_every 100 --warmup_steps 2 --lpips_weight 0")
 
 
-def test_init_is_known_by_its_weights(tmp_path, monkeypatch):
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """train(script, flags), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda script, flags: run_main(script, *flags.split(), monkeypatch=monkeypatch)
+
+
+def test_init_is_known_by_its_weights(train):
     """Step 0 validates them, a moved copy resumes; others under the old path are refused."""
-    file, out = tmp_path / "first" / "ckpt.pt", tmp_path / "tuned"
-    flags = [*TINY, "--reg", "dsm", "--out", out]
-    run_main(train_ae, *TINY, "--steps", 2, "--out", file.parent, monkeypatch=monkeypatch)
-    run_main(train_ae, *flags, "--steps", 1, "--init", file, monkeypatch=monkeypatch)
-    last, first = [json.loads((folder / "log.jsonl").read_text().splitlines()[i])
-                   for folder, i in ((file.parent, -1), (out, 0))]
+    tune = f"{TINY} --reg dsm --out tuned --resume"
+    train(train_ae, f"{TINY} --steps 2 --out first")
+    train(train_ae, f"{tune} --steps 1 --init first/ckpt.pt")
+    last, first = (json.loads(open(f"{out}/log.jsonl").readlines()[i])
+                   for out, i in (("first", -1), ("tuned", 0)))
     assert last["val_psnr"] == first["val_psnr"]
-    before, after = (torch.load(path, weights_only=True) for path in (file, out / "ckpt.pt"))
-    assert after["args"]["init"] == autoencoder_hash(load_autoencoder(file))
+    before, after = (torch.load(f"{out}/ckpt.pt", weights_only=True) for out in ("first", "tuned"))
+    assert after["args"]["init"] == autoencoder_hash(load_autoencoder("first"))
     assert not same(before["model"], after["model"])
-    copy = tmp_path / "elsewhere.pt"
-    copy.write_bytes(file.read_bytes())
-    flags.append("--resume")
-    run_main(train_ae, *flags, "--steps", 2, "--init", copy, monkeypatch=monkeypatch)
+    shutil.copy("first/ckpt.pt", "elsewhere.pt")
+    train(train_ae, f"{tune} --steps 2 --init elsewhere.pt")
     before["model"]["encoder.conv_in.weight"] += 1
-    torch.save(before, file)
+    torch.save(before, "first/ckpt.pt")
     with pytest.raises(ValueError, match="other flags: --init|--init .* other flags"):
-        run_main(train_ae, *flags, "--steps", 3, "--init", file, monkeypatch=monkeypatch)
+        train(train_ae, f"{tune} --steps 3 --init first/ckpt.pt")
 
 
-def test_the_model_follows_from_the_file(tmp_path, monkeypatch, capsys):
+def test_the_model_follows_from_the_file(train, capsys):
     """Released weights know their architecture."""
-    def train(out, *flags):
-        run_main(train_ae, *TINY, "--steps", 0, "--out", tmp_path / out, *flags,
-            monkeypatch=monkeypatch)
-        return tmp_path / out / "ckpt.pt"
-    file = train("f2", "--model", "f2d4-tiny")
-    assert load_autoencoder(train("run", "--init", file)).config == CONFIGS["f2d4-tiny"]
-    assert "f2d4-tiny: 167,959 parameters" in capsys.readouterr().out
+    train(train_ae, f"{TINY} --steps 0 --model f2d4-tiny --out a")
+    train(train_ae, f"{TINY} --steps 0 --init a/ckpt.pt --out b")
+    assert load_autoencoder("b").config == CONFIGS["f2d4-tiny"]
+    assert capsys.readouterr().out.count("f2d4-tiny: 167,959 parameters") == 2
 
 
-def test_slurms_local_rank_will_do(tmp_path, monkeypatch):
+def test_slurms_local_rank_will_do(monkeypatch):
     """srun with RANK, WORLD_SIZE and the master given: SLURM_LOCALID is the local rank."""
     for name, value in dict(RANK=0, WORLD_SIZE=1, SLURM_LOCALID=0, MASTER_ADDR="127.0.0.1",
                             MASTER_PORT=29563).items():
@@ -63,34 +65,27 @@ def test_slurms_local_rank_will_do(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*untrained")
-def test_one_gpu_preset_runs(tmp_path, monkeypatch, request):
+def test_one_gpu_preset_runs(train, monkeypatch, request):
     """--preset one-gpu in both training scripts, GAN included: two steps on the CPU."""
     if not request.config.getoption("--long"):
         pytest.skip("--long runs it")
-    small = ["--batch_size", 2, "--device", "cpu", "--workers", 0, "--log_every", 1]
-    run_main(train_ae, "--preset", "one-gpu", "--reg", "dsm", *small, "--steps", 2,
-        "--gan_start", 0, "--val_images", 2, "--lpips_weight", 0,
-        "--out", tmp_path / "ae", monkeypatch=monkeypatch)
-    monkeypatch.setattr(train_diffusion, "open_data",
-                        lambda *args, **options: open_data(*args, builtin_images=8, **options))
-    run_main(train_diffusion, "--preset", "one-gpu", "--ae", tmp_path / "ae" / "ckpt.pt", *small,
-        "--steps", 1, "--sample_steps", 2, "--cache", tmp_path / "cache", "--encode_batch", 8,
-        "--out", tmp_path / "sit", monkeypatch=monkeypatch)
-    assert (tmp_path / "sit" / "samples.png").exists()
-    steps = [json.loads(line) for line in pathlib.Path(tmp_path / "ae/log.jsonl").open()]
-    assert "gan" in steps[1] and "disc" in steps[2]
+    small = "--preset one-gpu --batch_size 2 --device cpu --workers 0 --log_every 1"
+    train(train_ae, f"{small} --reg dsm --steps 2 --gan_start 0 --val_images 2 --lpips_weight 0 "
+          "--out ae")
+    monkeypatch.setattr(train_diffusion, "open_data", partial(open_data, builtin_images=8))
+    train(train_diffusion, f"{small} --ae ae/ckpt.pt --steps 1 --sample_steps 2 --encode_batch 8 "
+          "--out sit")
+    steps = [json.loads(line) for line in open("ae/log.jsonl")]
+    assert "gan" in steps[1] and "disc" in steps[2] and os.path.exists("sit/samples.png")
 
 
-def test_a_runs_folder_stands_for_its_checkpoint(material, tmp_path, monkeypatch):
+def test_a_runs_folder_stands_for_its_checkpoint(material, train):
     """--ae FOLDER: images, size and seed are those of the run in it; its name keeps its dots."""
-    folder = tmp_path / "run-0.5"
-    folder.symlink_to(material / "ae")
-    assert run.checkpoint_args(folder) == run.checkpoint_args(folder / "ckpt.pt") != {}
-    names = ("v1.0", "v1.5", "a.safetensors")
-    assert [run.run_name(tmp_path / name) for name in names] == ["v1.0", "v1.5", "a"]
-    monkeypatch.chdir(tmp_path)
-    flags = "--model SiT-tiny/4 --steps 1 --batch_size 4 --device cpu --sample_steps 2".split()
-    run_main(train_diffusion, "--preset", "quick", *flags, "--encode_batch", 8, "--ae", folder,
-        "--out", "sit", monkeypatch=monkeypatch)
+    os.symlink(material / "ae", "run-0.5")
+    assert run.checkpoint_args("run-0.5") == run.checkpoint_args("run-0.5/ckpt.pt") != {}
+    assert [run.run_name(name) for name in ("v1.0", "v1.5", "a.safetensors")] == [
+        "v1.0", "v1.5", "a"]
+    train(train_diffusion, "--preset quick --model SiT-tiny/4 --steps 1 --batch_size 4 "
+          "--device cpu --sample_steps 2 --encode_batch 8 --ae run-0.5 --out sit")
     checkpoint = run.load_checkpoint("sit/ckpt.pt", "diffusion")
     assert checkpoint["image_size"] == 16 and checkpoint["model_args"]["num_classes"] == 2

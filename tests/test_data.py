@@ -20,7 +20,7 @@ import train_diffusion
 from common import data
 from common.builtin import BuiltInImages
 from common.data import open_data, pack, stream_entries, train_batches, val_batches
-from conftest import run_main, start
+from conftest import run_main
 
 
 def noise(i, height=9, width=11):
@@ -28,20 +28,27 @@ def noise(i, height=9, width=11):
     return np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def make_folder(root, names):
+def make(path, names):
+    """A folder, or a zip if it is called so, of PNGs under these names; returns its path."""
     for i, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(noise(i)).save(root / name)
-    return root
-
-
-def make_zip(path, names):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for i, name in enumerate(names):
-            file = io.BytesIO()
-            Image.fromarray(noise(i)).save(file, "PNG")
-            archive.writestr(name, file.getvalue())
+        file = io.BytesIO()
+        Image.fromarray(noise(i)).save(file, "PNG")
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path, "a") as archive:
+                archive.writestr(name, file.getvalue())
+        else:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(file.getvalue())
     return path
+
+
+def label(folder, tables):
+    """Write dataset.json into folders below it, tables {place: {name: label} or None}."""
+    for place, labels in tables.items():
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dict(labels=labels and [*labels.items()]))
+        (folder / place / "dataset.json").write_text(text)
+    return folder
 
 
 def names_of(image_set):
@@ -50,28 +57,23 @@ def names_of(image_set):
 
 def sides(spec):
     """{name without suffix: 0 if it trains, 1 if it is held out}."""
-    return {os.path.splitext(name)[0]: k for k, image_set in enumerate(open_data(spec, 8))
-            for name in names_of(image_set)}
+    return {name[:-4]: k for k, part in enumerate(open_data(spec, 8)) for name in names_of(part)}
 
 
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory):
     """37 images, of which 2 are held out."""
-    return make_folder(tmp_path_factory.mktemp("flat"), [f"{i:03d}.png" for i in range(37)])
+    return make(tmp_path_factory.mktemp("flat"), [f"{i:03d}.png" for i in range(37)])
 
 
-@pytest.fixture
-def corrupted(tmp_path):
-    """Function: a folder of 200 images, k of those that train cut off; (folder, their indices)."""
-    def make(k):
-        make_folder(tmp_path, [f"{i:03d}.png" for i in range(200)])
-        train, _ = open_data(tmp_path, 8)
-        bad = [10 + 7 * i for i in range(k)] if k < 20 else range(len(train))
-        for i in bad:
-            path = tmp_path / train.name(i)
-            path.write_bytes(path.read_bytes()[:60] if i % 2 else b"\0\0\0 ftypheic")   # HEIC
-        return tmp_path, bad
-    return make
+def make_corrupted(folder, k):
+    """200 images, k of those that train cut off or HEIC; the indices of these."""
+    train, _ = open_data(make(folder, [f"{i:03d}.png" for i in range(200)]), 8)
+    bad = [10 + 7 * i for i in range(k)] if k < 20 else range(len(train))
+    for i in bad:
+        path = folder / train.name(i)
+        path.write_bytes(path.read_bytes()[:60] if i % 2 else b"\0\0\0 ftypheic")
+    return bad
 
 
 # ---- built-in images -----------------------------------------------------------------------------
@@ -149,11 +151,10 @@ def test_every_mode_becomes_rgb():
 def test_one_image_less_moves_no_other(tmp_path):
     """Nor does a folder around the set, nor a smaller --val_images, nor a seed."""
     names = [f"{c}/{i}.png" for c in "ab" for i in range(100)]
-    before = sides(make_zip(tmp_path / "x.zip", names))
+    before = sides(make(tmp_path / "x.zip", names))
     assert 10 < sum(before.values()) < 32 and len(before) == 200
-    for gone in ("a/0.png", "b/57.png"):
-        rest = ["wrapper/" + name for name in names if name != gone]
-        after = sides(make_zip(tmp_path / "y.zip", rest))
+    for k, gone in enumerate(("a/0.png", "b/57.png")):
+        after = sides(make(tmp_path / f"{k}.zip", ["wrapper/" + n for n in names if n != gone]))
         assert len(after) == 199
         assert all(before[name.removeprefix("wrapper/")] == side for name, side in after.items())
     train, held_out = open_data(tmp_path / "x.zip", 8)
@@ -169,83 +170,56 @@ def test_how_many_images_are_held_out(n):
     assert sorted([*train, *held_out]) == [*range(n)] and len(train)
     expected = max(n / 10 if n <= 50_000 else 5000 * n / 2 ** 16, 1)
     assert abs(len(held_out) - expected) < 4 * expected ** 0.5
-    if 50_000 < n < 90_000:
-        assert {*held_out} == {i for i in data._hold_out([f"{i:06d}.png" for i in range(90_000)])[1]
-                               if i < n}
+    if n > 50_000:
+        more = data._hold_out([f"{i:06d}.png" for i in range(90_000)])[1]
+        assert {*held_out} == {i for i in more if i < n}
 
 
 @pytest.mark.parametrize("tops, held_out_top", [
-    (["train", "test"], "test"), (["train", "val", "test"], "val"),
-    (["Training", "Testing"], "Testing"), (["TRAIN", "validation"], "validation"),
-    (["train2017", "val2017"], "val2017"), (["training_set", "Test_Set (1)"], "Test_Set (1)"),
-    (["train", "valid"], "valid"), (["train", "dev", "others"], "dev")])
-@pytest.mark.parametrize("inside", ["", "b/c/"])
-def test_train_and_val_folders_are_the_splits(tmp_path, tops, held_out_top, inside):
-    """In any case; of three splits, test is not read; what is neither is not read."""
-    names = [f"{top}/{inside}{i}.png" for top in tops for i in range(5)]
-    if inside:
-        names += [f"{top}/z/{i}.png" for top in tops for i in range(2)]
-    train, held_out = open_data(make_zip(tmp_path / "x.zip", names), 8, val_images=4)
-    assert {n.split("/")[0] for n in names_of(train)} == {tops[0]}
+    ("train test", "test"), ("train val test", "val"), ("Training Testing", "Testing"),
+    ("TRAIN validation", "validation"), ("train2017 val2017", "val2017"), ("train valid", "valid"),
+    ("training_set Test-Set(1)", "Test-Set(1)"), ("train dev others", "dev")])
+@pytest.mark.parametrize("inside, separator", [("", "/"), ("b/c/", "/"), ("b/c/", "\\")])
+def test_train_and_val_folders_are_the_splits(tmp_path, tops, held_out_top, inside, separator):
+    """In any case; of three, test is not read, nor what is neither. Windows' zips may hold \\."""
+    names = [f"{top}/{inside}{i}.png" for top in tops.split() for i in range(5)]
+    names += [f"{top}/z/{i}.png" for top in tops.split() for i in range(2) if inside]
+    path = make(tmp_path / "x.zip", [name.replace("/", separator) for name in names])
+    train, held_out = open_data(path, 8, val_images=4)
+    assert {n.split("/")[0] for n in names_of(train)} == {tops.split()[0]}
     assert len(train) == (7 if inside else 5)
     assert {n.split("/")[0] for n in names_of(held_out)} == {held_out_top} and len(held_out) == 4
     assert train.classes == held_out.classes == ([inside.split("/")[0], "z"] if inside else [])
 
 
 # ---- labels --------------------------------------------------------------------------------------
-def test_classes_are_the_sorted_folders(tmp_path):
-    """By the first folder; a zip with a wrapper reads the same; hidden files are not looked at."""
+@pytest.mark.parametrize("form, wrapper, separator", [
+    ("set", "", "/"), ("set", "wrapper/", "/"), ("set.zip", "wrapper/", "/"),
+    ("set.zip", "wrapper/", "\\")])
+def test_classes_are_the_sorted_folders(tmp_path, form, wrapper, separator):
+    """By the first folder below one around all, in a zip, too; hidden files are not looked at."""
     names = [f"{c}/{sub}{i}.png"
              for c in ("dog", "ant", "cat") for sub in ("", "deep/er/") for i in range(4)]
-    folder = make_folder(tmp_path / "set", names)
-    hidden = ["__MACOSX/wrapper/x.png", "wrapper/.hid.png"]
-    archive = make_zip(tmp_path / "set.zip", ["wrapper/" + n for n in names] + hidden)
-    for spec in (folder, archive):
-        for image_set in open_data(spec, 8):
-            assert image_set.classes == ["ant", "cat", "dog"]
-            for i in range(len(image_set)):
-                image, label, index, faults = image_set[i]
-                name = image_set.name(i).removeprefix("wrapper/")
-                assert image_set.classes[label] == name.split("/")[0]
-                assert index == i and not faults
-                expected = data.center_crop(Image.fromarray(noise(names.index(name))), 8)
-                np.testing.assert_array_equal(image.permute(1, 2, 0), np.asarray(expected))
-
-
-IMAGENET = [f"ILSVRC/Data/CLS-LOC/train/{c}/{c}_{i}.JPEG" for c in ("n02", "n01") for i in range(3)]
-IMAGENET += [f"ILSVRC/Data/CLS-LOC/{split}/{i}.JPEG" for split in ("val", "test") for i in range(4)]
-ORDERED = [f"train/{c}/{i}.png" for c in ("n03", "n01", "n02") for i in range(3)]
-
-
-@pytest.mark.parametrize("names, labels", [
-    (IMAGENET, [0, 0, 0, 0]),
-    ([*ORDERED, *(f"test/{c}/{i}.png" for c in ("n04", "n03") for i in range(2))], [0, 0, 0, 0]),
-    ([*ORDERED, *(f"test/{c}/{i}.png" for c in ("n02", "n03") for i in range(2))], [1, 1, 2, 2]),
-], ids=["imagenet", "unknown class", "fewer classes"])
-def test_held_out_images_are_labelled_in_the_training_classes(tmp_path, names, labels):
-    """Or not at all, if some have none of these."""
-    train, held_out = open_data(make_folder(tmp_path, names), 8)
-    assert held_out.classes == train.classes and sorted(held_out.labels) == labels
-    for part in (train, held_out) if any(labels) else (train,):
-        assert all(f"/{part.classes[k]}/" in name for k, name in zip(part.labels, names_of(part)))
-
-
-def with_labels(folder, names, labels, place="dataset.json"):
-    """A folder of these images with a dataset.json; labels: its text, or {name: class}."""
-    make_folder(folder, names).mkdir(exist_ok=True)
-    text = labels if isinstance(labels, str) else json.dumps(dict(labels=[*labels.items()]))
-    (folder / place).write_text(text)
-    return folder
+    hidden = [f"__MACOSX/{wrapper}x.png", f"{wrapper}.hid.png", f"{wrapper}.hid/x.png"]
+    written = [wrapper + name for name in names] + hidden
+    spec = make(tmp_path / form, [name.replace("/", separator) for name in written])
+    for image_set in open_data(spec, 8):
+        assert image_set.classes == ["ant", "cat", "dog"]
+        for i in range(len(image_set)):
+            image, label, index, faults = image_set[i]
+            name = image_set.name(i).removeprefix(wrapper)
+            assert image_set.classes[label] == name.split("/")[0]
+            assert index == i and not faults
+            expected = data.center_crop(Image.fromarray(noise(names.index(name))), 8)
+            np.testing.assert_array_equal(image.permute(1, 2, 0), np.asarray(expected))
 
 
 @pytest.mark.parametrize("inside", ["", "images/"])
 def test_labels_come_from_dataset_json(tmp_path, inside):
     """As StyleGAN, EDM and REPA prepare their sets: folders are shards. Packing keeps it."""
     labels = {f"{i // 5:05d}/img{i:08d}.png": 3 * i % 7 for i in range(11)}
-    names = [inside + name for name in labels]
-    folder = with_labels(tmp_path / "set", names, labels, f"{inside}dataset.json")
-    if inside:
-        with_labels(folder / "vae-sd", [], "{}")           # REPA's latents lie beside the images
+    tables = {inside: labels} | ({"vae-sd": None} if inside else {})       # REPA's latents
+    folder = label(make(tmp_path / "set", [inside + name for name in labels]), tables)
     pack(folder, 8, tmp_path / "x.zip")
     for a, b in zip(open_data(folder, 8), open_data(tmp_path / "x.zip", 8)):
         assert a.classes == b.classes == ["0", "1", "2", "3", "4", "5", "6"]
@@ -254,85 +228,74 @@ def test_labels_come_from_dataset_json(tmp_path, inside):
         assert a.labels.tolist() == b.labels.tolist() == expected
 
 
-SHARDED = [f"{i // 5:05d}/img{i:08d}.png" for i in range(11)]
+IMAGENET = [f"ILSVRC/Data/CLS-LOC/train/{c}/{c}_{i}.JPEG" for c in ("n02", "n01") for i in (0, 1)]
+IMAGENET += [f"ILSVRC/Data/CLS-LOC/{split}/{i}.JPEG" for split in ("val", "test") for i in (0, 1)]
+TRAIN = [f"train/{c}/{i}.png" for c in "cab" for i in (0, 1)]
+SHARDS = [f"{i // 5:05d}/img{i:08d}.png" for i in range(11)]
 
 
 @pytest.mark.parametrize("names, tables, classes, labels", [
-    (SHARDED, {"": '{"labels": null}'}, [], [0]),
-    (SHARDED[:4], {"": {name: 2 for name in SHARDED}}, ["0", "1", "2"], [2]),  # one shard; spare
-    (SHARDED, {"": {name.replace("/", "\\"): 1 for name in SHARDED}}, ["0", "1"], [1]),
-    (["a/0.png", "1.png"], {"": {"a/0.png": 1, "1.png": 1}}, ["0", "1"], [1]),
-    (["train/0/a.png", "train/1/b.png", "val/0/c.png"], {"train/": {"0/a.png": 1, "1/b.png": 1},
-        "val/": {"0/c.png": 0}}, ["0", "1"], [1]),
-    (["train/a.png", "val/b.png"], {"": {"train/a.png": 1, "val/b.png": 9}}, ["0", "1"], [1]),
-], ids=["null", "one-shard", "windows", "beside-folders", "splits", "above-splits"])
-def test_where_and_how_dataset_json_is_found(tmp_path, names, tables, classes, labels):
-    """Null is unlabelled; names count from its own folder, which lies around the images."""
-    folder = make_folder(tmp_path / "set", names)
-    for place, table in tables.items():
-        with_labels(folder, [], table, f"{place}dataset.json")
-    train, held_out = open_data(folder, 8)
-    assert train.classes == held_out.classes == classes and set(train.labels) == set(labels)
-    if "val/b.png" in names or "val/0/c.png" in names:
-        assert held_out.labels.tolist() == [0]
+    (IMAGENET, {}, ["n01", "n02"], [1, 1, 0, 0, 0, 0, None, None]),
+    ([*TRAIN, "test/d/0.png", "test/c/0.png"], {}, [*"abc"], [2, 2, 0, 0, 1, 1, 0, 0]),
+    ([*TRAIN, "test/b/0.png", "test/c/0.png"], {}, [*"abc"], [2, 2, 0, 0, 1, 1, 1, 2]),
+    (SHARDS, {"": None}, [], 11 * [0]),
+    (SHARDS[:4], {"": {name: 2 for name in SHARDS}}, ["0", "1", "2"], 4 * [2]),  # one shard; spare
+    (SHARDS, {"": {name.replace("/", "\\"): 1 for name in SHARDS}}, ["0", "1"], 11 * [1]),
+    (["a/0.png", "1.png"], {"": {"a/0.png": 1, "1.png": 1}}, ["0", "1"], [1, 1]),
+    (["train/0/a.png", "train/1/b.png", "val/0/c.png"],
+     {"train": {"0/a.png": 1, "1/b.png": 1}, "val": {"0/c.png": 0}}, ["0", "1"], [1, 1, 0]),
+    (["train/a.png", "val/b.png"], {"": {"train/a.png": 1, "val/b.png": 9}}, ["0", "1"], [1, 0]),
+], ids=["imagenet", "unknown class", "fewer classes", "null", "one shard", "windows",
+        "beside folders", "splits", "above splits"])
+def test_where_labels_are_found(tmp_path, names, tables, classes, labels):
+    """
+    Held-out images are labelled in the training classes, or not at all if some have none of these.
+    Null is unlabelled; names count from their dataset.json's folder, which lies around the images.
+    """
+    sets = open_data(label(make(tmp_path, names), tables), 8)
+    assert [part.classes for part in sets] == [classes, classes]
+    found = {name: k for part in sets for name, k in zip(names_of(part), part.labels.tolist())}
+    assert found == {name: k for name, k in zip(names, labels) if k is not None}
 
 
 # ---- what --data names ---------------------------------------------------------------------------
-def test_backslashes_in_a_zip_separate_folders(tmp_path):
-    """As Windows makes them: splits, classes and images are those of the same zip with slashes."""
-    names = [f"set/{split}/{c}/{i}.png" for split in ("train", "val") for c in "ba" for i in (0, 1)]
-    forward = make_zip(tmp_path / "f.zip", names)
-    names = [name.replace("/", "\\") for name in [*names, "__MACOSX/set/x.png"]]
-    backward = make_zip(tmp_path / "b.zip", names)
-    for a, b in zip(open_data(backward, 8), open_data(forward, 8)):
-        assert names_of(a) == names_of(b) and len(a) == 4 and a.classes == ["a", "b"]
-        assert a.labels.tolist() == b.labels.tolist()
-        assert all(torch.equal(a[i][0], b[i][0]) for i in range(4))
-
-
 def test_cifar10_keeps_torchvisions_split_and_labels(monkeypatch):
-    """train=True trains, train=False is held out; only the first construction may download."""
+    """train=True trains, train=False is held out."""
     class Fake:
         classes, url, targets = ["cat", "airplane"], "", [0, 1, 0, 1, 1, 1]
 
         def __init__(self, root, train=True, download=False):
-            asked.append((root, download))
+            assert root == "data" and download
             shades = np.arange(6, dtype=np.uint8)[:, None, None, None]
             self.data = np.full((6, 32, 32, 3), 100 * train, np.uint8) + shades
 
-    asked = []
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
     train, held_out = open_data("cifar10", 16)
-    assert asked == [("data", True), ("data", False), ("data", False)]
     assert train.classes == ["airplane", "cat"]
     for image_set, offset in ((train, 100), (held_out, 0)):
         items = {int(image_set[i][0][0, 5, 7]) - offset: image_set[i][1] for i in range(6)}
         assert items == {0: 1, 1: 0, 2: 1, 3: 0, 4: 0, 5: 0}       # sorted: airplane 0, cat 1
 
 
-def test_a_run_is_known_by_its_images_not_their_place(material, tmp_path, monkeypatch):
-    """Both stages resume on a moved copy of the images, and refuse others under the old path."""
-    images, moved = tmp_path / "faces", tmp_path / "elsewhere"
-    shutil.copytree(material / "images", images)
-    common = ["--preset", "quick", "--batch_size", 4, "--device", "cpu"]
-    stages = {
-        train_ae: [*common, "--image_size", 16, "--val_images", 4, "--lpips_weight", 0,
-                   "--out", tmp_path / "ae"],
-        train_diffusion: [*common, "--model", "SiT-tiny/4", "--ae", material / "ae" / "ckpt.pt",
-                          "--sample_steps", 2, "--encode_batch", 8, "--cache", tmp_path / "cache",
-                          "--out", tmp_path / "sit"]}
-    for script, flags in stages.items():
-        run_main(script, *flags, "--data", images, "--steps", 1, monkeypatch=monkeypatch)
-    shutil.copytree(images, moved)
-    for script, flags in stages.items():
-        run_main(script, *flags, "--data", f"{moved}/", "--steps", 2, "--resume",
+@pytest.mark.parametrize("script, flags", [
+    (train_ae, "--image_size 16 --val_images 4 --lpips_weight 0"),
+    (train_diffusion, "--model SiT-tiny/4 --sample_steps 2 --encode_batch 8 --ae ae/ckpt.pt")])
+def test_a_run_is_known_by_its_images_not_their_place(script, flags, material, tmp_path,
+                                                      monkeypatch):
+    """It resumes on a moved copy of them, and refuses others under the old path."""
+    def train(images, steps):
+        run_main(script, *"--preset quick --batch_size 4 --device cpu --out run".split(),
+                 *flags.split(), "--data", images, "--steps", steps, "--resume",
                  monkeypatch=monkeypatch)
-    replaced, other = images / "a" / "0.png", images / "b" / "1.png"       # both train
-    replaced.write_bytes(other.read_bytes() + b"\0")
-    for script, flags in stages.items():
-        with pytest.raises(ValueError, match="--resume: images"):
-            run_main(script, *flags, "--data", images, "--steps", 3, "--resume",
-                     monkeypatch=monkeypatch)
+    shutil.copytree(material, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    train("images", 1)
+    shutil.copytree("images", "elsewhere")
+    train("elsewhere/", 2)
+    other = (tmp_path / "images/b/1.png").read_bytes()
+    (tmp_path / "images/a/0.png").write_bytes(other + b"\0")               # both train
+    with pytest.raises(ValueError, match="--resume: images"):
+        train("images", 3)
 
 
 # ---- the stream ----------------------------------------------------------------------------------
@@ -347,6 +310,7 @@ def test_every_epoch_holds_every_index_once():
         found = stream_entries(n, part.start, part.stop, seed=3)
         np.testing.assert_array_equal(found, [indices[part], mirrored[part]])
     assert (stream_entries(n, 0, n, seed=4)[0] != epochs[0]).any()
+    assert not stream_entries(n, 0, n, seed=3, mirror=False)[1].any()
     # the order of all published runs
     assert indices[:8].tolist() == [9, 17, 12, 18, 0, 15, 3, 20]
     assert mirrored[:8].tolist() == [1, 1, 1, 0, 0, 0, 0, 1]
@@ -388,15 +352,14 @@ def test_validation_shows_every_image_once(flat, world, workers):
 
 # ---- unreadable files ----------------------------------------------------------------------------
 @pytest.mark.parametrize("workers", [0, 2])
-def test_one_bad_file_of_200_is_named_once_and_replaced(corrupted, capfd, workers):
+def test_one_bad_file_of_200_is_named_once_and_replaced(tmp_path, capfd, workers):
     """Its place goes to the next readable image, with that one's index; a validation omits it."""
-    folder, (bad,) = corrupted(1)
-    train, _ = open_data(folder, 8)                        # 180 images
-    batches = train_batches(train, 20, workers=workers)
-    for step, (images, _, indices) in enumerate(islice(batches, 18)):      # two epochs
-        asked, _ = stream_entries(180, step * 20, step * 20 + 20)
-        expected = [bad + 1 if i == bad else i for i in asked]
-        assert len(images) == 20 and indices.tolist() == expected
+    bad, = make_corrupted(tmp_path, 1)
+    train, _ = open_data(tmp_path, 8)                      # 180 images
+    batches = islice(train_batches(train, 20, workers=workers), 18)        # two epochs
+    seen = torch.cat([indices for _, _, indices in batches])
+    asked, _ = stream_entries(180, 0, 360)
+    assert seen.tolist() == [bad + 1 if i == bad else i for i in asked]
     seen = torch.cat([indices for _, _, indices in val_batches(train, 20)])
     assert seen.tolist() == [i for i in range(180) if i != bad]
     lines = capfd.readouterr().err.splitlines()
@@ -404,11 +367,11 @@ def test_one_bad_file_of_200_is_named_once_and_replaced(corrupted, capfd, worker
 
 
 @pytest.mark.parametrize("count", [5, 180])
-def test_more_than_one_percent_of_bad_files_stops(corrupted, count):
+def test_more_than_one_percent_of_bad_files_stops(tmp_path, count):
     """5 of 200 end the run, files and the reason named; so does a set that is all bad."""
-    folder, bad = corrupted(count)
+    bad = make_corrupted(tmp_path, count)
     for make_batches in (train_batches, val_batches):
-        train, _ = open_data(folder, 8)
+        train, _ = open_data(tmp_path, 8)
         with pytest.raises(ValueError, match="of 200 images") as error:
             list(islice(make_batches(train, 20), 9))
         message = str(error.value)
@@ -418,8 +381,8 @@ def test_more_than_one_percent_of_bad_files_stops(corrupted, count):
 
 def test_a_held_out_set_that_is_all_bad_stops(tmp_path):
     """Two bad files are less than 1% of the whole set here, but all there is to validate on."""
-    make_folder(tmp_path, [f"train/{i}.png" for i in range(400)])
-    for path in make_folder(tmp_path, ["test/a.png", "test/b.png"]).glob("test/*"):
+    make(tmp_path, [f"train/{i}.png" for i in range(400)])
+    for path in make(tmp_path, ["test/a.png", "test/b.png"]).glob("test/*"):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="2 of 402 images"):
         list(val_batches(open_data(tmp_path, 8)[1], 4))
@@ -438,15 +401,17 @@ def test_a_killed_worker_is_one_line_where_the_next_batch_is_asked_for(flat):
 
 
 # ---- packing -------------------------------------------------------------------------------------
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*.*")}
+
+
 def test_packing_changes_no_pixel_name_or_original(tmp_path):
     """Same splits, classes, labels, pixels; twice the same bytes; nothing else is left."""
     names = [f"{split}/{c}/{i}.png" for split in ("train", "test") for c in "ba" for i in range(3)]
-    folder = make_folder(tmp_path / "set", names)
-    before = {p: p.read_bytes() for p in folder.rglob("*.png")}
-    out = tmp_path / "out" / "x.zip"
+    folder, out = make(tmp_path / "set", names), tmp_path / "out" / "x.zip"
+    before = contents(folder)
     assert pack(folder, 8, out, workers=2) == (12, 0)
-    assert {p: p.read_bytes() for p in folder.rglob("*.png")} == before
-    assert [p.name for p in out.parent.iterdir()] == ["x.zip"]
+    assert contents(folder) == before and [*contents(out.parent)] == [out]
     with zipfile.ZipFile(out) as archive:
         assert archive.testzip() is None
         assert {e.compress_type for e in archive.infolist()} == {zipfile.ZIP_STORED}
@@ -455,63 +420,59 @@ def test_packing_changes_no_pixel_name_or_original(tmp_path):
         assert a.classes == b.classes == ["a", "b"]
         for i in range(len(a)):
             assert torch.equal(a[i][0], b[i][0]) and a[i][1:] == b[i][1:]
-    packed = out.read_bytes()
+    packed = contents(out.parent)
     pack(folder, 8, out, overwrite=True)
-    assert out.read_bytes() == packed
+    assert contents(out.parent) == packed
 
 
-def test_packed_built_in_images_are_the_built_in_images(tmp_path):
-    """pack without --data stores images 0 .. count-1; discs are others."""
-    assert pack("", 17, tmp_path / "x.zip", count=11) == (11, 0)
-    pack("discs", 17, tmp_path / "discs.zip", count=11)
-    assert (tmp_path / "x.zip").read_bytes() != (tmp_path / "discs.zip").read_bytes()
+@pytest.mark.parametrize("spec, kind", [("", "leaves"), ("leaves", "leaves"), ("discs", "discs")])
+def test_packed_built_in_images_are_the_built_in_images(tmp_path, spec, kind):
+    """Images 0 .. count-1."""
+    assert pack(spec, 17, tmp_path / "x.zip", count=11) == (11, 0)
     train, _ = open_data(tmp_path / "x.zip", 17)
     for i in range(len(train)):
-        assert torch.equal(train[i][0], BuiltInImages(17, 11)[int(train.name(i)[:6])][0])
+        expected = BuiltInImages(17, 11, kind=kind)[int(train.name(i)[:6])]
+        assert torch.equal(train[i][0], expected[0])
 
 
-def test_pack_leaves_bad_files_out_and_stops_past_one_percent(corrupted, tmp_path_factory, capfd):
+def test_pack_leaves_bad_files_out_and_stops_past_one_percent(tmp_path, capfd):
     """1 of 200 is skipped and named; with two more nothing is written, an older zip stays."""
-    (folder, (bad,)), out = corrupted(1), tmp_path_factory.mktemp("out")
+    folder, out = tmp_path / "set", tmp_path / "out"
+    bad, = make_corrupted(folder, 1)
     name = open_data(folder, 8)[0].name(bad)
     assert pack(folder, 8, out / "x.zip") == (199, 1) and name in capfd.readouterr().err
     side = sides(folder)[name[:-4]]
     assert sides(out / "x.zip") | {name[:-4]: side} == sides(folder)
-    packed = (out / "x.zip").read_bytes()
+    packed = contents(out)
     for other in ("000.png", "199.png"):
         (folder / other).write_bytes(b"")
     with pytest.raises(ValueError, match="3 of 200"):
         pack(folder, 8, out / "x.zip", overwrite=True)
-    assert [p.name for p in out.iterdir()] == ["x.zip"] and (out / "x.zip").read_bytes() == packed
+    assert contents(out) == packed
 
 
-def stall(script):
-    """In another process: the second batch is never packed."""
-    def stalling(dataset, *args, **options):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_pack_that_is_stopped_leaves_nothing(flat, tmp_path, monkeypatch, number):
+    """A cluster's signal, or a closed terminal's, removes what was written."""
+    def stopped(dataset, *args, **options):
         yield next(val_batches(dataset, 8, device=None))
-        time.sleep(1000)
-    script.val_batches = stalling
-
-
-def test_a_pack_that_is_stopped_leaves_nothing(flat, tmp_path):
-    """SIGTERM removes what was written."""
-    process = start("common.data", "pack", "--data", flat, "--size", 8, "--workers", 0, "--out",
-                    tmp_path / "x.zip", cwd=tmp_path, output=tmp_path / "output.txt", patch=stall)
-    while process.is_alive() and not list(tmp_path.glob(".x.zip.*")):
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(30)
-    assert process.exitcode == 128 + signal.SIGTERM
-    assert "Traceback" not in (tmp_path / "output.txt").read_text()
-    assert [path.name for path in tmp_path.iterdir()] == ["output.txt"]
+        assert list(tmp_path.glob(".x.zip.*"))
+        os.kill(os.getpid(), number)
+    monkeypatch.setattr(data, "val_batches", stopped)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (number, signal.SIGTERM)}
+    with pytest.raises(SystemExit, match=f"^{128 + number}$"):
+        run_main(data, "pack", "--data", flat, "--out", tmp_path / "x.zip", monkeypatch=monkeypatch)
+    assert not list(tmp_path.iterdir())
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_pack_never_writes_over_what_is_there(tmp_path, monkeypatch, capsys):
     """One line on stderr, exit code 2, and no file changes."""
     monkeypatch.chdir(tmp_path)
-    make_zip(tmp_path / "old.zip", ["a.png", "b.png"])
-    make_folder(tmp_path / "twins", ["a.png", "a.jpg"])
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*.*")}
+    make(tmp_path / "old.zip", ["a.png", "b.png"])
+    make(tmp_path / "twins", ["a.png", "a.jpg"])
+    before = contents(tmp_path)
     for flags, words in (("--out old.zip", "--overwrite"),
                          ("--out old.zip --data old.zip --overwrite", "is the set itself"),
                          ("--out y.zip --data twins", "names differ in their suffix alone")):
@@ -519,4 +480,4 @@ def test_pack_never_writes_over_what_is_there(tmp_path, monkeypatch, capsys):
             run_main(data, "pack", "--workers", 0, *flags.split(), monkeypatch=monkeypatch)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and words in error and error.count("\n") == 1
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*.*")} == before
+    assert contents(tmp_path) == before

@@ -36,31 +36,21 @@ def random_autoencoder(config):
 
 
 @pytest.mark.parametrize("config", [SMALL, CONFIGS["f4d4-tiny"]])
-@pytest.mark.parametrize("package", [True, False], ids=["safetensors", "bin"])
-def test_an_export_is_read_back_bit_for_bit(config, package, tmp_path, monkeypatch):
-    """Weights, configuration and statistics; attention at a level, too; nothing is overwritten."""
-    if not package:
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_an_export_is_read_back_bit_for_bit(config, suffix, tmp_path, monkeypatch, capsys):
+    """Also an export of it, by the command; attention at a level, too; nothing is overwritten."""
+    if suffix == ".bin":                                   # without the package
         monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    ae = random_autoencoder(config)
-    export_diffusers(ae, tmp_path / "vae")
-    read = load_autoencoder(tmp_path / "vae")
-    assert read.config == ae.config and read.state_dict().keys() == ae.state_dict().keys()
-    assert all(map(torch.equal, read.state_dict().values(), ae.state_dict().values()))
-    assert {path.suffix for path in (tmp_path / "vae").iterdir()} == {
-        ".json", ".safetensors" if package else ".bin"}
-    with pytest.raises(ValueError, match="vae: is not empty"):
-        export_diffusers(ae, tmp_path / "vae")
-
-
-def test_export_is_a_command(tmp_path, monkeypatch, capsys):
-    ae = random_autoencoder(CONFIGS["f2d2-tiny"])
-    export_diffusers(ae, tmp_path / "a")
-    monkeypatch.setattr(sys, "argv", ["weights.py", "export", "--ae", str(tmp_path / "a"),
-                                      "--out", str(tmp_path / "b")])
-    weights.main()
-    assert f"wrote {tmp_path}/b" in capsys.readouterr().out
-    a, b = (json.loads((tmp_path / name / "config.json").read_text()) for name in "ab")
-    assert a == b
+    ae, a, b = random_autoencoder(config), tmp_path / "a", tmp_path / "b"
+    export_diffusers(ae, a)
+    run_main(weights, "export", "--ae", a, "--out", b, monkeypatch=monkeypatch)
+    assert f"wrote {b}" in capsys.readouterr().out
+    for folder in (a, b):
+        read = load_autoencoder(folder)
+        assert read.config == ae.config and same(read.state_dict(), ae.state_dict())
+        assert {path.suffix for path in folder.iterdir()} == {".json", suffix}
+    with pytest.raises(ValueError, match="a: is not empty"):
+        export_diffusers(ae, a)
 
 
 @torch.no_grad()
@@ -99,9 +89,7 @@ def test_spectra_of_anybodys_latents(data, tmp_path, monkeypatch):
         run_main(evaluate, "spectrum", "--latents", "flat.npy", monkeypatch=monkeypatch)
 
 
-# --------------------------------------------------------------------------------------------------
-# Trackers
-
+# ---- Trackers ------------------------------------------------------------------------------------
 def test_tensorboard_shows_the_log_and_a_resume_continues_it(tmp_path, monkeypatch, capsys):
     """Each number of log.jsonl at its step, whatever was stopped; figures, memory, speed."""
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -110,8 +98,7 @@ def test_tensorboard_shows_the_log_and_a_resume_continues_it(tmp_path, monkeypat
                                               monkeypatch=monkeypatch)
     train(3)
     train(5)
-    events = reader.EventAccumulator(str(tmp_path)).Reload()
-    log = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    events, log = reader.EventAccumulator(str(tmp_path)).Reload(), test_train_ae.read_log(tmp_path)
     for name in ("loss", "esm", "val_psnr"):
         found = [(event.step, event.value) for event in events.Scalars(name)]
         expected = [(line["step"], pytest.approx(line[name])) for line in log if name in line]
@@ -144,9 +131,7 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     assert test_train_ae.read_log(tmp_path) == before and (tmp_path / "ckpt.pt").exists()
 
 
-# --------------------------------------------------------------------------------------------------
-# --device mps: no float64 there
-
+# ---- --device mps: no float64 there --------------------------------------------------------------
 class NoFloat64(TorchDispatchMode):
     """The meta device in the place of an Apple GPU: float64 there is an error, a copy is zeros."""
 
@@ -159,9 +144,9 @@ class NoFloat64(TorchDispatchMode):
             if (kwargs.get("device") or args[0].device).type == "cpu":
                 return torch.zeros(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
         result = function(*args, **kwargs)
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
-                assert tensor.dtype != torch.float64, f"{function} on the device in float64"
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            wide = getattr(tensor, "is_meta", False) and tensor.dtype == torch.float64
+            assert not wide, f"{function} on the device in float64"
         return result
 
 
@@ -189,13 +174,13 @@ def test_validation_and_the_cache_without_float64(device):
     """The stand-in stops what is left on the device in float64."""
     ae = AutoencoderKL(CONFIGS["f2d2-tiny"]).to(device)
     images, rows = torch.randn(2, 3, 32, 48, device=device), torch.arange(2)
-    args = SimpleNamespace(seed=0, gamma=1.0)
+    args, batches = SimpleNamespace(seed=0, gamma=1.0), [(images, rows, rows)]
+    arrays = [np.zeros((2, 2, 4, 16, 24), np.float16), np.zeros(2, int), np.zeros(2, bool)]
     with torch.no_grad(), NoFloat64():
         with pytest.raises(AssertionError, match="in float64"):
             images.double()
-        train_ae.validate(ae, [(images, rows, rows)], args, contextlib.nullcontext())
-        arrays = [np.zeros((2, 2, 4, 16, 24), np.float16), np.zeros(2, int), np.zeros(2, bool)]
-        _encode("cache", ae, [(images, rows, rows)], *arrays, progress=lambda n: None)
+        train_ae.validate(ae, batches, args, contextlib.nullcontext())
+        _encode("cache", ae, batches, *arrays, progress=lambda n: None)
 
 
 def test_mps_is_float32_and_not_compiled():
@@ -213,9 +198,7 @@ def test_mps_is_float32_and_not_compiled():
             run.init_distributed("mps")
 
 
-# --------------------------------------------------------------------------------------------------
-# Knobs of research
-
+# ---- Knobs of research ---------------------------------------------------------------------------
 def test_alignment_ends_at_repa_until(material, tmp_path, monkeypatch):
     """Its term and its projector's updates end there; until then the run is the aligned one."""
     train = lambda name, steps, *flags: test_train_diffusion.train(

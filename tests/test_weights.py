@@ -50,16 +50,12 @@ def to_diffusers(ae, old=False):
     return state
 
 
-
-
-
 def write(path, content):
     """A file: bytes, safetensors where its name says so, settings, or what torch.save writes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif path.suffix == ".safetensors":
-        content = {key: value.contiguous() for key, value in content.items()}
         pytest.importorskip("safetensors.torch").save_file(content, path)
     elif path.suffix == ".json":
         path.write_text(json.dumps(content))
@@ -109,14 +105,13 @@ def test_diffusers_names():
 
 # ---------------------------------------------------------------------------- autoencoders
 def test_our_checkpoint(tmp_path):
-    """ckpt.pt -> the same autoencoder and statistics, in eval mode, no random number drawn."""
+    """The same autoencoder and statistics, in eval mode, no random number drawn."""
     ae = small()
     ae.set_latent_stats(0.25, 3.0)
     content = dict(stage="ae", ae_config=dataclasses.asdict(ae.config), model=ae.state_dict())
     path, state = write(tmp_path / "ckpt.pt", content), torch.get_rng_state()
     back = load_autoencoder(str(path))
-    assert torch.equal(state, torch.get_rng_state()) and not back.training
-    assert same(ae, back)
+    assert same(ae, back) and not back.training and torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("name", ["f8d4", "f16d16", "f16d32"])
@@ -150,21 +145,19 @@ def test_diffusers_settings(tmp_path):
     write(config, dict(scaling_factor=0.5, latents_mean=[1, 2, 3], latents_std=[4, 5, 6]))
     back = load_autoencoder(file)
     assert back.latent_mean.tolist() == [1, 2, 3] and back.latent_std.tolist() == [8, 10, 12]
-    config.unlink()
     # beside CompVis' layout, of 32 groups, it belongs to something else
     assert same(little(), load_autoencoder(write(tmp_path / "ae.ckpt", to_compvis(little()))))
 
 
 @pytest.mark.parametrize("layout", [to_compvis, to_diffusers])
-def test_unusual_convolutions(tmp_path, layout):
-    """No quant convolutions (SD3, FLUX): as with identities. RGB with alpha is refused."""
+def test_no_quant_convolutions(tmp_path, layout):
+    """As in SD3 and FLUX: the same as identities."""
     ae = small()
     for conv in (ae.quant_conv, ae.post_quant_conv):
         nn.init.dirac_(conv.weight)
         nn.init.zeros_(conv.bias)
     state = {key: value for key, value in layout(ae).items() if "quant_conv" not in key}
     assert same(ae, load_autoencoder(write(tmp_path / "ae.pt", state)))
-    refused(write(tmp_path / "ae.pt", layout(little(in_channels=4))), "images of 4 channels")
 
 
 def test_hash_covers_the_groups_of_the_norms():
@@ -181,8 +174,7 @@ def test_hash_covers_the_groups_of_the_norms():
     [f"vae/{DIFFUSERS_FILE}.fp16.bin", f"unet/{DIFFUSERS_FILE}.bin", "v1.ckpt"]])
 def test_a_folder(tmp_path, names):
     """The plain file before variants; a pipeline's vae/; a run's last checkpoint; the only file."""
-    write(tmp_path / "README.md", b"# VAE")
-    for name in names:
+    for name in ("README.md", *names):
         write(tmp_path / name, to_compvis(little()) if name == names[0] else b"another")
     assert same(load_autoencoder(str(tmp_path)), little())
 
@@ -197,11 +189,10 @@ def test_a_snapshot_of_links_into_the_hubs_blobs(tmp_path):
 
 
 def test_a_folder_without_a_clear_choice(tmp_path):
-    """No weights, several files."""
-    refused(write(tmp_path / "a.msgpack", b"x").parent, "(0 are)", error=FileNotFoundError)
-    for name in ("a.ckpt", "b.bin"):
+    for name, words in (("a.msgpack", "(0 are)"), ("a.ckpt", ""), ("b.bin", "(2 are)")):
         write(tmp_path / name, b"x")
-    refused(tmp_path, "(2 are)", error=FileNotFoundError)
+        if words:
+            refused(tmp_path, words, error=FileNotFoundError)
 
 
 # ---------------------------------------------------------------------------- files
@@ -246,13 +237,12 @@ def test_safetensors_is_optional(tmp_path, monkeypatch):
 
 def test_a_lightning_checkpoint(tmp_path, monkeypatch):
     """Harmless objects beside the weights, as keys and with state: read without their packages."""
-    module = types.ModuleType("pytorch_lightning.callbacks")
+    module = types.ModuleType("pytorch_lightning")
     module.Callback = type("Callback", (), {"__module__": module.__name__})
     module.Callback.__setstate__ = lambda self, state: pytest.fail("foreign code was run")
     callback = module.Callback()
     callback.best = 1.0
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "pytorch_lightning", module)
         patch.setitem(sys.modules, module.__name__, module)
         path = write(tmp_path / "last.ckpt", {
             "state_dict": to_compvis(little()), "hyper_parameters": {"x": callback, "kind": dict},
@@ -353,9 +343,8 @@ def test_time_of_the_original_sit_is_reversed(tmp_path):
 def test_uvit_files_with_and_without_the_final_convolution(tmp_path):
     """Bare state dicts; U-ViT-H was trained with conv=False, which equals an identity kernel."""
     source, (x, t, y) = tiny(UViT), batch()
-    state = source.state_dict()
-    assert same(load(source, write(tmp_path / "full.pth", state)), source)
-    state = {key: w for key, w in state.items() if "final_layer" not in key}
+    assert same(load(source, write(tmp_path / "full.pth", source.state_dict())), source)
+    state = {key: w for key, w in source.state_dict().items() if "final_layer" not in key}
     loaded = load(source, write(tmp_path / "h.pth", state))
     source.final_layer = nn.Identity()
     torch.testing.assert_close(loaded(x, 1000 * t, y), source(x, 1000 * t, y))
@@ -366,7 +355,7 @@ def test_uvit_files_with_and_without_the_final_convolution(tmp_path):
     (tiny(SiT, input_size=8), "pos_embed"), (tiny(SiT, depth=2), "blocks.2.*unknown")])
 def test_a_transformer_of_another_kind_or_size(tmp_path, model, words):
     """One line with the file's name and a tensor; an original SiT is no exception."""
-    for path in (write(tmp_path / "ckpt.pt", {"stage": "diffusion", "ema": tiny(SiT).state_dict()}),
+    for path in (write(tmp_path / "ckpt.pt", {"ema": tiny(SiT).state_dict()}),
                  save_learn_sigma(tiny(SiT), tmp_path / "sit.pt")):
         with pytest.raises(ValueError, match=rf"{path}: .*{words}"):
             load_transformer(model, path)
