@@ -159,11 +159,14 @@ class Cifar10:
     def __init__(self):
         from torchvision.datasets import CIFAR10
         images = {}
-        with run.local_rank_zero_first():                  # fetches nothing that is there already
-            for split in ("train", "test"):
-                d = CIFAR10("data", train=split == "train", download=True)
-                names = (f"{split}/{d.classes[k]}/{i:05d}.png" for i, k in enumerate(d.targets))
-                images |= zip(names, d.data)               # (32, 32, 3) uint8
+        try:
+            with run.local_rank_zero_first():              # fetches nothing that is there already
+                parts = dict(train=CIFAR10("data", download=True), test=CIFAR10("data", False))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"--data cifar10: {error}; unpack {CIFAR10.url} into data/") from None
+        for split, d in parts.items():
+            names = (f"{split}/{d.classes[k]}/{i:05d}.png" for i, k in enumerate(d.targets))
+            images |= zip(names, d.data)                   # (32, 32, 3) uint8
         self.names = np.array(sorted(images), bytes)
         self.pixels = [images[name] for name in sorted(images)]
 
@@ -459,7 +462,9 @@ def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
         divide(spec, source)               # refuses what a training script would
         rows = np.arange(len(source.names))
         dataset = ImageSet(spec, source, rows, 0 * rows, [], size)
-        names = [splitext(dataset.name(i))[0] + ".bmp" for i in rows]
+        # a name on disk need not be UTF-8, in a zip it must
+        names = [f"{splitext(dataset.name(i))[0]}.bmp".encode(errors="replace").decode()
+                 for i in rows]
         tables = {name: source.read(name, place) for name, place in source.tables.items()}
     need(len({*names}) == len(names), f"--data {spec}: names differ in their suffix alone; rename")
 

@@ -260,12 +260,12 @@ def test_where_labels_are_found(tmp_path, names, tables, classes, labels):
 
 # ---- what --data names ---------------------------------------------------------------------------
 def test_cifar10_keeps_torchvisions_split_and_labels(monkeypatch):
-    """train=True trains, train=False is held out."""
+    """train=True trains, train=False is held out; without a network one line says what to do."""
     class Fake:
         classes, url, targets = ["cat", "airplane"], "", [0, 1, 0, 1, 1, 1]
 
         def __init__(self, root, train=True, download=False):
-            assert root == "data" and download
+            assert root == "data" and download == train
             shades = np.arange(6, dtype=np.uint8)[:, None, None, None]
             self.data = np.full((6, 32, 32, 3), 100 * train, np.uint8) + shades
 
@@ -275,6 +275,12 @@ def test_cifar10_keeps_torchvisions_split_and_labels(monkeypatch):
     for image_set, offset in ((train, 100), (held_out, 0)):
         items = {int(image_set[i][0][0, 5, 7]) - offset: image_set[i][1] for i in range(6)}
         assert items == {0: 1, 1: 0, 2: 1, 3: 0, 4: 0, 5: 0}       # sorted: airplane 0, cat 1
+
+    def offline(*args, **options):
+        raise RuntimeError("no network")
+    monkeypatch.setattr(Fake, "__init__", offline)
+    with pytest.raises(ValueError, match="--data cifar10: no network; unpack .* into data/"):
+        open_data("cifar10", 16)
 
 
 @pytest.mark.parametrize("script, flags", [

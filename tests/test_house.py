@@ -19,7 +19,7 @@ from conftest import ROOT
 BUDGETS = {
     "spectral.py": 370, "losses.py": 280, "vae.py": 320, "dit.py": 491, "repa.py": 230,
     "train_ae.py": 464, "train_diffusion.py": 337, "evaluate.py": 372,
-    "common/run.py": 722, "common/data.py": 506, "common/builtin.py": 143,
+    "common/run.py": 722, "common/data.py": 511, "common/builtin.py": 143,
     "common/latents.py": 191, "common/weights.py": 358, "common/metrics.py": 200}
 ROOMS = {"product": 6212, "analysis": 1184, "experiments": 800, "tests": 7460,
          "tests/benchmark.py": 340}
