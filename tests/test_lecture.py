@@ -31,12 +31,12 @@ RIGHT = {
     3: "return spectral.block_idct2(spectral.block_dct2(x) * spectral.triangle_mask(n))",
 }
 WRONG = [                                                  # and what the check says to it
-    (1, "return 0.5", "for S = 0.1 you say alpha_bar = 0.5; there 9% is learnable"),
+    (1, "return 0.5", "for S = 0.1 you return alpha_bar = 0.5; there 9% is learnable"),
     (2, RIGHT[2].replace("mean()", "sum()"), "this is the sum over the batch"),
-    (2, RIGHT[2].replace("gamma=gamma", "gamma=0"), "with gamma = 1.0 you get"),
+    (2, RIGHT[2].replace("gamma=gamma", "gamma=0"), "with gamma = 1.0 you return"),
     (3, RIGHT[3].replace("(n)", "(n).logical_not()"), "a high-pass"),
-    (3, "return spectral.block_dct2(x)", "the answer has the shape (2, 3, 4, 4, 8, 8)"),
-    (3, "return x.nothing", "your function stops with AttributeError"),
+    (3, "return spectral.block_dct2(x)", "your result has shape (2, 3, 4, 4, 8, 8)"),
+    (3, "return x.nothing", "your function raises AttributeError"),
 ]
 
 
@@ -54,7 +54,7 @@ def prepared():
     with pytest.MonkeyPatch.context() as patch, plt.rc_context():
         patch.chdir(ROOT)
         patch.setattr(sys, "path", list(sys.path))
-        execute(("setup", "helpers", "checker", "pictures"), scope)
+        execute(("setup", "helpers", "checker", "images"), scope)
     return scope
 
 
