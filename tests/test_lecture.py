@@ -19,7 +19,7 @@ WEIGHTS = [ROOT / "experiments" / "lecture" / f"{name}.pt" for name in ("kl", "d
 NOTEBOOK = nbformat.read(FILE, as_version=4)
 CODE = {cell.id: cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"}
 DRAWING = [name for name, source in CODE.items()
-           if re.search(r"^(plt\.show|slider)\(", source, re.M)]
+           if re.search(r"^(show_figure|slider)\(", source, re.M)]
 
 # What stands in the place of `raise NotImplementedError`: number of the exercise, body
 RIGHT = {
