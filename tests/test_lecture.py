@@ -8,14 +8,14 @@ import pytest
 from matplotlib import pyplot as plt
 from nbclient import NotebookClient
 
-from analysis.figures import encode_all
+from analysis.figures import band_matrix, divergence, encode_all, psd_exponent
 from common.run import checkpoint_args
 from common.weights import load_autoencoder
 from conftest import ROOT
-from spectral import fit_power_law, power_spectrum, radial_profile
+from spectral import lowpass, match_resolution, spectrum_distribution
 
 FILE = ROOT / "experiments" / "lecture.ipynb"
-WEIGHTS = [ROOT / "experiments" / "lecture" / f"{name}.pt" for name in ("kl", "dsm")]
+WEIGHTS = [ROOT / "experiments" / "lecture" / f"{name}.pt" for name in ("kl", "esm", "dsm")]
 NOTEBOOK = nbformat.read(FILE, as_version=4)
 CODE = {cell.id: cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"}
 DRAWING = [name for name, source in CODE.items()
@@ -125,7 +125,7 @@ def test_the_kept_outputs_are_whole():
 
 def test_the_commands_made_these_weights():
     """Every flag of the commands in the text is the one in the file."""
-    text, = (cell.source for cell in NOTEBOOK.cells if cell.id == "pair-text")
+    text, = (cell.source for cell in NOTEBOOK.cells if cell.id == "autoencoders-text")
     for path in WEIGHTS:
         flags, = re.findall(rf"^python train_ae.py (.*) --out out/lecture/{path.stem}$", text, re.M)
         args = checkpoint_args(path)
@@ -134,9 +134,21 @@ def test_the_commands_made_these_weights():
             assert type(kept)(value) == kept, flag
 
 
-def test_kl_is_the_whiter_of_the_pair(prepared):
-    images, alpha = prepared["built_in"](32, 32), []
+def test_the_text_is_right_about_the_three_autoencoders(prepared):
+    """The smoothest is dsm, then esm; esm is closest to the target; where their high bands land."""
+    images, alpha, distance, misplaced = prepared["built_in"](32, 64), [], [], []
+    small = match_resolution(images, (16, 16))
+    target = spectrum_distribution(small, gamma=1.0, remove_dc=False).mean(0)
     for path in WEIGHTS:
-        z = encode_all(load_autoencoder(path).requires_grad_(False), images, 32, seed=0)
-        alpha.append(fit_power_law(radial_profile(power_spectrum(z)).mean(0)).item())
-    assert alpha[0] < alpha[1] - 0.3
+        ae = load_autoencoder(path).requires_grad_(False)
+        z, modes = encode_all(ae, images, 64, seed=0), encode_all(ae, images, 64)
+        alpha.append(psd_exponent(z))
+        distance.append(divergence(target, spectrum_distribution(z, remove_dc=False).mean(0)))
+        matrix = band_matrix({n: ae.decode(lowpass(modes, n)) for n in range(15)})
+        misplaced.append(matrix[9:, 0].mean())             # in DC, of the five highest bands
+    kl, esm, dsm = alpha
+    assert kl + 0.2 < esm < dsm - 0.2
+    kl, esm, dsm = distance
+    assert esm < dsm < kl
+    kl, esm, dsm = misplaced
+    assert min(kl, esm) > 0.4 and dsm < 0.05
