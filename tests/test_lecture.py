@@ -21,15 +21,12 @@ CODE = {cell.id: cell.source for cell in NOTEBOOK.cells if cell.cell_type == "co
 DRAWING = [name for name, source in CODE.items()
            if re.search(r"^(show_figure|slider)\(", source, re.M)]
 
-# What stands in the place of `raise NotImplementedError`: number of the exercise, body
-RIGHT = {
-    1: "return 1 / (1 + S)",
-    2: """small = spectral.match_resolution(images, latents.shape[-2:])
-    P = spectral.spectrum_distribution(small, gamma=gamma)
-    Q = spectral.spectrum_distribution(latents)
-    return (P * (P / Q).log()).sum(1).mean()""",
-    3: "return spectral.block_idct2(spectral.block_dct2(x) * spectral.triangle_mask(n))",
-}
+# The notebook's own solutions: number of the exercise, then the function's first line and its body
+SOLUTIONS, = [cell.source for cell in NOTEBOOK.cells if cell.id == "solutions"]
+FOUND = re.findall(r"<summary>Exercise (\d)</summary>\n\n```python\n(def .*:)\n    ([^`]*?)\n```",
+                   SOLUTIONS)
+HEADS = {int(number): head for number, head, _ in FOUND}
+RIGHT = {int(number): body for number, _, body in FOUND}   # for `raise NotImplementedError`
 WRONG = [                                                  # and what the check says to it
     (1, "return 0.5", "for S = 0.1 you return alpha_bar = 0.5; there 9% is learnable"),
     (2, RIGHT[2].replace("mean()", "sum()"), "this is the sum over the batch"),
@@ -61,7 +58,7 @@ def prepared():
 def answer(number, body, scope):
     """Whether the notebook takes this body for the function of an exercise."""
     stub = CODE[f"exercise-{number}"]
-    assert stub.count("raise NotImplementedError") == 1
+    assert stub.count("raise NotImplementedError") == 1 and HEADS[number] in stub
     exec(stub.replace("raise NotImplementedError", body), scope)
     execute([f"check-{number}"], scope)
     return scope["SOLVED"][number]
@@ -89,8 +86,9 @@ def test_the_first_cell_says_where_to_start(tmp_path, monkeypatch):
         execute(["setup"], {})
 
 
-def test_right_answers_solve_the_exercises(prepared, capsys):
-    """And an unsolved one says so."""
+def test_the_solutions_solve_the_exercises(prepared, capsys):
+    """Exactly those folded at the end of the notebook; and an unsolved exercise says so."""
+    assert RIGHT.keys() == {1, 2, 3} and SOLUTIONS.count("<details>") == 3
     for number, body in RIGHT.items():
         assert not answer(number, "raise NotImplementedError", prepared)
         assert answer(number, body, prepared)
