@@ -105,16 +105,21 @@ def test_a_wrong_answer_does_not(number, body, said, prepared, capsys):
 
 
 def test_the_kept_outputs_are_whole():
-    """One run in order; an image of each figure; no error, warning or widget, no home paths."""
+    """
+    One run in order; an image of each figure, and a line that describes it; no error, warning or
+    widget, no home paths.
+    """
     assert 30 <= len(NOTEBOOK.cells) <= 50 and FILE.stat().st_size < 2e6
     cells = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
-        kinds = set()
+        kinds, printed = set(), ""
         for output in cell.outputs:
+            printed += output.get("text", "")
             assert output.output_type != "error" and output.get("name") != "stderr", cell.id
             kinds |= output.get("data", {}).keys()
         assert ("image/png" in kinds) == (cell.id in DRAWING), cell.id
+        assert len(re.findall("^Figure: .{40}", printed, re.M)) == (cell.id in DRAWING), cell.id
         assert not any("widget" in kind for kind in kinds), cell.id
     assert not re.search(r"(^|[\s\"'(=])(/(home|root|tmp|usr|opt|work|Users)/|[A-Z]:\\\\)",
                          FILE.read_text(), re.M)
