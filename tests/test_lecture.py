@@ -8,6 +8,8 @@ import pytest
 from matplotlib import pyplot as plt
 from nbclient import NotebookClient
 
+import train_ae
+import train_diffusion
 from analysis.figures import band_matrix, divergence, encode_all, psd_exponent
 from common.run import checkpoint_args
 from common.weights import load_autoencoder
@@ -124,6 +126,27 @@ def test_the_kept_outputs_are_whole():
     assert not re.search(r"(^|[\s\"'(=])(/(home|root|tmp|usr|opt|work|Users)/|[A-Z]:\\\\)",
                          FILE.read_text(), re.M)
     assert NOTEBOOK.metadata.kernelspec.name == "python3"
+
+
+def test_the_commands_of_the_samples_are_understood(monkeypatch):
+    """Each finds what the one before it leaves, and the file that it writes is the one shown."""
+    text, = (cell.source for cell in NOTEBOOK.cells if cell.id == "samples-text")
+    for name in ("kl", "dsm"):
+        runs = []
+        for module in (train_ae, train_diffusion):
+            script = f"{module.__name__}.py"
+            line, = re.findall(rf"^python {script} (.*-{name})$", text, re.M)
+            monkeypatch.setattr("sys.argv", [script, *line.split()])
+            runs.append(module.get_args())
+        ae, sit = runs
+        assert ae.data == "discs" and ae.reg == [name] and sit.ae == f"{ae.out}/ckpt.pt"
+        shown = f"experiments/lecture/samples-{name}.png"
+        assert f"\ncp {sit.out}/samples.png {shown}\n" in text and (ROOT / shown).exists()
+
+
+def test_the_minutes_add_up():
+    minutes = re.findall(r"^\| \d.*? \| (\d+) \|", NOTEBOOK.cells[0].source, re.M)
+    assert f"a {sum(map(int, minutes))}-minute lecture" in NOTEBOOK.cells[0].source
 
 
 def test_the_commands_made_these_weights():
