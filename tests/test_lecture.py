@@ -8,35 +8,34 @@ import pytest
 from matplotlib import pyplot as plt
 from nbclient import NotebookClient
 
-from analysis.figures import encode_all
+import train_ae
+import train_diffusion
+from analysis.figures import band_matrix, divergence, encode_all, psd_exponent
 from common.run import checkpoint_args
 from common.weights import load_autoencoder
 from conftest import ROOT
-from spectral import fit_power_law, power_spectrum, radial_profile
+from spectral import lowpass, match_resolution, spectrum_distribution
 
 FILE = ROOT / "experiments" / "lecture.ipynb"
-WEIGHTS = [ROOT / "experiments" / "lecture" / f"{name}.pt" for name in ("kl", "dsm")]
+WEIGHTS = [ROOT / "experiments" / "lecture" / f"{name}.pt" for name in ("kl", "esm", "dsm")]
 NOTEBOOK = nbformat.read(FILE, as_version=4)
 CODE = {cell.id: cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"}
 DRAWING = [name for name, source in CODE.items()
-           if re.search(r"^(plt\.show|slider)\(", source, re.M)]
+           if re.search(r"^(show_figure|slider)\(", source, re.M)]
 
-# What stands in the place of `raise NotImplementedError`: number of the exercise, body
-RIGHT = {
-    1: "return 1 / (1 + S)",
-    2: """small = spectral.match_resolution(images, latents.shape[-2:])
-    P = spectral.spectrum_distribution(small, gamma=gamma)
-    Q = spectral.spectrum_distribution(latents)
-    return (P * (P / Q).log()).sum(1).mean()""",
-    3: "return spectral.block_idct2(spectral.block_dct2(x) * spectral.triangle_mask(n))",
-}
+# The notebook's own solutions: number of the exercise, then the function's first line and its body
+SOLUTIONS, = [cell.source for cell in NOTEBOOK.cells if cell.id == "solutions"]
+FOUND = re.findall(r"<summary>Exercise (\d)</summary>\n\n```python\n(def .*:)\n    ([^`]*?)\n```",
+                   SOLUTIONS)
+HEADS = {int(number): head for number, head, _ in FOUND}
+RIGHT = {int(number): body for number, _, body in FOUND}   # for `raise NotImplementedError`
 WRONG = [                                                  # and what the check says to it
-    (1, "return 0.5", "for S = 0.1 you say alpha_bar = 0.5; there 9% is learnable"),
+    (1, "return 0.5", "for S = 0.1 you return alpha_bar = 0.5; there 9% is learnable"),
     (2, RIGHT[2].replace("mean()", "sum()"), "this is the sum over the batch"),
-    (2, RIGHT[2].replace("gamma=gamma", "gamma=0"), "with gamma = 1.0 you get"),
+    (2, RIGHT[2].replace("gamma=gamma", "gamma=0"), "with gamma = 1.0 you return"),
     (3, RIGHT[3].replace("(n)", "(n).logical_not()"), "a high-pass"),
-    (3, "return spectral.block_dct2(x)", "the answer has the shape (2, 3, 4, 4, 8, 8)"),
-    (3, "return x.nothing", "your function stops with AttributeError"),
+    (3, "return spectral.block_dct2(x)", "your result has shape (2, 3, 4, 4, 8, 8)"),
+    (3, "return x.nothing", "your function raises AttributeError"),
 ]
 
 
@@ -54,14 +53,14 @@ def prepared():
     with pytest.MonkeyPatch.context() as patch, plt.rc_context():
         patch.chdir(ROOT)
         patch.setattr(sys, "path", list(sys.path))
-        execute(("setup", "helpers", "checker", "pictures"), scope)
+        execute(("setup", "helpers", "checker", "images"), scope)
     return scope
 
 
 def answer(number, body, scope):
     """Whether the notebook takes this body for the function of an exercise."""
     stub = CODE[f"exercise-{number}"]
-    assert stub.count("raise NotImplementedError") == 1
+    assert stub.count("raise NotImplementedError") == 1 and HEADS[number] in stub
     exec(stub.replace("raise NotImplementedError", body), scope)
     execute([f"check-{number}"], scope)
     return scope["SOLVED"][number]
@@ -89,8 +88,9 @@ def test_the_first_cell_says_where_to_start(tmp_path, monkeypatch):
         execute(["setup"], {})
 
 
-def test_right_answers_solve_the_exercises(prepared, capsys):
-    """And an unsolved one says so."""
+def test_the_solutions_solve_the_exercises(prepared, capsys):
+    """Exactly those folded at the end of the notebook; and an unsolved exercise says so."""
+    assert RIGHT.keys() == {1, 2, 3} and SOLUTIONS.count("<details>") == 3
     for number, body in RIGHT.items():
         assert not answer(number, "raise NotImplementedError", prepared)
         assert answer(number, body, prepared)
@@ -107,25 +107,51 @@ def test_a_wrong_answer_does_not(number, body, said, prepared, capsys):
 
 
 def test_the_kept_outputs_are_whole():
-    """One run in order; an image of each figure; no error, warning or widget, no home paths."""
+    """
+    One run in order; an image of each figure, and a line that describes it; no error, warning or
+    widget, no home paths.
+    """
     assert 30 <= len(NOTEBOOK.cells) <= 50 and FILE.stat().st_size < 2e6
     cells = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
-        kinds = set()
+        kinds, printed = set(), ""
         for output in cell.outputs:
+            printed += output.get("text", "")
             assert output.output_type != "error" and output.get("name") != "stderr", cell.id
             kinds |= output.get("data", {}).keys()
         assert ("image/png" in kinds) == (cell.id in DRAWING), cell.id
+        assert len(re.findall("^Figure: .{40}", printed, re.M)) == (cell.id in DRAWING), cell.id
         assert not any("widget" in kind for kind in kinds), cell.id
     assert not re.search(r"(^|[\s\"'(=])(/(home|root|tmp|usr|opt|work|Users)/|[A-Z]:\\\\)",
                          FILE.read_text(), re.M)
     assert NOTEBOOK.metadata.kernelspec.name == "python3"
 
 
+def test_the_commands_of_the_samples_are_understood(monkeypatch):
+    """Each finds what the one before it leaves, and the file that it writes is the one shown."""
+    text, = (cell.source for cell in NOTEBOOK.cells if cell.id == "samples-text")
+    for name in ("kl", "dsm"):
+        runs = []
+        for module in (train_ae, train_diffusion):
+            script = f"{module.__name__}.py"
+            line, = re.findall(rf"^python {script} (.*-{name})$", text, re.M)
+            monkeypatch.setattr("sys.argv", [script, *line.split()])
+            runs.append(module.get_args())
+        ae, sit = runs
+        assert ae.data == "discs" and ae.reg == [name] and sit.ae == f"{ae.out}/ckpt.pt"
+        shown = f"experiments/lecture/samples-{name}.png"
+        assert f"\ncp {sit.out}/samples.png {shown}\n" in text and (ROOT / shown).exists()
+
+
+def test_the_minutes_add_up():
+    minutes = re.findall(r"^\| \d.*? \| (\d+) \|", NOTEBOOK.cells[0].source, re.M)
+    assert f"a {sum(map(int, minutes))}-minute lecture" in NOTEBOOK.cells[0].source
+
+
 def test_the_commands_made_these_weights():
     """Every flag of the commands in the text is the one in the file."""
-    text, = (cell.source for cell in NOTEBOOK.cells if cell.id == "pair-text")
+    text, = (cell.source for cell in NOTEBOOK.cells if cell.id == "autoencoders-text")
     for path in WEIGHTS:
         flags, = re.findall(rf"^python train_ae.py (.*) --out out/lecture/{path.stem}$", text, re.M)
         args = checkpoint_args(path)
@@ -134,9 +160,21 @@ def test_the_commands_made_these_weights():
             assert type(kept)(value) == kept, flag
 
 
-def test_kl_is_the_whiter_of_the_pair(prepared):
-    images, alpha = prepared["built_in"](32, 32), []
+def test_the_text_is_right_about_the_three_autoencoders(prepared):
+    """The smoothest is dsm, then esm; esm is closest to the target; where their high bands land."""
+    images, alpha, distance, misplaced = prepared["built_in"](32, 64), [], [], []
+    small = match_resolution(images, (16, 16))
+    target = spectrum_distribution(small, gamma=1.0, remove_dc=False).mean(0)
     for path in WEIGHTS:
-        z = encode_all(load_autoencoder(path).requires_grad_(False), images, 32, seed=0)
-        alpha.append(fit_power_law(radial_profile(power_spectrum(z)).mean(0)).item())
-    assert alpha[0] < alpha[1] - 0.3
+        ae = load_autoencoder(path).requires_grad_(False)
+        z, modes = encode_all(ae, images, 64, seed=0), encode_all(ae, images, 64)
+        alpha.append(psd_exponent(z))
+        distance.append(divergence(target, spectrum_distribution(z, remove_dc=False).mean(0)))
+        matrix = band_matrix({n: ae.decode(lowpass(modes, n)) for n in range(15)})
+        misplaced.append(matrix[9:, 0].mean())             # in DC, of the five highest bands
+    kl, esm, dsm = alpha
+    assert kl + 0.2 < esm < dsm - 0.2
+    kl, esm, dsm = distance
+    assert esm < dsm < kl
+    kl, esm, dsm = misplaced
+    assert min(kl, esm) > 0.4 and dsm < 0.05
