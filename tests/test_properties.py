@@ -21,12 +21,9 @@ settings.register_profile("ci", max_examples=20, deadline=None, derandomize=True
 settings.register_profile("long", max_examples=300, deadline=None, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-# --------------------------------------------------------------------------------------------------
-# What is drawn
-
+# ---- what is drawn
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WIDE = (torch.float32, torch.bfloat16, torch.float64)   # those with the range of float32
-FULL = (torch.float32, torch.float64)                   # those with its precision
 # inf: squares that sum to 1e36 an item
 MAGNITUDES = (1.0, 0.0, 1e-45, 1e-30, 1e-3, 1e4, math.inf)
 SIDES = dict(B=(2, 1, 3), H=(8, 1, 2, 3, 5, 7, 12, 16, 17), T=(6, 1, 2, 4, 7, 13),
@@ -39,10 +36,6 @@ def outlier(x):
     """Each item a thousandth of itself, but for a 1 where it is largest."""
     largest = x.flatten(1).amax(1).view(-1, *[1] * (x.ndim - 1))
     return x * 1e-3 + (x == largest)
-
-
-def contiguous(x):
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 FILLS = dict(noise=lambda x: x, constant=torch.ones_like, outlier=outlier)
@@ -62,13 +55,9 @@ def noise(*shape, seed=0):
 
 @st.composite
 def tensors(draw, dims, dtypes=DTYPES, magnitudes=MAGNITUDES, fills=tuple(FILLS), **sides):
-    """
-    A tensor with these dimensions, a letter each; a letter that comes twice is drawn once.
-    sides: some of them given.
-    """
-    for letter in dims:
-        if letter not in sides:
-            sides[letter] = draw(st.sampled_from(SIDES[letter]))
+    """A tensor with these dimensions, a letter each, one size per letter unless it is given."""
+    for letter in sorted({*dims} - {*sides}):
+        sides[letter] = draw(st.sampled_from(SIDES[letter]))
     shape = [sides[letter] for letter in dims]
     x = noise(*shape, seed=draw(st.integers(0, 999)))
     fill = draw(st.sampled_from(fills))
@@ -95,39 +84,31 @@ def tiles_shape(B, C, H, W):
     return B, C, H // b, W // b, b, b
 
 
-def small_shape(B, C, H, W):
-    """Shape of downsample_dct(x, tile(x))."""
-    k = math.gcd(H, W)
-    return B, C, H // k, W // k
-
-
-# name: dimensions of x, the function, the shape of its result,
-# degree (f(c x) = |c|^degree f(x); None: no such law)
+# name: dimensions of x, the function, the shape of its result
 same_shape = lambda *shape: shape
 MAPS = {
-    "dct2": ("BCHW", spectral.dct2, same_shape, 1),
-    "idct2": ("BCHW", spectral.idct2, same_shape, 1),
-    "block_dct2": ("BCHW", lambda x: spectral.block_dct2(x, tile(x)), tiles_shape, 1),
-    "block_idct2": (
-        "BChwbb", spectral.block_idct2, lambda B, C, h, w, b, _: (B, C, h * b, w * b), 1),
-    "lowpass": ("BCHW", lambda x: spectral.lowpass(x, tile(x), tile(x)), same_shape, 1),
-    "downsample_dct": ("BCHW", lambda x: spectral.downsample_dct(x, tile(x)), small_shape, 1),
-    "power_spectrum": ("BCHW", spectral.power_spectrum, lambda B, C, H, W: (B, H, W), 2),
-    "radial_profile": ("BHW", spectral.radial_profile, lambda B, H, W: (B, 16), 1),
-    "spectrum_distribution": (
-        "BCHW", lambda x: spectral.spectrum_distribution(x, 7, 1), lambda B, C, H, W: (B, 7), None),
-    "match_resolution": (
-        "BCHW", lambda x: spectral.match_resolution(x, (1, 3)), lambda B, C, H, W: (B, C, 1, 3), 1),
-    "fit_power_law": ("BT", lambda x: spectral.fit_power_law(x.abs()), lambda B, T: (B,), 0),
-    "wiener_gain": ("BT", lambda x: spectral.wiener_gain(x.abs(), 0.3), same_shape, None),
-    "learnable_power": ("BT", lambda x: spectral.learnable_power(x.abs(), 0.9), same_shape, None),
-    "rmsc": ("BTD", spectral.rmsc, lambda B, T, D: (B,), 0),
-    "directional_energy": ("BTD", spectral.directional_energy, lambda B, T, D: (B, T), 0),
-    "gaussian_blur": ("BCHW", lambda x: spectral.gaussian_blur(x, 1.3), same_shape, 1),
-    "dog": ("BCHW", lambda x: spectral.dog(x, 0, 2), same_shape, 1),
-    "spatial_norm": ("BTD", spectral.spatial_norm, same_shape, None),
+    "dct2": ("BCHW", spectral.dct2, same_shape),
+    "idct2": ("BCHW", spectral.idct2, same_shape),
+    "block_dct2": ("BCHW", lambda x: spectral.block_dct2(x, tile(x)), tiles_shape),
+    "block_idct2": ("BChwbb", spectral.block_idct2, lambda B, C, h, w, b, _: (B, C, h * b, w * b)),
+    "lowpass": ("BCHW", lambda x: spectral.lowpass(x, tile(x), tile(x)), same_shape),
+    "downsample_dct": ("BCHW", lambda x: spectral.downsample_dct(x, tile(x)),
+                       lambda *shape: tiles_shape(*shape)[:4]),
+    "power_spectrum": ("BCHW", spectral.power_spectrum, lambda B, C, H, W: (B, H, W)),
+    "radial_profile": ("BHW", spectral.radial_profile, lambda B, H, W: (B, 16)),
+    "spectrum_distribution": ("BCHW", lambda x: spectral.spectrum_distribution(x, 7, 1),
+                              lambda B, C, H, W: (B, 7)),
+    "match_resolution": ("BCHW", lambda x: spectral.match_resolution(x, (1, 3)),
+                         lambda B, C, H, W: (B, C, 1, 3)),
+    "fit_power_law": ("BT", lambda x: spectral.fit_power_law(x.abs()), lambda B, T: (B,)),
+    "wiener_gain": ("BT", lambda x: spectral.wiener_gain(x.abs(), 0.3), same_shape),
+    "learnable_power": ("BT", lambda x: spectral.learnable_power(x.abs(), 0.9), same_shape),
+    "rmsc": ("BTD", spectral.rmsc, lambda B, T, D: (B,)),
+    "directional_energy": ("BTD", spectral.directional_energy, lambda B, T, D: (B, T)),
+    "gaussian_blur": ("BCHW", lambda x: spectral.gaussian_blur(x, 1.3), same_shape),
+    "dog": ("BCHW", lambda x: spectral.dog(x, 0, 2), same_shape),
+    "spatial_norm": ("BTD", spectral.spatial_norm, same_shape),
 }
-SCALING_MAPS = [name for name, (*_, degree) in MAPS.items() if degree is not None]
 every_map = pytest.mark.parametrize("name", MAPS)
 draws = given(st.data())
 
@@ -153,26 +134,23 @@ LOSSES = {
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
-def close(a, b, scale, rtol=1e-5):
+def close(a, b, scale):
     """a equals b within the rounding of numbers as large as scale."""
     assert a.shape == b.shape
-    if b.numel():
-        assert (a.double() - b.double()).abs().max().item() <= rtol * float(scale) + 1e-37
+    assert ((a.double() - b.double()).abs() <= 1e-5 * float(scale) + 1e-37).all()
 
 
-def size(x, degree=1):
-    """The length of the largest item, to that power: what a result of this degree may reach."""
-    return max(1e-37, x.double().flatten(1).norm(dim=1).max().item()) ** degree
+def size(x):
+    """The length of the largest item."""
+    return max(1e-37, x.double().flatten(1).norm(dim=1).max().item())
 
 
-# --------------------------------------------------------------------------------------------------
-# What holds for every map
-
+# ---- what holds for every map
 @every_map
 @draws
 def test_map_is_finite_float32_of_the_stated_shape(name, data):
-    """Finite in, finite out; float64 stays; autocast changes nothing, and nothing changes x."""
-    dims, function, shape, _ = MAPS[name]
+    """Finite in, finite out, float64 stays; autocast changes nothing, nothing changes x."""
+    dims, function, shape = MAPS[name]
     x = data.draw(tensors(dims))
     before, y = x.clone(), function(x)
     assert torch.equal(x, before)
@@ -180,18 +158,9 @@ def test_map_is_finite_float32_of_the_stated_shape(name, data):
     assert y.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(function(x), y)
-
-
-@every_map
-@draws
-def test_map_gradient_is_finite(name, data):
-    """A finite gradient of x's shape and dtype for finite x; float16 cannot hold all of them."""
-    dims, function, _, _ = MAPS[name]
-    x = data.draw(tensors(dims, dtypes=WIDE)).requires_grad_()
-    y = function(x)
-    if name == "fit_power_law":
-        assert not y.requires_grad
+    if name == "fit_power_law" or x.dtype == torch.float16:     # which cannot hold every gradient
         return
+    y = function(x.requires_grad_())
     along = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
     gradient, = torch.autograd.grad(y, x, along)
     assert gradient.shape == x.shape and gradient.dtype == x.dtype and gradient.isfinite().all()
@@ -202,29 +171,13 @@ def test_map_gradient_is_finite(name, data):
 @draws
 def test_map_sees_neither_layout_nor_batch(name, data):
     """Neither layout nor neighbours change an item's result; a batch of no item has none."""
-    dims, function, shape, degree = MAPS[name]
+    dims, function, shape = MAPS[name]
     x = data.draw(tensors(dims, magnitudes=(1.0, 1e-3, 1e4, math.inf), fills=("noise", "outlier")))
     y = function(x)
-    scale = max(size(x, degree or 0), y.abs().max())
-    rtol = 1e-5 if degree else 1e-4  # logarithms and square roots near 0
-    close(y, function(contiguous(x)), scale, rtol)
-    close(y, torch.cat([function(x[i:i + 1]) for i in range(len(x))]), scale, rtol)
+    scale = max(1, size(x), y.abs().max())
+    close(y, function(x.contiguous()), scale)
+    close(y, torch.cat([function(x[i:i + 1]) for i in range(len(x))]), scale)
     assert function(x[:0]).shape == shape(0, *x.shape[1:])
-
-
-@pytest.mark.parametrize("name", SCALING_MAPS)
-@draws
-def test_map_scale_law(name, data):
-    """f(c x) = |c|^degree f(x); where f is linear, f(c x + y) = c f(x) + f(y)."""
-    dims, function, _, degree = MAPS[name]
-    x = data.draw(tensors(dims, FULL, magnitudes=(1.0, 1e-5, 1e4), fills=("noise", "constant")))
-    c = data.draw(st.sampled_from([-1.0, 0.5, 3.0, -1e3]))
-    factor = {0: 1, 1: c, 2: c * c}[degree]
-    close(function(c * x), factor * function(x), abs(factor) * size(x, degree))
-    if degree == 1:
-        y = noise(*x.shape) * size(x)
-        scale = abs(c) * size(x) + size(y)
-        close(function(c * x.double() + y), c * function(x.double()) + function(y), scale)
 
 
 @every_map
@@ -233,7 +186,7 @@ def test_map_can_train_after_inference_mode(name):
     for function in vars(spectral).values():
         if hasattr(function, "cache_clear"):
             function.cache_clear()
-    dims, function, _, _ = MAPS[name]
+    dims, function, _ = MAPS[name]
     x = torch.rand([{"B": 2, "b": 4}.get(letter, 8) for letter in dims])
     with torch.inference_mode():
         function(x)
@@ -242,26 +195,7 @@ def test_map_can_train_after_inference_mode(name):
         y.sum().backward()
 
 
-# --------------------------------------------------------------------------------------------------
-# What holds for one map
-
-@draws
-def test_lowpass_is_an_orthogonal_projection(data):
-    """Idempotent, self-adjoint, never longer; of two the stronger counts; the last drops DC."""
-    x = data.draw(tensors("BCHW"))
-    n, m = (data.draw(st.integers(0, 2 * tile(x) - 1)) for _ in range(2))
-    low = lambda x, n: spectral.lowpass(x, n, tile(x))
-    y = low(x, n)
-    close(low(y, n), y, size(x))
-    close(low(y, m), low(x, max(n, m)), size(x))
-    assert size(y) <= size(x) * (1 + 1e-5)
-    other = noise(*x.shape).double()
-    scale = len(x) * size(x) * size(other)
-    close((y.double() * other).sum(), (x.double() * low(other, n)).sum(), scale)
-    if n < 2 * tile(x) - 1:
-        close(low(x.double() + size(x), n), y.double() + size(x), 2 * size(x))
-
-
+# ---- what holds for one map
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
 def test_rings_partition_the_plane(H, W, n_bins):
     """Every coefficient is in the ring of whole-number arithmetic; a ring's value is its mean."""
@@ -286,9 +220,7 @@ def test_spectrum_distribution_of_a_constant_is_uniform(data, value, H, W):
     close(spectral.spectrum_distribution(x, 16, 1.0), torch.full((2, 16), 1 / 16), 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# What holds for every loss
-
+# ---- what holds for every loss
 def draw_two(data, name, **kwargs):
     """Arguments of a loss, of one batch size and, where a letter is shared, of the same sides."""
     dims_a, dims_b = LOSSES[name][:2]
@@ -325,21 +257,17 @@ def test_loss_is_the_mean_over_items(name, data):
     value = loss(a, b)
     items = torch.stack([loss(a[i:i + 1], b[i:i + 1]) for i in range(len(a))])
     close(value, items.double().mean(), items.abs().max().clamp_min(1))
-    close(loss(contiguous(a), contiguous(b)), value, value.abs().clamp_min(1))
+    close(loss(a.contiguous(), b.contiguous()), value, value.abs().clamp_min(1))
     nothing = a[:0].clone().requires_grad_()
     value = loss(nothing, b[:0])
     value.backward()
     assert value == 0 and nothing.grad.shape == nothing.shape
 
 
-# --------------------------------------------------------------------------------------------------
-# Pairs, and what is refused
-
+# ---- pairs, and what is refused
 @pytest.mark.parametrize("pair", [
-    lambda x, z: losses.dsm_pair(x, z, 2, 2),
-    lambda x, z: losses.scale_pair(x, z, 2),
-    lambda x, z: losses.eq_pair(x, z, 0.6, 1),
-])
+    lambda x, z: losses.dsm_pair(x, z, 2, 2), lambda x, z: losses.scale_pair(x, z, 2),
+    lambda x, z: losses.eq_pair(x, z, 0.6, 1)])
 @draws
 def test_pair_sees_neither_autocast_nor_layout_nor_batch(pair, data):
     """One result, item by item too, whatever the dtypes; the gradient to the latents is finite."""
@@ -352,7 +280,7 @@ def test_pair_sees_neither_autocast_nor_layout_nor_batch(pair, data):
     assert target.dtype == z.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert all(torch.equal(a, b) for a, b in zip(pair(images, latents), (target, z)))
-    copies = pair(contiguous(images), contiguous(latents))
+    copies = pair(images.contiguous(), latents.contiguous())
     items = [pair(images[i:i + 1], latents[i:i + 1]) for i in range(len(images))] or [(target, z)]
     for result, copy, item, source in zip((target, z), copies, zip(*items), (images, latents)):
         scale = size(source) if len(source) else 0
@@ -364,10 +292,7 @@ def test_pair_sees_neither_autocast_nor_layout_nor_batch(pair, data):
 
 
 @pytest.mark.parametrize("call, culprit", [
-    (lambda x: spectral.lowpass(x, 0, 8), "12x20"),
-    (lambda x: spectral.block_dct2(x, 8), "12x20"),
     (lambda x: spectral.lowpass(x, 8, 4), "n=8"),
-    (lambda x: losses.dsm_pair(x, x, -1, 4), "n=-1"),
     (lambda x: losses.dsm_pair(x, x[..., :6], 1, 4), "12x6"),
     (lambda x: spectral.downsample_dct(x, 3), "12x20"),
     (lambda x: spectral.dct2(x[..., :0]), r"\(2, 3, 12, 0\)"),
@@ -376,7 +301,6 @@ def test_pair_sees_neither_autocast_nor_layout_nor_batch(pair, data):
     (lambda x: losses.esm_loss(x[:, 0], x), "match_resolution"),
     (lambda x: spectral.dog(x, 2.0, 1.0), "sigma1=2.0"),
     (lambda x: losses.kl_loss(x, x[:1]), "kl_loss"),
-    (lambda x: losses.vf_loss(x[0], x[0, :, :1]), "vf_loss"),
     (lambda x: losses.scale_pair(x, x, 8), "12x20"),
     (lambda x: losses.eq_pair(x[..., :18], x, 0.5, 0), "12x18")])
 def test_bad_input_names_the_culprit(call, culprit):
