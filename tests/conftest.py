@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import VGG16_Weights, vgg16
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -134,6 +135,17 @@ def material(tmp_path_factory):
             "--batch_size", 4, "--steps", 2, "--reg", "kl", "--device", "cpu",
             "--out", folder / "ae", monkeypatch=patch)
     return folder
+
+
+def plant_vgg(home, monkeypatch):
+    """LPIPS' VGG-16 in a TORCH_HOME: random convolutions, for the rest one number per tensor."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in vgg16().state_dict().items()}
+    path = home / "hub" / "checkpoints" / os.path.basename(VGG16_Weights.IMAGENET1K_V1.url)
+    path.parent.mkdir(parents=True)
+    torch.save({name: 0.05 * torch.randn(shape) if len(shape) == 4 else torch.zeros(1).expand(shape)
+                for name, shape in shapes.items()}, path)
+    monkeypatch.setenv("TORCH_HOME", str(home))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 import json
 
 import benchmark
+
 from conftest import run_main
 
 

@@ -4,7 +4,6 @@ gradients are those of the plain loss, resuming is invisible, warm-up counts upd
 """
 import functools
 import json
-import os
 import shutil
 import sys
 
@@ -12,14 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.models import VGG16_Weights, vgg16
 
 import losses
 import train_ae
 import train_diffusion
 from common import run
 from common.weights import load_autoencoder
-from conftest import run_main, same
+from conftest import plant_vgg, run_main, same
 from vae import CONFIGS, AutoencoderKL
 
 TINY = ("--preset quick --image_size 32 --batch_size 4 --val_images 6 --workers 0 --device cpu "
@@ -292,10 +290,7 @@ def test_compiled_training_is_eager_training(reg, tmp_path, monkeypatch, request
     """GAN from step 2, LPIPS, alignment; from a cold and a warm Inductor cache: eager's losses."""
     if not request.config.getoption("--long"):
         pytest.skip("--long compiles (about two minutes a method)")
-    place = tmp_path / "hub" / "checkpoints" / os.path.basename(VGG16_Weights.IMAGENET1K_V1.url)
-    place.parent.mkdir(parents=True)
-    torch.save(vgg16().state_dict(), place)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    plant_vgg(tmp_path, monkeypatch)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     logs = {}
     for name, compile in (("eager", "off"), ("cold", "on"), ("warm", "on")):
