@@ -60,13 +60,13 @@ def test_parameter_counts_are_those_of_the_originals(name, num_classes, count):
 
 
 def by_hand(kind, W, x, t, y, heads=2):
-    """The originals' forward pass in plain tensor operations on their state dict W."""
+    """The originals' forward pass in plain operations on their state dict W, which empties it."""
     def linear(name, z):
-        return z @ W[f"{name}.weight"].T + (W[f"{name}.bias"] if f"{name}.bias" in W else 0)
+        return z @ W.pop(f"{name}.weight").T + W.pop(f"{name}.bias", 0)
 
     def norm(z, eps, name=None):
         z = F.layer_norm(z, z.shape[-1:], eps=eps)
-        return z if name is None else z * W[f"{name}.weight"] + W[f"{name}.bias"]
+        return z if name is None else z * W.pop(f"{name}.weight") + W.pop(f"{name}.bias")
 
     def attention(name, z):
         q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2)
@@ -83,12 +83,12 @@ def by_hand(kind, W, x, t, y, heads=2):
 
     embed = "x_embedder.proj" if kind is SiT else "patch_embed.proj"
     patches = F.unfold(x, 2, stride=2).mT                                   # (B, T, C*2*2)
-    z = patches @ W[f"{embed}.weight"].flatten(1).T + W[f"{embed}.bias"]
+    z = patches @ W.pop(f"{embed}.weight").flatten(1).T + W.pop(f"{embed}.bias")
     if kind is SiT:
-        z = z + W["pos_embed"]
+        z = z + W.pop("pos_embed")
         c = linear("t_embedder.mlp.0", sinusoid(t, 256).double())
         c = linear("t_embedder.mlp.2", F.silu(c))
-        c = c + W["y_embedder.embedding_table.weight"][y]
+        c = c + W.pop("y_embedder.embedding_table.weight")[y]
         for b in (f"blocks.{i}" for i in range(5)):
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation(b, c, 6)
             z = z + gate1 * attention(f"{b}.attn", norm(z, 1e-6) * (1 + scale1) + shift1)
@@ -96,8 +96,8 @@ def by_hand(kind, W, x, t, y, heads=2):
         shift, scale = modulation("final_layer", c, 2)
         z = linear("final_layer.linear", norm(z, 1e-6) * (1 + scale) + shift)
     else:
-        label, time = W["label_emb.weight"][y], sinusoid(t, 32).double()
-        z = torch.cat([label[:, None], time[:, None], z], dim=1) + W["pos_embed"]
+        label, time = W.pop("label_emb.weight")[y], sinusoid(t, 32).double()
+        z = torch.cat([label[:, None], time[:, None], z], dim=1) + W.pop("pos_embed")
         skips = []
         for b in ("in_blocks.0", "in_blocks.1", "mid_block", "out_blocks.0", "out_blocks.1"):
             if b.startswith("out"):                         # the last skip joins first
@@ -114,16 +114,7 @@ def by_hand(kind, W, x, t, y, heads=2):
             out[:, :, 2 * i:2 * i + 2, 2 * j:2 * j + 2] = patch
     if kind is SiT:
         return out
-    return F.conv2d(out, W["final_layer.weight"], W["final_layer.bias"], padding=1)
-
-
-class Recorded(dict):
-    """A dict that remembers which of its keys were read."""
-    read = set()
-
-    def __getitem__(self, key):
-        self.read.add(key)
-        return super().__getitem__(key)
+    return F.conv2d(out, W.pop("final_layer.weight"), W.pop("final_layer.bias"), padding=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,10 +122,9 @@ def test_forward_is_that_of_the_originals(kind):
     """Order of q, k, v, of shift, scale, gate, of tokens; GELUs, epsilons; all names of weights."""
     model = tiny(kind, depth=5).double()                    # in float64, where 1e-5 is not 1e-6
     x, t, y = batch()
-    W = Recorded(model.state_dict())
-    W.read.clear()
+    W = model.state_dict()
     expected = by_hand(kind, W, x.double(), t, y)
-    assert W.read == W.keys() and expected.std() > 0.1
+    assert not W and expected.std() > 0.1
     torch.testing.assert_close(model(x, t, y), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -169,8 +159,7 @@ def test_time_enters_unscaled_as_cosines_then_sines():
     assert not torch.equal(early, late)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size, p", [((6, 6), 2), ((5, 3), 1), ((12, 4), 4)])
+@pytest.mark.parametrize("kind, size, p", [(SiT, (5, 3), 1), (UViT, (12, 4), 4)])
 def test_odd_numbers_of_patches(kind, size, p):
     """Every output depends on all patches of its own sample, and on nothing of the others."""
     x = batch(shape=(3, *size))[0].requires_grad_()
@@ -195,7 +184,7 @@ def test_hidden_tokens_are_what_a_hook_sees(kind, blocks):
         assert torch.equal(out, model(x, t, y))
 
 
-@pytest.mark.parametrize("name", ["SiT-tiny/2", "UViT-tiny/2", "SiT-S/4"])
+@pytest.mark.parametrize("name", ["SiT-tiny/2", "UViT-tiny/2"])
 def test_models_are_built_by_name(name):
     """An int is a square; training and sampling run in bfloat16 and under autocast alike."""
     model = MODELS[name](input_size=8, in_channels=4, num_classes=0)
@@ -255,17 +244,15 @@ def posterior(x, a, s, mean, cov):
     return (mean + a * r @ cov).view_as(x), (s * r).view_as(x)
 
 
-def exact_velocity(mean, cov):
+def exact(process):
+    """The best prediction of eps - x0 or of eps, where the data is gaussian_data."""
     def f(x, t):
-        x0, eps = posterior(x, 1 - float(t[0]), float(t[0]), mean, cov)
-        return eps - x0
-    return Analytic(f)
-
-
-def exact_eps(mean, cov):
-    def f(x, n):
-        a = float(DDPM("sd").alpha_bar[int(n[0])])
-        return posterior(x, a ** 0.5, (1 - a) ** 0.5, mean, cov)[1]
+        ddpm, t = isinstance(process, DDPM), float(t[0])
+        a, s = 1 - t, t
+        if ddpm:
+            a, s = process.alpha_bar[int(t)].sqrt(), (1 - process.alpha_bar[int(t)]).sqrt()
+        x0, eps = posterior(x, a, s, *gaussian_data())
+        return eps if ddpm else eps - x0
     return Analytic(f)
 
 
@@ -274,27 +261,27 @@ def root(cov):
     return vectors @ torch.diag(values.sqrt()) @ vectors.T
 
 
-def ddpm_start(z, mean, cov):
-    """z ~ N(0, I) as level 1000, which Stable Diffusion's betas leave 0.0047 short of noise."""
-    a = DDPM("sd").alpha_bar[1000]
-    return (a.sqrt() * mean + z.flatten(1) @ root(a * cov + (1 - a) * torch.eye(6))).view_as(z)
+def exact_samples(sampler, z, steps):
+    """From z ~ N(0, I), with the exact predictions."""
+    mean, cov = gaussian_data()
+    if sampler in ("em", "ode"):
+        process, options = Interpolant(), dict(sampler=sampler)
+    else:
+        process, options = DDPM("sd"), dict(eta=float(sampler == "ddpm"))
+        a = process.alpha_bar[1000]                         # these betas leave 0.0047 of the data
+        start = root(a * cov + (1 - a) * torch.eye(6))
+        z = (a.sqrt() * mean + z.flatten(1) @ start).view_as(z)
+    first, more = iter([z]), gaussian_noise(1)
+    return process.sample(exact(process), z.shape, steps, **options,
+                          noise=lambda shape: next(first, more(shape)))
 
 
 @pytest.mark.parametrize("sampler", ["em", "ode", "ddim", "ddpm"])
 def test_exact_predictions_give_the_data_distribution(sampler):
     """4096 samples have the mean and covariance of Gaussian data within 4.5 standard errors."""
     mean, cov = gaussian_data()
-    N, noise = 4096, gaussian_noise(0)
-    shape = (N, *SHAPE)
-    if sampler in ("em", "ode"):
-        model = exact_velocity(mean, cov)
-        x = Interpolant().sample(model, shape, 400, sampler=sampler, noise=noise)
-    else:   # the start, then plain noise where eta asks for it
-        first = iter([ddpm_start(noise(shape), mean, cov)])
-        x = DDPM("sd").sample(exact_eps(mean, cov), shape, 500, eta=float(sampler == "ddpm"),
-                              noise=lambda shape: next(first, noise(shape)))
-    x = x.double().flatten(1)
-    variance = cov.diag()
+    N, variance = 4096, cov.diag()
+    x = exact_samples(sampler, gaussian_noise(0)((N, *SHAPE)), 450).double().flatten(1)
     off = (x.mean(0) - mean) / (variance / N).sqrt()
     assert off.abs().max() < 4.5, off
     off = (x.T.cov() - cov) / ((variance[:, None] * variance + cov ** 2) / N).sqrt()
@@ -306,16 +293,9 @@ def test_deterministic_samplers_are_of_first_order(sampler):
     """The exact flow takes z to mean + cov^(1/2) z. Halving the step halves the error."""
     mean, cov = gaussian_data()
     z = gaussian_noise(0)((64, *SHAPE))
-    exact = (mean + z.flatten(1) @ root(cov)).view_as(z)
-    start = ddpm_start(z, mean, cov)
-    errors = []
-    for steps in (50, 100, 200):
-        if sampler == "ode":
-            x = Interpolant().sample(exact_velocity(mean, cov), z.shape, steps, sampler="ode",
-                                     noise=lambda shape: z)
-        else:
-            x = DDPM("sd").sample(exact_eps(mean, cov), z.shape, steps, noise=lambda shape: start)
-        errors.append((x - exact).square().mean().sqrt())
+    flow = (mean + z.flatten(1) @ root(cov)).view_as(z)
+    errors = [(exact_samples(sampler, z, steps) - flow).square().mean().sqrt()
+              for steps in (50, 100, 200)]
     for coarse, fine in zip(errors, errors[1:]):
         assert 0.85 < math.log2(coarse / fine) < 1.15, errors
 
@@ -374,21 +354,11 @@ def test_eta_one_is_the_ancestral_sampler():
 
 
 def test_ddim_inverts():
-    """Up and down along one eps is the identity; with eps(x), up to the step size."""
-    ddpm, x = DDPM("sd"), torch.randn(2, *SHAPE, dtype=torch.float64)
-    eps = torch.randn_like(x)
-    up = ddpm.step(x, eps, 0, 700)
-    a = ddpm.alpha_bar[700]
+    """Up and down along one eps is the identity."""
+    ddpm, (x, eps) = DDPM("sd"), torch.randn(2, 2, *SHAPE, dtype=torch.float64)
+    up, a = ddpm.step(x, eps, 0, 700), ddpm.alpha_bar[700]
     torch.testing.assert_close(up, a.sqrt() * x + (1 - a).sqrt() * eps)
     torch.testing.assert_close(ddpm.step(up, eps, 700, 0), x)
-
-    mean, cov = gaussian_data()
-    model, z = exact_eps(mean, cov), x
-    for n in range(1000):                                   # encode: eps of the level it comes from
-        z = ddpm.step(z, model(z, torch.full((2,), max(n, 1))), n, n + 1)
-    assert (z - x).abs().max() > 0.2                        # it did go somewhere
-    back = ddpm.sample(model, x.shape, steps=1000, noise=lambda shape: z)
-    torch.testing.assert_close(back, x.float(), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("kind, process", [(SiT, Interpolant()), (UViT, DDPM("sd"))])
