@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -117,6 +118,22 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def equal_runs(a, b):
+    """Checkpoints bit for bit but for the flags, logs byte for byte; returns the checkpoint."""
+    first, second = (torch.load(out / "ckpt.pt", weights_only=True) for out in (a, b))
+    assert first.keys() == second.keys()
+    for part in set(first) - {"args"}:
+        assert same(first[part], second[part]), part
+    assert (a / "log.jsonl").read_text() == (b / "log.jsonl").read_text()
+    return first
+
+
+def copy_at(step, run, copy):
+    """A copy of a run's folder as if it had been killed after its checkpoint of this step."""
+    shutil.copytree(run, copy)
+    (copy / f"ckpt_{step}.pt").rename(copy / "ckpt.pt")
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ import torch
 import losses
 import train_ae
 from common import run
-from conftest import ROOT, run_main, run_ranks, same, start
+from conftest import ROOT, equal_runs, run_main, run_ranks, same, start
 
 TINY_AE = ("--preset quick --image_size 32 --batch_size 4 --val_images 4 --device cpu "
            "--model f2d4-tiny --log_every 2 --eval_every 3 --warmup_steps 2 --steps 12 "
@@ -50,15 +50,6 @@ def log_lines(out):
     """What log.jsonl holds by now."""
     log = out / "log.jsonl"
     return log.read_text().splitlines() if log.exists() else []
-
-
-def equal_runs(a, b):
-    """Checkpoints bit for bit but for the flags, logs byte for byte."""
-    first, second = (torch.load(out / "ckpt.pt", weights_only=True) for out in (a, b))
-    assert first.keys() == second.keys()
-    for part in set(first) - {"args"}:
-        assert same(first[part], second[part]), part
-    assert (a / "log.jsonl").read_text() == (b / "log.jsonl").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,9 @@
 The first training script end to end, on small images: the loss is the sum of its terms, the
 gradients are those of the plain loss, resuming is invisible, warm-up counts updates.
 """
+import collections
 import functools
 import json
-import shutil
 import sys
 
 import pytest
@@ -17,7 +17,7 @@ import train_ae
 import train_diffusion
 from common import run
 from common.weights import load_autoencoder
-from conftest import plant_vgg, run_main, same
+from conftest import copy_at, equal_runs, plant_vgg, run_main
 from vae import CONFIGS, AutoencoderKL
 
 TINY = ("--preset quick --image_size 32 --batch_size 4 --val_images 6 --workers 0 --device cpu "
@@ -61,7 +61,7 @@ class SmallPerceptual(torch.nn.Module):
 
 @pytest.fixture
 def small_networks(monkeypatch):
-    """A list of the networks that main builds, in order, all of them small."""
+    """A list of the networks that main builds, all of them small: [ae, disc if any, lpips]."""
     built = []
 
     def spy(name, make):
@@ -87,10 +87,7 @@ for term, weight in WEIGHTS.items():
                                           ("uae", ["eq", "uae", "--image_size", 96])])
 def test_a_terms_weight_and_value_are_stated_once(align, flags, small_networks, tmp_path,
                                                   monkeypatch):
-    """
-    The logged loss is the sum of the logged terms, times their flags' weights and, for VA-VAE and
-    GAN, the logged adaptive ratios: nothing is in it that is not in the log, nor another way.
-    """
+    """The logged loss is the sum of the logged terms, times their flags' and logged weights."""
     lines = train(tmp_path, *EVERYTHING, "--reg", "esm", "kl", *flags, monkeypatch=monkeypatch)
     lines = [line for line in lines if "loss" in line]
     weights = dict(l1=1.0, align=WEIGHTS[align], **{k: WEIGHTS[k] for k in ("lpips", "esm", "kl")})
@@ -109,9 +106,12 @@ def test_a_terms_weight_and_value_are_stated_once(align, flags, small_networks, 
     assert len(lines) == 3
 
 
+FORWARD = AutoencoderKL.forward                            # one test wraps it
+
+
 def plain_loss(ae, disc, perceptual, encoder, projection, images, noise, pair, reg):
     """The autoencoder's loss by hand, in one graph; disc None: no GAN yet."""
-    recon, target, latents, posterior = ae(images, noise, pair)
+    recon, target, latents, posterior = FORWARD(ae, images, noise, pair)
     rec = F.l1_loss(recon, target) + WEIGHTS["lpips"] * perceptual(recon, target)
     norm = lambda loss, layer: torch.autograd.grad(loss, layer, retain_graph=True)[0].norm()
     loss = rec + WEIGHTS["esm"] * losses.esm_loss(images, latents, 1.0)
@@ -139,42 +139,27 @@ def test_gradients_are_those_of_the_plain_loss(flags, small_networks, tmp_path, 
     However a step arranges its backward passes, each network gets the gradient of the sum of all
     terms, each ratio held constant, and the two micro-batches add up to their mean.
     """
-    calls, aligned, checked, step = [], [], [], run.optimizer_step
-    forward, build = AutoencoderKL.forward, train_ae.alignment_networks
+    calls, aligned, checked = collections.deque(maxlen=2), [], []      # of two micro-batches
+    step, build = run.optimizer_step, train_ae.alignment_networks
 
-    def recording(self, images, noise, pair):
-        calls.append((images, noise, pair))
-        return forward(self, images, noise, pair)
+    def recording(self, *inputs):
+        calls.append((inputs, FORWARD(self, *inputs)))
+        return calls[-1][1]
 
     def compared(optimizer, lr, clip_grad, finite):
-        micro_batches = calls[:2]
         learned = [p for group in optimizer.param_groups for p in group["params"]]
-        perceptual, ae = (next(net for net in small_networks if isinstance(net, kind))
-                          for kind in (SmallPerceptual, AutoencoderKL))
-        disc = next((net for net in small_networks if isinstance(net, losses.PatchDiscriminator)),
-                    None)
-        loss = 0
-        if len(learned) > len(list(ae.parameters())):      # with the projection
-            gan = disc if len(checked) > 0 else None       # step 0 has none
-            for images, noise, pair in micro_batches:
-                loss = loss + plain_loss(ae, gan, perceptual, *aligned[0], images, noise, pair,
-                                         flags) / 2
-        else:
-            for images, noise, pair in micro_batches:      # the autoencoder has just been updated
-                with torch.no_grad():
-                    recon, target, *_ = before[0](images, noise, pair)
-                loss = loss + losses.hinge_d_loss(disc(target), disc(recon)) / 2
+        (ae, *disc, lpips), loss = small_networks, 0
+        for inputs, (recon, target, *_) in calls:
+            if len(learned) > len(list(ae.parameters())):  # its own, and the projection's
+                gan = disc[0] if disc and checked else None            # step 0 has none
+                loss = loss + plain_loss(ae, gan, lpips, *aligned[0], *inputs, flags) / 2
+            else:
+                loss = loss + losses.hinge_d_loss(disc[0](target), disc[0](recon.detach())) / 2
         for p, slope in zip(learned, torch.autograd.grad(loss, learned)):
             room = 1e-4 * float(slope.norm()) + 1e-7       # of rounding, in each entry
             torch.testing.assert_close(p.grad, slope, rtol=1e-3, atol=room)
         checked.append(len(learned))
-        twin = AutoencoderKL(ae.config)
-        twin.load_state_dict(ae.state_dict())
-        before[:] = [twin]
-        if not disc or len(checked) == 1 or len(checked) % 2:
-            calls.clear()
         return step(optimizer, lr, clip_grad, finite)
-    before = []
     monkeypatch.setattr(AutoencoderKL, "forward", recording)
     monkeypatch.setattr(train_ae, "alignment_networks",
                         lambda *a: aligned.append(build(*a)) or aligned[0])
@@ -199,15 +184,11 @@ class BackwardPasses(TorchDispatchMode):
 
 @pytest.mark.parametrize("reg", ["kl", "uae"])
 def test_each_network_runs_backward_once(reg, small_networks, tmp_path, monkeypatch):
-    """
-    GAN and alignment, an autoencoder step and a discriminator step: every convolution of the
-    autoencoder sends its gradient on once, in the first step alone, the image's never.
-    """
+    """A step of each network: every convolution of the autoencoder sends its gradient on once."""
     with BackwardPasses() as passes:
         train(tmp_path, "--reg", reg, "--gan_weight", 0.5, "--gan_start", 0, "--lpips_weight", 1,
               "--steps", 2, monkeypatch=monkeypatch)
-    ae = next(net for net in small_networks if isinstance(net, AutoencoderKL))
-    for name, p in ae.named_parameters():
+    for name, p in small_networks[0].named_parameters():
         if p.ndim == 4:
             expected = 0 if name == "encoder.conv_in.weight" else 1
             assert passes.count.get(p.data_ptr(), 0) == expected, name
@@ -239,19 +220,14 @@ def test_esm_reaches_the_encoder(tmp_path, monkeypatch):
 
 
 def test_resuming_equals_never_stopping(tmp_path, monkeypatch):
-    """
-    5 steps straight, and 3 + 2 after a resume: the same weights, projection, optimisers,
-    discriminator and log, bit for bit.
-    """
+    """5 steps straight, and 3 + 2 after a resume: networks, optimisers and log are equal."""
     flags = ["--reg", "dsm", "vf", "--gan_weight", 0.5, "--gan_start", 1, "--steps", 5,
              "--eval_every", 3, "--keep_every", 3]
-    straight = train(tmp_path / "a", *flags, monkeypatch=monkeypatch)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")        # as if killed after step 3's checkpoint
-    (tmp_path / "b" / "ckpt_3.pt").rename(tmp_path / "b" / "ckpt.pt")
-    assert train(tmp_path / "b", *flags, "--resume", monkeypatch=monkeypatch) == straight
-    a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in "ab")
-    assert a.keys() == b.keys() >= {"projection", "disc", "disc_optimizer"} and a["step"] == 5
-    assert all(same(a[part], b[part]) for part in set(a) - {"args"})
+    train(tmp_path / "a", *flags, monkeypatch=monkeypatch)
+    copy_at(3, tmp_path / "a", tmp_path / "b")
+    train(tmp_path / "b", *flags, "--resume", monkeypatch=monkeypatch)
+    checkpoint = equal_runs(tmp_path / "a", tmp_path / "b")
+    assert checkpoint.keys() >= {"projection", "disc", "disc_optimizer"} and checkpoint["step"] == 5
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -330,5 +306,5 @@ def test_help_shows_every_default(script, monkeypatch, capsys):
     assert "1800)" in steps["quick"] or "3000)" in steps["quick"]
     assert "20000)" in steps["one-gpu"]
     if script is train_ae:                                 # in the words of the flag, or the preset
-        assert [e.split("default: ")[1] for e in (*shown(), *shown("--preset", "quick"))
-                if e.startswith("data ")] == ["leaves)", "discs)"]
+        data = [e for e in (*shown(), *shown("--preset", "quick")) if e.startswith("data ")]
+        assert [e.split("default: ")[1] for e in data] == ["leaves)", "discs)"]

@@ -4,7 +4,6 @@ labels.
 """
 import dataclasses
 import json
-import shutil
 import urllib.error
 from unittest import mock
 
@@ -19,7 +18,7 @@ import train_diffusion
 from common import run
 from common.builtin import BuiltInImages
 from common.weights import load_autoencoder
-from conftest import run_main, same
+from conftest import copy_at, equal_runs, run_main, same
 from vae import CONFIGS, AutoencoderKL
 
 TINY = ("--preset quick --model SiT-tiny/4 --batch_size 4 --device cpu --log_every 1 "
@@ -73,17 +72,12 @@ def test_trains_samples_and_evaluates(model, material, tmp_path, monkeypatch, ca
 
 
 def test_resuming_equals_never_stopping(material, tmp_path, monkeypatch):
-    """
-    6 steps straight, and 3 + 3 after a resume: the same model, average, optimiser and log, bit for
-    bit.
-    """
+    """6 steps straight, and 3 + 3 after a resume: model, average, optimiser and log are equal."""
     flags = ["--steps", 6, "--eval_every", 3, "--keep_every", 3]
-    straight, a = train(material, tmp_path / "a", *flags, monkeypatch=monkeypatch)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")        # as if killed after step 3's checkpoint
-    (tmp_path / "b" / "ckpt_3.pt").rename(tmp_path / "b" / "ckpt.pt")
-    log, b = train(material, tmp_path / "b", *flags, "--resume", monkeypatch=monkeypatch)
-    assert log == straight and a.keys() == b.keys()
-    assert all(same(a[part], b[part]) for part in set(a) - {"args"})
+    train(material, tmp_path / "a", *flags, monkeypatch=monkeypatch)
+    copy_at(3, tmp_path / "a", tmp_path / "b")
+    train(material, tmp_path / "b", *flags, "--resume", monkeypatch=monkeypatch)
+    assert equal_runs(tmp_path / "a", tmp_path / "b").keys() >= {"model", "ema", "optimizer"}
 
 
 @pytest.mark.filterwarnings("ignore:.*untrained")
