@@ -222,7 +222,7 @@ def test_esm_reaches_the_encoder(tmp_path, monkeypatch):
 def test_resuming_equals_never_stopping(tmp_path, monkeypatch):
     """5 steps straight, and 3 + 2 after a resume: networks, optimisers and log are equal."""
     flags = ["--reg", "dsm", "vf", "--gan_weight", 0.5, "--gan_start", 1, "--steps", 5,
-             "--eval_every", 3, "--keep_every", 3]
+             "--eval_every", 3, "--keep_every", 3, "--log_every", 4]
     train(tmp_path / "a", *flags, monkeypatch=monkeypatch)
     copy_at(3, tmp_path / "a", tmp_path / "b")
     train(tmp_path / "b", *flags, "--resume", monkeypatch=monkeypatch)

@@ -69,7 +69,7 @@ def test_trains_samples_and_evaluates(model, material, tmp_path, monkeypatch, ca
 
 def test_resuming_equals_never_stopping(material, tmp_path, monkeypatch):
     """6 steps straight, and 3 + 3 after a resume: model, average, optimiser and log are equal."""
-    flags = ["--steps", 6, "--eval_every", 3, "--keep_every", 3]
+    flags = ["--steps", 6, "--eval_every", 3, "--keep_every", 3, "--log_every", 4]
     train(material, tmp_path / "a", *flags, monkeypatch=monkeypatch)
     copy_at(3, tmp_path / "a", tmp_path / "b")
     train(material, tmp_path / "b", *flags, "--resume", monkeypatch=monkeypatch)
