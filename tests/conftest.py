@@ -2,7 +2,6 @@
 The tests import the flat modules from the folder above. Fixtures: a fixed seed, small material,
 planted Inception weights.
 """
-import contextlib
 import importlib
 import multiprocessing
 import os
@@ -45,8 +44,8 @@ def run_main(module, *flags, monkeypatch):
         importlib.import_module("common.run").locks.close()     # as at the end of a process
 
 
-# A script in a process of its own, forked from a server that has imported everything: it starts in
-# a second and can be killed.
+# A script in a process of its own, forked from a server that has imported everything: it starts
+# in a second and can be killed.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["conftest", "train_ae", "train_diffusion", "evaluate"])
 
@@ -72,10 +71,7 @@ def _child(module, argv, cwd, output, environment, largest_file, patch):
 
 
 def start(module, *flags, cwd, output, rank=0, world=1, port=None, largest_file=None, patch=None):
-    """
-    Start module.main() with these flags, as one of `world` gloo processes if port is given; returns
-    the process.
-    """
+    """The process of module.main(), one of `world` under gloo if a port is given, now started."""
     group = {}
     if port:
         group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
@@ -88,10 +84,7 @@ def start(module, *flags, cwd, output, rank=0, world=1, port=None, largest_file=
 
 
 def run_ranks(world, module, *flags, cwd, output, patch=None, timeout=120):
-    """
-    The same on `world` processes to the end; AssertionError with their output unless all exit with
-    0.
-    """
+    """The same on `world` processes; AssertionError with their output unless all exit with 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1] if world > 1 else None
@@ -100,13 +93,11 @@ def run_ranks(world, module, *flags, cwd, output, patch=None, timeout=120):
     stop = time.monotonic() + timeout
     for process in ranks:
         process.join(max(0, stop - time.monotonic()))
-    with contextlib.suppress(AttributeError):
-        for process in ranks:
-            if process.is_alive():
-                process.kill()
-    outputs = [pathlib.Path(f"{output}.{rank}") for rank in range(world)]
-    exits = [process.exitcode for process in ranks]
-    assert exits == [0] * world, "".join(path.read_text() for path in outputs)
+    exits = [process.exitcode for process in ranks]        # None: it still runs
+    for process in ranks:
+        process.kill()
+    text = [pathlib.Path(f"{output}.{rank}").read_text() for rank in range(world)]
+    assert exits == [0] * world, "".join(text)
 
 
 def same(a, b):
@@ -138,7 +129,7 @@ def copy_at(step, run, copy):
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory):
-    """A folder of 12 pictures in two classes, and an autoencoder that saw it for two steps."""
+    """A folder of 12 images in two classes, and an autoencoder that saw it for two steps."""
     import train_ae
     folder = tmp_path_factory.mktemp("material")
     rng = np.random.default_rng(0)
@@ -146,11 +137,10 @@ def material(tmp_path_factory):
         path = folder / "images" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 26, 3), dtype=np.uint8)).save(path)
+    flags = "--preset quick --model f2d4-tiny --image_size 16 --batch_size 4 --steps 2 --reg kl"
     with pytest.MonkeyPatch.context() as patch:
-        run_main(train_ae, "--preset", "quick", "--model", "f2d4-tiny", "--data",
-                 folder / "images", "--image_size", 16,
-            "--batch_size", 4, "--steps", 2, "--reg", "kl", "--device", "cpu",
-            "--out", folder / "ae", monkeypatch=patch)
+        run_main(train_ae, *flags.split(), "--device", "cpu", "--data", folder / "images",
+                 "--out", folder / "ae", monkeypatch=patch)
     return folder
 
 
