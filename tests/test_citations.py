@@ -26,11 +26,11 @@ FOREIGN = re.compile(r"\([^()]*[A-Z][\w-]+( et al\.?| and [A-Z][\w-]+)?,? (19|20
 def expand(listed):
     """'3, 7 to 9' -> ['3', '7', '8', '9'], and 'A.1 to A.3' likewise."""
     found = []
-    for until, number in re.findall(rf"(to{GAP}|-)?({NUMBER})", listed):
+    for until, appendix, number in re.findall(rf"(to{GAP}|-)?(A\.)?(\d+(?:\.\d+)?)", listed):
         if until:
-            first, last = (int(end.split(".")[-1]) for end in (found[-1], number))
-            found += [f"{'A.' * number.startswith('A')}{n}" for n in range(first + 1, last)]
-        found.append(number)
+            last = int(found[-1].removeprefix("A."))
+            found += [f"{appendix}{n}" for n in range(last + 1, int(number))]
+        found.append(appendix + number)
     return found
 
 
@@ -44,19 +44,14 @@ def citations(text):
         kind = (kind or "Appendix").rstrip(".s")
         for number in expand(listed or appendix):
             in_appendix = number.startswith("A.") and kind not in ("Lemma", "Remark")
-            yield (text.count("\n", 0, match.start()) + 1,
-                   "Appendix" if in_appendix else LONG.get(kind, kind), number)
+            place = "Appendix" if in_appendix else LONG.get(kind, kind)
+            yield text.count("\n", 0, match.start()) + 1, place, number
 
 
-def texts():
-    """{name: text} of every .py and .md file of the project, but this one."""
-    rooms = ("", "common", "analysis", "experiments", "tests")
-    paths = [path for room in rooms for path in sorted((ROOT / room).glob("*.*"))]
-    return {str(path.relative_to(ROOT)): path.read_text() for path in paths
-            if path.suffix in (".py", ".md") and path.name not in __file__}
-
-
-FILES = texts()
+ROOMS = "", "common", "analysis", "experiments", "tests"
+PATHS = [path for room in ROOMS for path in sorted((ROOT / room).glob("*.*"))
+         if path.suffix in (".py", ".md") and path.name not in __file__]
+FILES = {str(path.relative_to(ROOT)): path.read_text() for path in PATHS}
 
 
 def test_every_citation_exists():
