@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small work: threads would wait for one another
 
@@ -42,6 +43,12 @@ def run_main(module, *flags, monkeypatch):
         module.main()
     finally:
         importlib.import_module("common.run").locks.close()     # as at the end of a process
+
+
+def args_of(script, *flags):
+    """The flags as script.main() would read them."""
+    with mock.patch.object(sys, "argv", [script.__name__, *flags]):
+        return script.get_args()
 
 
 # A script in a process of its own, forked from a server that has imported everything: it starts

@@ -21,7 +21,7 @@ from common import metrics, run
 from common.data import open_data
 from common.metrics import Moments, jpeg_round_trip, ssim, to_uint8
 from common.weights import load_autoencoder, load_diffusion
-from conftest import run_main
+from conftest import args_of, run_main
 from test_train_diffusion import flags_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*UNTRAINED")
@@ -65,7 +65,7 @@ def table(path):
 
 
 # ---- the command line
-def test_a_command_takes_its_flags_and_no_others(main, monkeypatch, capsys):
+def test_a_command_takes_its_flags_and_no_others(main, capsys):
     """Flags of other commands are refused by name; --help lists those of the command."""
     for line, words in (("fid a b --cfg 2", "--cfg 2"), ("gen --token 3", "--token 3"),
                         ("curves run --seed 1", "--seed 1"), ("fid a", "required: b")):
@@ -79,8 +79,7 @@ def test_a_command_takes_its_flags_and_no_others(main, monkeypatch, capsys):
     assert "--cfg_interval" in text and "(default: 50000)" in text and "--token" not in text
     for line, images in (("recon", None), ("recon --preset quick", 128),
                          ("latents --preset quick", 8)):   # the few images of `latents` are enough
-        monkeypatch.setattr("sys.argv", ["evaluate.py", *line.split()])
-        assert evaluate.get_args().val_images == images
+        assert args_of(evaluate, *line.split()).val_images == images
 
 
 # ---- figures

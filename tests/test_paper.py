@@ -1,7 +1,5 @@
 """Statements of the paper and of related methods' code that have no other home, as tests."""
 import math
-import sys
-from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ import torch.nn.functional as F
 import losses
 import train_ae
 import train_diffusion
+from conftest import args_of
 from dit import DDPM
 from spectral import dct2, power_spectrum, radial_profile
 from vae import AEConfig, AutoencoderKL
@@ -52,12 +51,6 @@ def test_the_vp_schedule_is_the_vp_sde():
     betas = 1 - alpha_bar[1:] / alpha_bar[:-1]
     torch.testing.assert_close(betas, torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
     assert DDPM("sd").alpha_bar[-1] == pytest.approx(0.0047, abs=1e-4)
-
-
-def args_of(script, *flags):
-    """The script's flags as its main would read them."""
-    with mock.patch.object(sys, "argv", [script.__name__, *flags]):
-        return script.get_args()
 
 
 @pytest.mark.parametrize("reg", ["eq", "vf"])
