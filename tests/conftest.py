@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+import urllib.error
 from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small work: threads would wait for one another
@@ -149,6 +150,15 @@ def material(tmp_path_factory):
         run_main(train_ae, *flags.split(), "--device", "cpu", "--data", folder / "images",
                  "--out", folder / "ae", monkeypatch=patch)
     return folder
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """No weights in TORCH_HOME, and no network, which is asked through the mock that this is."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    network = mock.Mock(side_effect=urllib.error.URLError("no network"))
+    monkeypatch.setattr(torch.hub, "urlopen", network)
+    return network
 
 
 def plant_vgg(home, monkeypatch):

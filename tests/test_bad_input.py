@@ -18,7 +18,6 @@ import struct
 import subprocess
 import sys
 import tracemalloc
-import urllib.error
 import zipfile
 
 import numpy as np
@@ -255,15 +254,11 @@ def made(material, tmp_path_factory):
 
 
 @pytest.fixture
-def start(made, tmp_path, monkeypatch):
+def start(made, tmp_path, monkeypatch, offline):
     """start(command) runs it in an empty folder, offline; Ghostscript would leave a trace there."""
-    def unreachable(*args, **kwargs):
-        raise urllib.error.URLError("no network")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(made["bad"] / "bin"), prepend=":")
-    monkeypatch.setattr(torch.hub, "urlopen", unreachable)
 
     def start(command):
         matching = (name for name in BASE if f"{command} ".startswith(f"{name} "))
@@ -319,9 +314,8 @@ def test_three_processes_refuse_what_does_not_divide(row, refused, monkeypatch):
 @pytest.mark.parametrize("content", [
     b"<!doctype html><title>404</title>", half(saved({"a": torch.zeros(99)})),
     saved({"a": torch.zeros(99)})])
-def test_downloaded_weights_that_are_none(content, made, refused, tmp_path, monkeypatch):
+def test_downloaded_weights_that_are_none(content, refused, tmp_path):
     """In the place of VGG-16's and Inception's: the file's name, and the way out."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name, command in ((VGG, "recon"), (INCEPTION, "fid {images} {images}")):
         put(tmp_path / "hub" / "checkpoints" / name, content)
         refused(f"evaluate {command} -> {name} remove the file")

@@ -1,5 +1,4 @@
 """repa.py: filters, spectra, the loss, the projectors, torch.hub's real path."""
-import urllib.error
 
 import numpy as np
 import pytest
@@ -185,25 +184,18 @@ FILE = "dinov2_vitb14_reg4_pretrain.pth"
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """An empty TORCH_HOME, a clone, and no network; requested: the URLs that were asked for."""
-    def offline(request, *args, **kwargs):
-        requested.append(getattr(request, "full_url", request))
-        raise urllib.error.URLError("no route")
-    requested = []
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(urllib.request, "urlopen", offline)
-    monkeypatch.setattr(torch.hub, "urlopen", offline)
-    checkpoints, clone = tmp_path / "home" / "hub" / "checkpoints", tmp_path / "clone"
+def hub(tmp_path, offline):
+    """The folder of weights of an empty TORCH_HOME, and a clone."""
+    checkpoints, clone = tmp_path / "hub" / "checkpoints", tmp_path / "clone"
     checkpoints.mkdir(parents=True)
     clone.mkdir()
     (clone / "hubconf.py").write_text(HUBCONF)
-    return checkpoints, clone, requested
+    return checkpoints, clone
 
 
-def test_torch_hub_with_a_clone_and_planted_weights(hub):
+def test_torch_hub_with_a_clone_and_planted_weights(hub, offline):
     """Code from the clone or the hub's copy, weights from TORCH_HOME; or another hubconf.py."""
-    checkpoints, clone, requested = hub
+    checkpoints, clone = hub
     weights = dict(weight=torch.randn(768, 3), bias=torch.randn(768))
     torch.save(weights, checkpoints / FILE)
     encoder, images = load_encoder("dinov2_vitb14_reg", str(clone)), torch.rand(2, 3, 32, 48)
@@ -214,26 +206,27 @@ def test_torch_hub_with_a_clone_and_planted_weights(hub):
     clone.rename(own)
     close(load_encoder("dinov2_vitb14_reg")(images, (4, 6)), tokens)
     assert load_encoder("tiny", source=str(own))(images, (4, 6)).shape == (2, 24, 5)
-    assert requested == []
+    assert not offline.called
 
 
-def test_without_network_one_line_says_what_goes_where(hub):
+def test_without_network_one_line_says_what_goes_where(hub, offline):
     """No code and no weights, or code without weights: URL, path and flag, in one line."""
-    checkpoints, clone, requested = hub
+    checkpoints, clone = hub
     url = f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/{FILE}"
     for source in (None, str(clone)):
         with pytest.raises(FileNotFoundError) as error:
             load_encoder("dinov2_vitb14_reg", source)
         for word in (url, str(checkpoints / FILE), "--encoder_source DIR"):
             assert word in str(error.value) and "\n" not in str(error.value)
-    commit = repa.REPOSITORY.split(":")[1]
     # the pinned commit at once: torch.hub would look for a branch of this name
-    assert len(commit) == 40 and commit in requested[0] and len(requested) == 2
+    code, weights = (call.args[0].full_url for call in offline.call_args_list)
+    commit = repa.REPOSITORY.split(":")[1]
+    assert len(commit) == 40 and commit in code and weights == url
 
 
 def test_unknown_names_and_wrong_weights_are_named(hub):
     """Names that nobody has, the weights of another network: one line."""
-    checkpoints, clone, _ = hub
+    checkpoints, clone = hub
     torch.save(dict(weight=torch.zeros(5, 3)), checkpoints / FILE)
     for name, source, match in [
             ("dinov3_vitb16", None, "dinov2_vitg14_reg"),

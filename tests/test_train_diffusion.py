@@ -3,8 +3,6 @@ Stage 2 end to end on tiny material: train_ae -> train_diffusion -> evaluate, re
 labels.
 """
 import json
-import urllib.error
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -44,10 +42,8 @@ def fresh_weights(checkpoint):
 
 
 @pytest.mark.parametrize("model", ["SiT-tiny/4", "UViT-tiny/4"])
-def test_trains_samples_and_evaluates(model, material, tmp_path, monkeypatch, capsys):
+def test_trains_samples_and_evaluates(model, material, offline, tmp_path, monkeypatch, capsys):
     """Class-conditional from the class folders; guidance works; gen writes grid, npz and folder."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))        # no weights there, and no network
-    monkeypatch.setattr(torch.hub, "urlopen", mock.Mock(side_effect=urllib.error.URLError("")))
     log, checkpoint = train(material, tmp_path, "--model", model, "--steps", 3,
                             monkeypatch=monkeypatch)
     assert [line["step"] for line in log] == [0, 1, 2]
