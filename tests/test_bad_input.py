@@ -58,7 +58,8 @@ FLAGS = {
         "--out {ae} -> File exists ckpt.pt", "--stepz 3",
         "--reg vf --compile on -> --reg vf --compile on"],
     "train_diffusion": [
-        "--label_dropout -0.1", "--encode_batch -4", "--image_size 17",
+        "--overwrite --out {ae}/.. -> holds --ae", "--label_dropout -0.1", "--encode_batch -4",
+        "--cfg 1.8 --label_dropout 0 -> --label_dropout 0 never", "--image_size 17",
         "--image_size 18 --cache c -> patch", "--num_classes 1", "--num_classes 0 --cfg 2",
         "--sample_steps 1", "--dog_sigma1 3", "--norm_std 1.5", "--repa dog -> dinov2",
         "--repa dog --encoder_source nowhere", "--ae nowhere.pt -> nowhere.pt", "--data nowhere",

@@ -80,12 +80,17 @@ def test_low_freq_align_loss_is_the_error_of_the_first_zigzag_coefficients():
 
 # ---- pairs
 def test_pairs_treat_both_sides_alike():
-    """Alg. 2: the same mask on image and latent; related methods halve both."""
+    """Alg. 2: the same mask on image and latent; related methods halve both. In float32."""
     both = torch.randn(2, 3, 32, 64), torch.randn(2, 4, 8, 16)
     close(losses.dsm_pair(*both, 10), tuple(lowpass(x, 10) for x in both))
     close(losses.scale_pair(*both, 2), tuple(F.avg_pool2d(x, 2) for x in both))
     for pair in (losses.dsm_pair(*both, 0), losses.scale_pair(*both, 1)):
         assert all(map(torch.equal, pair, both))
+    for pair in (losses.dsm_pair, losses.scale_pair, lambda x, z, n: eq_pair(x, z, 0.6, 1)):
+        half = [x.bfloat16() for x in both]
+        with torch.autocast("cpu", torch.bfloat16):        # float32 all the same
+            found = pair(*half, 2)
+        close(found, pair(*(x.float() for x in half), 2), rtol=0, atol=0)
 
 
 def test_eq_pair_scales_and_rotates_both_sides():

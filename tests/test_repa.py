@@ -225,7 +225,7 @@ def test_without_network_one_line_says_what_goes_where(hub, offline):
 
 
 def test_unknown_names_and_wrong_weights_are_named(hub):
-    """Names that nobody has, the weights of another network: one line."""
+    """A name that is not there, the weights of another network: one line."""
     checkpoints, clone = hub
     torch.save(dict(weight=torch.zeros(5, 3)), checkpoints / FILE)
     for name, source, match in [

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import dit
 import evaluate
@@ -59,8 +58,7 @@ def test_trains_samples_and_evaluates(model, material, offline, tmp_path, monkey
     assert "no FID" in capsys.readouterr().out
     images = np.load(tmp_path / "samples" / "samples.npz")["arr_0"]
     assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8
-    first = np.asarray(Image.open(tmp_path / "samples" / "images" / "000000.png"))
-    assert np.array_equal(first, images[0])
+    assert (tmp_path / "samples" / "images" / "000004.png").exists()
 
 
 def test_resuming_equals_never_stopping(material, tmp_path, monkeypatch):
@@ -128,26 +126,6 @@ def test_labels_are_dropped_and_average_is_sampled(material, tmp_path, monkeypat
     assert not same(checkpoint["model"], checkpoint["ema"])
 
 
-def test_guidance_without_a_null_class_is_refused(material, tmp_path, monkeypatch):
-    """An unconditional model has nothing to guide away from."""
-    train(material, tmp_path, "--steps", 1, "--num_classes", 0, monkeypatch=monkeypatch)
-    with pytest.raises(ValueError, match="--cfg 2.0: .* no null class"):
-        run_main(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--cfg", 2, "--device", "cpu",
-                 monkeypatch=monkeypatch)
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--cfg", 1.8, "--label_dropout", 0], "--label_dropout 0 never trains the null label"),
-    (["--overwrite"], "holds --ae")])
-def test_refused_before_anything_is_lost(flags, words, material, tmp_path, monkeypatch):
-    """Guidance without a trained null label; an --out that holds the autoencoder."""
-    before = (material / "ae" / "ckpt.pt").read_bytes()
-    out = material / "ae" if "--overwrite" in flags else tmp_path
-    with pytest.raises(ValueError, match=words):
-        train(material, out, *flags, monkeypatch=monkeypatch)
-    assert (material / "ae" / "ckpt.pt").read_bytes() == before
-
-
 def test_the_checkpoint_knows_which_classes_had_an_image(material, tmp_path, monkeypatch, capsys):
     """--num_classes 5 with two class folders; a set that changed since is said in one line."""
     flags = ["--steps", 1, "--num_classes", 5]
@@ -162,10 +140,13 @@ def test_the_checkpoint_knows_which_classes_had_an_image(material, tmp_path, mon
 
 
 def test_alignment_on_built_in_images(material, tmp_path, monkeypatch):
-    """The quick preset with --repa: the images come from no file."""
+    """Images of no file and no class: aligned, and there is nothing to guide away from."""
     monkeypatch.setattr(train_diffusion, "open_data", lambda *args, **options: (
         BuiltInImages(16, 6, kind="discs"), None))
     run_main(train_diffusion, *TINY, "--ae", material / "ae" / "ckpt.pt", "--image_size", 16,
              "--steps", 1, *ALIGNED, "dog", "--cache", tmp_path / "cache", "--out", tmp_path,
              monkeypatch=monkeypatch)
     assert '"align"' in (tmp_path / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match="--cfg 2.0: .* no null class"):
+        run_main(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--cfg", 2, "--device", "cpu",
+                 monkeypatch=monkeypatch)
