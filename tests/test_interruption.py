@@ -3,6 +3,7 @@ Nothing is lost: runs are killed at random moments, stopped by signals, put on f
 with numbers that are not finite. `--long` kills every method, 36 times in all; without it one
 method per stage, twice.
 """
+import contextlib
 import functools
 import json
 import os
@@ -94,55 +95,45 @@ def test_killed_at_random_moments(method, material, straight, tmp_path, request)
     assert not list(out.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("method, name", [("kl", "SIGTERM"), ("diffusion with dog", "SIGINT")])
-def test_signals_finish_the_step_and_save(method, name, material, straight, tmp_path, request):
-    """SIGTERM or Ctrl-C: exit code 0, a checkpoint of the very step, from which nothing differs."""
+def workers_of(pid):
+    """Living children of a process, or those of the fork server that stands between."""
+    parents = {}
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):                 # it has just ended
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    return [child for child, parent in parents.items()
+            if pid in (parent, parents.get(parent)) and child not in parents.values()]
+
+
+@pytest.mark.parametrize("method", ["kl", "diffusion with dog"])
+def test_signals_finish_the_step_and_save(method, material, straight, tmp_path, request):
+    """
+    SIGTERM or Ctrl-C to every process, as from a cluster or a terminal: loader workers leave it to
+    the training process; exit code 0, a checkpoint of the very step, from which nothing differs.
+    """
     if method != "kl" and not request.config.getoption("--long"):
         pytest.skip("--long runs both stages")
     reference, _ = straight(method)
     module, flags = command(method, material)
     out, output = tmp_path / "run", tmp_path / "output"
-    process = start(module, *flags, "--out", out, cwd=tmp_path, output=output)
-    while process.is_alive() and len(log_lines(out)) < 2:
+    flags = [*flags, "--out", out, "--workers", 2]
+    process = start(module, *flags, cwd=tmp_path, output=output)
+    while process.is_alive() and len(log_lines(out)) < 3:      # both workers have been heard of
         time.sleep(0.001)
-    os.kill(process.pid, signal.Signals[name])
-    asked = time.monotonic()
-    process.join(60)
-    assert process.exitcode == 0 and time.monotonic() - asked < 20, output.read_text()
-    assert f"{name}: stopped before step" in output.read_text()
-    assert 0 < torch.load(out / "ckpt.pt", weights_only=True)["step"] < 12
-    run_ranks(1, module, *flags, "--out", out, "--resume", cwd=tmp_path, output=output)
-    equal_runs(reference, out)
-
-
-def descendants(pid):
-    """Living children and grandchildren of a process; a fork server may stand between."""
-    parents = {}
-    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    return [child for child, parent in parents.items() if pid in (parent, parents.get(parent))]
-
-
-def test_a_signal_to_every_process_of_a_job(tmp_path):
-    """As from a cluster or a terminal: loader workers leave it to the training process, and end."""
-    out, output = tmp_path / "run", tmp_path / "output"
-    process = start("train_ae", *TINY_AE, "--reg", "kl", "--workers", 2, "--gan_weight", 0,
-                    "--steps", 100000, "--eval_every", 50000, "--out", out, cwd=tmp_path,
-                    output=output)
-    while process.is_alive() and len(log_lines(out)) < 3:
-        time.sleep(0.01)
-    children = descendants(process.pid)
-    assert len(children) >= 2
-    for pid in (*children, process.pid):
+    workers, asked = workers_of(process.pid), time.monotonic()
+    assert len(workers) == 2
+    for pid in (*workers, process.pid):
         os.kill(pid, signal.SIGINT)
         os.kill(pid, signal.SIGTERM)
-    process.join(30)
-    assert process.exitcode == 0 and "stopped before step" in output.read_text()
-    alive, end = True, time.monotonic() + 10
-    while alive and time.monotonic() < end:
+    process.join(60)
+    assert process.exitcode == 0 and time.monotonic() - asked < 20, output.read_text()
+    assert "SIGTERM: stopped before step" in output.read_text()
+    assert 0 < torch.load(out / "ckpt.pt", weights_only=True)["step"] < 12
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers):      # they end, too
+        assert time.monotonic() - asked < 30
         time.sleep(0.1)
-        alive = any(os.path.exists(f"/proc/{pid}") for pid in children)
-    assert not alive
+    run_ranks(1, module, *flags, "--resume", cwd=tmp_path, output=output)
+    equal_runs(reference, out)
 
 
 def test_torchrun_passes_the_signal_on(tmp_path):
