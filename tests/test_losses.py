@@ -78,6 +78,43 @@ def test_low_freq_align_loss_is_the_error_of_the_first_zigzag_coefficients():
     close(losses.low_freq_align_loss(changed, f, (6, 10)), expected, rtol=1e-3, atol=1e-6)
 
 
+# ---- every loss
+EVERY = {   # name: the loss of a and b, their shapes on a grid of h x w, whether b gets a gradient
+    "kl": (lambda a, b: kl_loss(a, b.clamp(-30, 20)), (4, "h", "w"), (4, "h", "w"), True),
+    "esm": (lambda z, x: esm_loss(x, z), (4, "h", "w"), (3, "H", "W"), False),
+    "vf": (losses.vf_loss, ("T", 6), ("T", 6), False),
+    "uae": (lambda p, f: losses.low_freq_align_loss(p, f, (1, p.shape[1])), ("T", 6), ("T", 6),
+            False),
+    "hinge_d": (losses.hinge_d_loss, (1, "h", "w"), ("T",), True),
+    "hinge_g": (lambda fake, _: losses.hinge_g_loss(fake), (1, "h", "w"), (), False)}
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("h, w", [(5, 7), (1, 1)])
+def test_every_loss_is_a_finite_float32_mean_over_items(name, h, w):
+    """Of zeros, denormals and large numbers, in bf16, under autocast; of no item 0."""
+    loss, *shapes, both = EVERY[name]
+    sides = dict(h=h, w=w, H=8 * h, W=8 * w, T=h * w)
+    shapes = [[sides.get(side, side) for side in shape] for shape in shapes]
+    for magnitude in (0.0, 1e-45, 1e-30, 1.0, 1e4):
+        a, b = (magnitude * torch.randn(3, *shape) for shape in shapes)
+        a, b = a.requires_grad_(), b.bfloat16().requires_grad_()
+        value = loss(a, b)
+        assert value.shape == () and value.dtype == torch.float32 and value.isfinite()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(loss(a, b), value)
+        value.backward()
+        assert a.grad.isfinite().all()
+        assert b.grad.isfinite().all() if both else b.grad is None
+        if magnitude <= 1:                                 # zeros in a spectrum of 1e4 are rounding
+            items = torch.stack([loss(a[i:i + 1], b[i:i + 1]) for i in range(3)])
+            close(items.mean(), value, rtol=1e-4, atol=1e-5)
+    nothing = a[:0].detach().requires_grad_()
+    value = loss(nothing, b[:0])
+    value.backward()
+    assert value == 0 and nothing.grad.shape == nothing.shape
+
+
 # ---- pairs
 def test_pairs_treat_both_sides_alike():
     """Alg. 2: the same mask on image and latent; related methods halve both. In float32."""
