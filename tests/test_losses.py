@@ -1,4 +1,6 @@
 """What each loss of losses.py promises: zeros, gradients, invariances, and the pairs' shapes."""
+import itertools
+
 import pytest
 import torch
 import torch.nn as nn
@@ -96,9 +98,10 @@ def test_every_loss_is_a_finite_float32_mean_over_items(name, h, w):
     loss, *shapes, both = EVERY[name]
     sides = dict(h=h, w=w, H=8 * h, W=8 * w, T=h * w)
     shapes = [[sides.get(side, side) for side in shape] for shape in shapes]
-    for magnitude in (0.0, 1e-45, 1e-30, 1.0, 1e4):
-        a, b = (magnitude * torch.randn(3, *shape) for shape in shapes)
-        a, b = a.requires_grad_(), b.bfloat16().requires_grad_()
+    dtypes = torch.float32, torch.bfloat16
+    for magnitude, dtype in itertools.product((0.0, 1e-45, 1e-30, 1.0, 1e4), dtypes):
+        a, b = (magnitude * torch.randn(3, *shape, dtype=dtype) for shape in shapes)
+        a, b = a.requires_grad_(), b.requires_grad_()
         value = loss(a, b)
         assert value.shape == () and value.dtype == torch.float32 and value.isfinite()
         with torch.autocast("cpu", torch.bfloat16):
