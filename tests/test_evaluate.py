@@ -3,7 +3,6 @@ import contextlib
 import csv
 import json
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -93,19 +92,6 @@ def test_figures_are_drawn(material, ae, main):
     for command in ("spectrum", "bands", "recon"):
         with pytest.raises(FileNotFoundError, match="--ae out/ae/quick-kl/ckpt.pt"):
             main(command)
-
-
-def test_two_autoencoders_of_one_file_name(ae, main, tmp_path):
-    """A result for each, and 16 rings for each in the CSV, whose shares sum to 1."""
-    files = [tmp_path / name / "ckpt_4.pt" for name in "AB"]
-    for file in files:
-        file.parent.mkdir()
-        shutil.copy(ae[1], file)
-    assert len(main("spectrum", "--ae", *files, "--val_images", 1, "--out", "spectrum.png")) == 2
-    rows = table("spectrum.csv")
-    curves = Counter(row["curve"] for row in rows)
-    assert curves == dict.fromkeys(["images", "target, gamma 1", "A/ckpt_4", "B/ckpt_4"], 16)
-    assert sum(float(row["share"]) for row in rows) == pytest.approx(4, rel=1e-4)
 
 
 def test_names_in_legends_are_unique(tmp_path):
