@@ -6,25 +6,21 @@ Compare the rows of one run with one another: nothing is asserted about any mach
     python tests/benchmark.py                    256 px: minutes on a GPU, an hour on two cores
     python tests/benchmark.py --section ae --model f8d4 --reg esm --batch_size 12 --grad_checkpoint
 
-    ae, diffusion  steps of train_ae.py and train_diffusion.py, which run in this process, from one
-                   optimizer update to the next; flags not listed below go to these scripts
-    peers          ESM and DSM beside other ways to compute the same numbers
-    costs          GUIDE.md's table, from FLOPs and an assumed FLOP/s
-
-Medians. FLOPs: of matmuls and convolutions, 2 per multiply-add (se and eq: of one drawn size). MFU:
-their rate over a large matmul's, timed right after. Peak memory: the CUDA allocator's, or the
-resident set of the process. The last line is JSON.
+The sections ae and diffusion run the training scripts in this process, and time from one optimizer
+update to the next; flags not listed below go to these scripts. Medians. FLOPs: of matmuls and
+convolutions, 2 per multiply-add (se and eq: of one drawn size); MFU: their rate over a large
+matmul's. Peak memory: the CUDA allocator's, or the process's. The last line is JSON.
 """
 import argparse
 import contextlib
 import functools
 import io
 import json
-import resource
 import statistics
 import sys
 import tempfile
 import time
+import timeit
 from pathlib import Path
 from unittest import mock
 
@@ -32,7 +28,6 @@ import lpips
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -40,12 +35,11 @@ import train_ae
 import train_diffusion
 from common import run
 from common.data import open_data, pack, train_batches
-from common.latents import LatentCache, build_cache
 from dit import DDPM, MODELS, Interpolant
-from losses import PatchDiscriminator, dsm_pair, esm_loss
+from losses import PatchDiscriminator, esm_loss
 from repa import REPA_KINDS
-from spectral import block_dct2, block_idct2, triangle_mask
-from vae import CONFIGS, AEConfig, AutoencoderKL, Posterior
+from spectral import block_dct2, block_idct2, lowpass, radial_profile, triangle_mask
+from vae import CONFIGS, AEConfig, AutoencoderKL
 
 
 def now(device):
@@ -57,13 +51,9 @@ def now(device):
 
 def seconds_per_call(args, function):
     """The median of args.repeats calls, after one to burn in."""
-    function()
-    seconds = []
-    for _ in range(args.repeats):
-        start = now(args.device)
-        function()
-        seconds.append(now(args.device) - start)
-    return statistics.median(seconds)
+    call = lambda: (function(), now(args.device))
+    call()
+    return statistics.median(timeit.repeat(call, number=1, repeat=args.repeats))
 
 
 def matmul_rate(args):
@@ -85,8 +75,7 @@ def time_script(args, names, script, batch, **flags):
     """script.main() until args.repeats steps of each network are timed; names of their rows."""
     update, marks, untimed, cuda = run.optimizer_step, [], 5, args.device.type == "cuda"
     counter = FlopCounterMode(display=False)
-    counter.mod_tracker = contextlib.nullcontext()         # its hooks refuse train_ae.py's graphs
-    counter.mod_tracker.parents = {"Global"}
+    counter.mod_tracker = mock.MagicMock(parents={"Global"})   # its hooks refuse train_ae's graphs
 
     def timed_update(optimizer, *values, **options):
         result = update(optimizer, *values, **options)
@@ -117,9 +106,7 @@ def time_script(args, names, script, batch, **flags):
         sys.argv = [script.__name__, *(f"--{name}={value}" for name, value in flags.items()),
                     f"--out={out}", *args.script_flags]
         script.main()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    if cuda:
-        peak = torch.cuda.max_memory_allocated() / 1e6
+    peak = 1e3 * run.usage(0, 0.0, args.device)["memory_GB"]
     steps = [(b[0], b[1] - a[1], b[2] - a[2]) for a, b in zip(marks, marks[1:])]
     for name, network in zip(names, dict.fromkeys(key for key, _, _ in steps[1:])):
         seconds = statistics.median(s for key, s, _ in steps[untimed - 1:] if key == network)
@@ -128,16 +115,11 @@ def time_script(args, names, script, batch, **flags):
                gflop_per_image=flops / batch / 1e9, mfu=flops / seconds / matmul_rate(args))
 
 
-def image_folder(args, size):
-    """64 built-in images as JPEGs."""
-    folder = args.folder / f"{size}px"
-    if not folder.exists():
-        folder.mkdir()
-        images = open_data(None, size)[0]
-        for i in range(64):
-            pixels = images[i][0].permute(1, 2, 0).numpy()
-            Image.fromarray(pixels).save(folder / f"{i}.jpg")
-    return folder
+def image_set(args, size):
+    """A zip of 64 built-in images."""
+    path = args.folder / f"{size}px.zip"
+    pack(None, size, path, count=64, overwrite=True)       # the same bytes each time
+    return path
 
 
 def ae(args):
@@ -145,7 +127,7 @@ def ae(args):
     size = 32 if args.quick else 256
     batch = args.batch_size or (1 if args.device.type == "cpu" else 16)
     for model in filter(CONFIGS.get, args.model):
-        flags = dict(model=model, image_size=size, val_images=1, data=image_folder(args, size))
+        flags = dict(model=model, image_size=size, val_images=1, data=image_set(args, size))
         for reg in args.reg:
             time_script(args, [f"{model} --reg {reg}"], train_ae, batch, reg=reg, lpips_weight=0,
                         gan_weight=0, **flags)
@@ -165,90 +147,73 @@ def diffusion(args):
         for repa in args.repa:
             time_script(args, [f"{model} --repa {repa}"], train_diffusion, batch, model=model,
                         ae=path, cache=args.folder / f"cache-{size}", image_size=size,
-                        data=image_folder(args, size), repa=repa, repa_depth=1, num_classes=1000,
+                        data=image_set(args, size), repa=repa, repa_depth=1, num_classes=1000,
                         sample_steps=2)
 
 
 def samplers(args):
-    """Each sampler without and with guidance, which doubles the batch."""
+    """Each sampler, without guidance, which would double the batch."""
     batch, calls = args.batch_size or (2 if args.device.type == "cpu" else 128), 4
     for name in filter(MODELS.get, args.model):
         side = 16 * int(name[-1])
         model = MODELS[name](input_size=side, in_channels=4, num_classes=1000)
         model.to(args.device).eval()
-        ways = dict(DDIM=DDPM("vp").sample)
+        process, ways = DDPM("vp"), {"ddim": {}}
         if name.startswith("SiT"):
-            ways = {way: functools.partial(Interpolant().sample, sampler=way)
-                    for way in ("em", "ode")}
-        for way, sample in ways.items():
-            for cfg in (1.0, 1.8):
-                call = functools.partial(sample, model, (batch, 4, side, side), calls,
-                                         torch.arange(batch), cfg)
-                with torch.autocast(args.device.type, torch.bfloat16, args.dtype == "bf16"):
-                    seconds = seconds_per_call(args, call)
-                report(args, f"{name} {way}, cfg {cfg}, batch {batch}",
-                       ms_per_network_call=1e3 * seconds / calls)
+            process, ways = Interpolant(), {way: {"sampler": way} for way in ("em", "ode")}
+        for way, options in ways.items():
+            call = functools.partial(process.sample, model, (batch, 4, side, side), calls,
+                                     torch.arange(batch), **options)
+            with torch.autocast(args.device.type, torch.bfloat16, args.dtype == "bf16"):
+                seconds = seconds_per_call(args, call)
+            report(args, f"{name} {way}, batch {batch}", ms_per_network_call=1e3 * seconds / calls)
 
 
 def loader(args):
     """Batches of 256 px in one process."""
     batch = args.batch_size or (8 if args.quick else 64)
-    folder, packed = image_folder(args, 512), args.folder / "packed.zip"
-    pack(str(folder), 256, packed)
-    streams = {}
-    for name, path in (("folder of JPEGs, 512 px", folder), ("packed zip", packed)):
-        images, _ = open_data(str(path), 256)
-        streams[name] = train_batches(images, batch, device=args.device)
-    encode = lambda x: Posterior(*x[:, :1, ::16, ::16].repeat(1, 32, 1, 1).chunk(2, dim=1))
-    encoder = mock.Mock(config=CONFIGS["f16d16"], encode=encode)
-    build_cache(args.folder / "cache", {}, encoder, images, batch)
-    cache = LatentCache(args.folder / "cache", {})
-    streams["latent cache, f16d16"] = cache.batches(batch, device=args.device)
-    for name, stream in streams.items():
-        seconds = seconds_per_call(args, functools.partial(next, stream))
-        report(args, f"{name}, batch {batch}", images_per_s=batch / seconds)
+    for size in (512, 256):
+        images, _ = open_data(image_set(args, size), 256)
+        batches = train_batches(images, batch, device=args.device)
+        seconds = seconds_per_call(args, functools.partial(next, batches))
+        report(args, f"zip of {size} px, batch {batch}", images_per_s=batch / seconds)
 
 
-def dct_by_fft(x):
-    """DCT of the last axis: the spectrum of the signal and its mirror image."""
-    n, k = x.shape[-1], torch.arange(x.shape[-1], device=x.device)
-    phase = torch.polar(torch.ones_like(k, dtype=x.dtype), -torch.pi / (2 * n) * k)
-    spectrum = torch.fft.rfft(torch.cat([x, x.flip(-1)], -1))[..., :n]
-    return (spectrum * phase).real / torch.where(k == 0, 4 * n, 2 * n).sqrt()
-
-
-def esm_by_fft(images, latents, n_bins=16):
-    """esm_loss for f8: resize, FFT, a mask per ring."""
+def esm_by_fft(images, latents):
+    """esm_loss for f8 and h = w, from resized images and the FFT of mirrored ones."""
     def distribution(x, gamma):
-        P = dct_by_fft(dct_by_fft(x).mT).mT.square().mean(1)              # (B, h, w)
-        u = torch.arange(P.shape[-1], device=x.device)                    # h = w here
-        r = (u[:, None] ** 2 + u ** 2).sqrt()
-        ring, P = (r / r.max() * n_bins).long().clamp_max(n_bins - 1), P * (r > 0)
-        S = [P[:, ring == b].mean(1) * (b + 1) ** gamma for b in range(n_bins)]
-        S = torch.stack(S, 1).log1p() + 1e-6
+        n = x.shape[-1]
+        x = torch.cat([x, x.flip(-1)], -1)
+        x = torch.cat([x, x.flip(-2)], -2)                 # the FFT of this is x's DCT
+        P = torch.fft.rfft2(x)[..., :n, :n].abs().square().mean(1) / (2 * n) ** 2     # (B, h, w)
+        P[:, 0] /= 2
+        P[:, :, 0] /= 2
+        P[:, 0, 0] = 0
+        ring = torch.arange(1, 17, device=x.device)
+        S = torch.log1p(radial_profile(P) * ring ** gamma) + 1e-6
         return S / S.sum(1, keepdim=True)
     p = distribution(F.interpolate(images, latents.shape[-2:], mode="bicubic"), 1.0)
     q = distribution(latents, 0.0)
-    return (p * (p.log() - q.log())).sum(1).mean()
+    return (p * (p / q).log()).sum(1).mean()
 
 
 def peers(args):
-    """ESM with its gradient and DSM's low-pass of the images, in ways that agree."""
+    """ESM's gradient and DSM's low-pass of images, in two ways that agree."""
     x = torch.rand(8, 3, 256, 256, device=args.device) * 2 - 1
     z = torch.randn(8, 4, 32, 32, device=args.device, requires_grad=True)
-    torch.testing.assert_close(esm_by_fft(x, z), esm_loss(x, z), atol=1e-5, rtol=1e-3)
-    for name, loss in (("esm_loss", esm_loss), ("resize, FFT, a mask per ring", esm_by_fft)):
-        gradient = lambda loss=loss: torch.autograd.grad(loss(x, z), z)
-        report(args, f"ESM: {name}", ms=1e3 * seconds_per_call(args, gradient))
     mask = triangle_mask(10).to(args.device)
-    for name, lowpass in (("dsm_pair", lambda: dsm_pair(x, x, 10)[0]),
-                          ("8x8 matmuls", lambda: block_idct2(block_dct2(x) * mask))):
-        torch.testing.assert_close(lowpass(), dsm_pair(x, x, 10)[0], atol=1e-5, rtol=0)
-        report(args, f"DSM: {name}", ms=1e3 * seconds_per_call(args, lowpass))
+    for ways in (
+            {"ESM: esm_loss": lambda: torch.autograd.grad(esm_loss(x, z), z)[0],
+             "ESM: resize, FFT": lambda: torch.autograd.grad(esm_by_fft(x, z), z)[0]},
+            {"DSM: lowpass": lambda: lowpass(x, 10),
+             "DSM: 8x8 matmuls": lambda: block_idct2(block_dct2(x) * mask)}):
+        torch.testing.assert_close(*[way() for way in ways.values()], atol=1e-5, rtol=1e-3)
+        for name, way in ways.items():
+            report(args, name, ms=1e3 * seconds_per_call(args, way))
 
 
-def gflop(build, call, *shape):
-    """Of one forward pass, call(build(), x), counted by torch on a device without memory."""
+def gflop(build, *shape, call=lambda network, x: network(x)):
+    """Of one forward pass, counted by torch on a device without memory."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         call(build(), torch.empty(1, *shape))
     return counter.get_total_flops() / 1e9
@@ -257,28 +222,27 @@ def gflop(build, call, *shape):
 def training_gflop(flags):
     """Per image. A backward pass costs two forward passes, through frozen weights one."""
     size = 64 if flags.preset == "one-gpu" else 256
-    call = lambda network, x: network(x)
     if hasattr(flags, "repa"):                             # DINOv2 ViT-B/14 and the projector
         of_preset = train_ae.PRESETS.get(flags.preset, dict(model="f8d4"))     # imagenet-repa
         config = CONFIGS[of_preset.get("model", "f16d16")]
         side, d = size // config.reduction, config.latent_channels
-        forward = gflop(lambda: MODELS[flags.model](side, d, 0),
-                        lambda model, z: model(z, torch.zeros(1), None), d, side, side)
+        forward = gflop(lambda: MODELS[flags.model](side, d, 0), d, side, side,
+                        call=lambda model, z: model(z, torch.zeros(1), None))
         return 3 * forward + (46.3 + 3 * 2.7) * (flags.repa != "none")
-    forward = gflop(lambda: AutoencoderKL(CONFIGS[flags.model]),
-                    lambda ae, x: ae.decode(ae.encode(x).mean), 3, size, size)
-    disc = gflop(PatchDiscriminator, call, 3, size, size)
-    vgg = gflop(lambda: torchvision.models.vgg16().features, call, 3, size, size)
-    again = forward * flags.grad_checkpoint                # blocks are computed twice
-    ae_step = 3 * forward + again + 1.5 * 2 * vgg          # LPIPS of a pair, one of them constant
+    forward = gflop(lambda: AutoencoderKL(CONFIGS[flags.model]), 3, size, size,
+                    call=lambda ae, x: ae.decode(ae.encode(x).mean))
+    disc = gflop(PatchDiscriminator, 3, size, size)
+    vgg = gflop(lambda: torchvision.models.vgg16().features, 3, size, size)
+    passes = 4 if flags.grad_checkpoint else 3             # it computes blocks twice
+    ae_step = passes * forward + 1.5 * 2 * vgg             # LPIPS of a pair, one of them constant
     disc_step = forward + 6 * disc                         # on a real and a reconstructed image
     gan = 1 - flags.gan_start / flags.steps                # share of the steps, which alternate
     return (1 - gan) * ae_step + gan * (ae_step + 2 * disc + disc_step) / 2
 
 
-RECIPES = [(script, preset, f"--preset {preset}") for script in (train_ae, train_diffusion)
-           for preset in ("celeba-f16d16", "celeba-f8d4", "imagenet-f16d16", "imagenet-repa",
-                          "one-gpu") if preset in script.PRESETS]
+RECIPES = [(script, preset, f"--preset {preset} {more}")
+           for script, more in ((train_ae, ""), (train_diffusion, "--ae none"))
+           for preset in script.PRESETS if preset != "quick"]
 RECIPES.append((train_ae, "fine-tuning (GUIDE)", "--preset celeba-f8d4 --reg dsm --steps 10000 "
                 "--batch_size 8 --gan_start 0 --grad_checkpoint"))
 
@@ -289,7 +253,6 @@ def costs(args):
     print(f"| recipe | TFLOP per image | total EFLOP | {hours} |")
     for script, recipe, flags in RECIPES:
         sys.argv = [script.__name__, *flags.split()]
-        sys.argv += ["--ae=none"] if script is train_diffusion else []
         flags = script.get_args()
         each, images = training_gflop(flags), flags.steps * flags.batch_size
         name = f"{script.__name__}, {recipe}" + f" ({flags.model})" * (script is train_diffusion)
@@ -319,11 +282,10 @@ def main():
     add("--tflops", type=float, nargs="+", default=[312, 790], help="(default: A100, H200 in bf16)")
     args, args.script_flags = parser.parse_known_args()
     args.device, args.rows = run.init_distributed(args.device)[2], []
-    cuda = args.device.type == "cuda"
-    args.dtype = args.dtype or ("bf16" if cuda else "fp32")
-    args.repeats = args.repeats or (20 if cuda else 3)
-    tiny = ["f2d4-tiny", "SiT-mini/2", "UViT-tiny/2"]
-    args.model = args.model or (tiny if args.quick else ["f8d4", "f16d16", "SiT-B/2", "UViT-S/2"])
+    dtype, repeats = ("bf16", 20) if args.device.type == "cuda" else ("fp32", 3)
+    args.dtype, args.repeats = args.dtype or dtype, args.repeats or repeats
+    quick = "f2d4-tiny SiT-mini/2 UViT-tiny/2"
+    args.model = args.model or (quick if args.quick else "f8d4 f16d16 SiT-B/2 UViT-S/2").split()
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
         for name in args.section:

@@ -2,16 +2,18 @@
 The tests import the flat modules from the folder above. Fixtures: a fixed seed, small material,
 planted Inception weights.
 """
-import contextlib
 import importlib
 import multiprocessing
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import socket
 import sys
 import time
+import urllib.error
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small work: threads would wait for one another
 
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import VGG16_Weights, vgg16
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -43,8 +46,14 @@ def run_main(module, *flags, monkeypatch):
         importlib.import_module("common.run").locks.close()     # as at the end of a process
 
 
-# A script in a process of its own, forked from a server that has imported everything: it starts in
-# a second and can be killed.
+def args_of(script, *flags):
+    """The flags as script.main() would read them."""
+    with mock.patch.object(sys, "argv", [script.__name__, *flags]):
+        return script.get_args()
+
+
+# A script in a process of its own, forked from a server that has imported everything: it starts
+# in a second and can be killed.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["conftest", "train_ae", "train_diffusion", "evaluate"])
 
@@ -70,10 +79,7 @@ def _child(module, argv, cwd, output, environment, largest_file, patch):
 
 
 def start(module, *flags, cwd, output, rank=0, world=1, port=None, largest_file=None, patch=None):
-    """
-    Start module.main() with these flags, as one of `world` gloo processes if port is given; returns
-    the process.
-    """
+    """The process of module.main(), one of `world` under gloo if a port is given, now started."""
     group = {}
     if port:
         group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
@@ -86,10 +92,7 @@ def start(module, *flags, cwd, output, rank=0, world=1, port=None, largest_file=
 
 
 def run_ranks(world, module, *flags, cwd, output, patch=None, timeout=120):
-    """
-    The same on `world` processes to the end; AssertionError with their output unless all exit with
-    0.
-    """
+    """The same on `world` processes; AssertionError with their output unless all exit with 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1] if world > 1 else None
@@ -98,13 +101,11 @@ def run_ranks(world, module, *flags, cwd, output, patch=None, timeout=120):
     stop = time.monotonic() + timeout
     for process in ranks:
         process.join(max(0, stop - time.monotonic()))
-    with contextlib.suppress(AttributeError):
-        for process in ranks:
-            if process.is_alive():
-                process.kill()
-    outputs = [pathlib.Path(f"{output}.{rank}") for rank in range(world)]
-    exits = [process.exitcode for process in ranks]
-    assert exits == [0] * world, "".join(path.read_text() for path in outputs)
+    exits = [process.exitcode for process in ranks]        # None: it still runs
+    for process in ranks:
+        process.kill()
+    text = [pathlib.Path(f"{output}.{rank}").read_text() for rank in range(world)]
+    assert exits == [0] * world, "".join(text)
 
 
 def same(a, b):
@@ -118,9 +119,25 @@ def same(a, b):
     return a == b
 
 
+def equal_runs(a, b):
+    """Checkpoints bit for bit but for the flags, logs byte for byte; returns the checkpoint."""
+    first, second = (torch.load(out / "ckpt.pt", weights_only=True) for out in (a, b))
+    assert first.keys() == second.keys()
+    for part in set(first) - {"args"}:
+        assert same(first[part], second[part]), part
+    assert (a / "log.jsonl").read_text() == (b / "log.jsonl").read_text()
+    return first
+
+
+def copy_at(step, run, copy):
+    """A copy of a run's folder as if it had been killed after its checkpoint of this step."""
+    shutil.copytree(run, copy)
+    (copy / f"ckpt_{step}.pt").rename(copy / "ckpt.pt")
+
+
 @pytest.fixture(scope="session")
 def material(tmp_path_factory):
-    """A folder of 12 pictures in two classes, and an autoencoder that saw it for two steps."""
+    """A folder of 12 images in two classes, and an autoencoder that saw it for two steps."""
     import train_ae
     folder = tmp_path_factory.mktemp("material")
     rng = np.random.default_rng(0)
@@ -128,12 +145,31 @@ def material(tmp_path_factory):
         path = folder / "images" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 26, 3), dtype=np.uint8)).save(path)
+    flags = "--preset quick --model f2d4-tiny --image_size 16 --batch_size 4 --steps 2 --reg kl"
     with pytest.MonkeyPatch.context() as patch:
-        run_main(train_ae, "--preset", "quick", "--model", "f2d4-tiny", "--data",
-                 folder / "images", "--image_size", 16,
-            "--batch_size", 4, "--steps", 2, "--reg", "kl", "--device", "cpu",
-            "--out", folder / "ae", monkeypatch=patch)
+        run_main(train_ae, *flags.split(), "--device", "cpu", "--data", folder / "images",
+                 "--out", folder / "ae", monkeypatch=patch)
     return folder
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """No weights in TORCH_HOME, and no network, which is asked through the mock that this is."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    network = mock.Mock(side_effect=urllib.error.URLError("no network"))
+    monkeypatch.setattr(torch.hub, "urlopen", network)
+    return network
+
+
+def plant_vgg(home, monkeypatch):
+    """LPIPS' VGG-16 in a TORCH_HOME: random convolutions, for the rest one number per tensor."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in vgg16().state_dict().items()}
+    path = home / "hub" / "checkpoints" / os.path.basename(VGG16_Weights.IMAGENET1K_V1.url)
+    path.parent.mkdir(parents=True)
+    torch.save({name: 0.05 * torch.randn(shape) if len(shape) == 4 else torch.zeros(1).expand(shape)
+                for name, shape in shapes.items()}, path)
+    monkeypatch.setenv("TORCH_HOME", str(home))
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,15 @@
 """tests/benchmark.py runs, and its last line is JSON. What it measures is asserted nowhere."""
 import json
-import sys
 
 import benchmark
+
+from conftest import run_main
 
 
 def test_the_last_line_is_json(monkeypatch, capsys):
     """One autoencoder's steps with the GAN, one cheap section: rows with numbers above 0."""
     flags = "--quick --device cpu --section ae peers --model f2d4-tiny --reg esm --repeats 1"
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags.split()])
-    benchmark.main()
+    run_main(benchmark, *flags.split(), monkeypatch=monkeypatch)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {row.pop("name"): row for row in result["rows"]}
     assert result["device"] == "cpu" and len(rows) == 7

@@ -60,13 +60,13 @@ def test_parameter_counts_are_those_of_the_originals(name, num_classes, count):
 
 
 def by_hand(kind, W, x, t, y, heads=2):
-    """The originals' forward pass in plain tensor operations on their state dict W."""
+    """The originals' forward pass in plain operations on their state dict W, which empties it."""
     def linear(name, z):
-        return z @ W[f"{name}.weight"].T + (W[f"{name}.bias"] if f"{name}.bias" in W else 0)
+        return z @ W.pop(f"{name}.weight").T + W.pop(f"{name}.bias", 0)
 
     def norm(z, eps, name=None):
         z = F.layer_norm(z, z.shape[-1:], eps=eps)
-        return z if name is None else z * W[f"{name}.weight"] + W[f"{name}.bias"]
+        return z if name is None else z * W.pop(f"{name}.weight") + W.pop(f"{name}.bias")
 
     def attention(name, z):
         q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2)
@@ -83,12 +83,12 @@ def by_hand(kind, W, x, t, y, heads=2):
 
     embed = "x_embedder.proj" if kind is SiT else "patch_embed.proj"
     patches = F.unfold(x, 2, stride=2).mT                                   # (B, T, C*2*2)
-    z = patches @ W[f"{embed}.weight"].flatten(1).T + W[f"{embed}.bias"]
+    z = patches @ W.pop(f"{embed}.weight").flatten(1).T + W.pop(f"{embed}.bias")
     if kind is SiT:
-        z = z + W["pos_embed"]
+        z = z + W.pop("pos_embed")
         c = linear("t_embedder.mlp.0", sinusoid(t, 256).double())
         c = linear("t_embedder.mlp.2", F.silu(c))
-        c = c + W["y_embedder.embedding_table.weight"][y]
+        c = c + W.pop("y_embedder.embedding_table.weight")[y]
         for b in (f"blocks.{i}" for i in range(5)):
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation(b, c, 6)
             z = z + gate1 * attention(f"{b}.attn", norm(z, 1e-6) * (1 + scale1) + shift1)
@@ -96,8 +96,8 @@ def by_hand(kind, W, x, t, y, heads=2):
         shift, scale = modulation("final_layer", c, 2)
         z = linear("final_layer.linear", norm(z, 1e-6) * (1 + scale) + shift)
     else:
-        label, time = W["label_emb.weight"][y], sinusoid(t, 32).double()
-        z = torch.cat([label[:, None], time[:, None], z], dim=1) + W["pos_embed"]
+        label, time = W.pop("label_emb.weight")[y], sinusoid(t, 32).double()
+        z = torch.cat([label[:, None], time[:, None], z], dim=1) + W.pop("pos_embed")
         skips = []
         for b in ("in_blocks.0", "in_blocks.1", "mid_block", "out_blocks.0", "out_blocks.1"):
             if b.startswith("out"):                         # the last skip joins first
@@ -114,16 +114,7 @@ def by_hand(kind, W, x, t, y, heads=2):
             out[:, :, 2 * i:2 * i + 2, 2 * j:2 * j + 2] = patch
     if kind is SiT:
         return out
-    return F.conv2d(out, W["final_layer.weight"], W["final_layer.bias"], padding=1)
-
-
-class Recorded(dict):
-    """A dict that remembers which of its keys were read."""
-    read = set()
-
-    def __getitem__(self, key):
-        self.read.add(key)
-        return super().__getitem__(key)
+    return F.conv2d(out, W.pop("final_layer.weight"), W.pop("final_layer.bias"), padding=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,10 +122,9 @@ def test_forward_is_that_of_the_originals(kind):
     """Order of q, k, v, of shift, scale, gate, of tokens; GELUs, epsilons; all names of weights."""
     model = tiny(kind, depth=5).double()                    # in float64, where 1e-5 is not 1e-6
     x, t, y = batch()
-    W = Recorded(model.state_dict())
-    W.read.clear()
+    W = model.state_dict()
     expected = by_hand(kind, W, x.double(), t, y)
-    assert W.read == W.keys() and expected.std() > 0.1
+    assert not W and expected.std() > 0.1
     torch.testing.assert_close(model(x, t, y), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -194,7 +184,7 @@ def test_hidden_tokens_are_what_a_hook_sees(kind, blocks):
         assert torch.equal(out, model(x, t, y))
 
 
-@pytest.mark.parametrize("name", ["SiT-tiny/2", "UViT-tiny/2", "SiT-S/4"])
+@pytest.mark.parametrize("name", ["SiT-tiny/2", "UViT-tiny/2"])
 def test_models_are_built_by_name(name):
     """An int is a square; training and sampling run in bfloat16 and under autocast alike."""
     model = MODELS[name](input_size=8, in_channels=4, num_classes=0)
@@ -409,12 +399,3 @@ def test_noise_streams_are_independent_and_gaussian():
     many = NoiseStream(0, range(50))((50, 4, 16, 16))
     assert abs(many.mean()) < 4 / many.numel() ** 0.5
     assert abs(many.var() - 1) < 4 * (2 / many.numel()) ** 0.5
-
-
-@pytest.mark.parametrize("kind, process", [(SiT, Interpolant()), (UViT, DDPM("sd"))])
-def test_a_sample_depends_on_seed_and_index_alone(kind, process):
-    """Six samples in one batch, or the odd ones alone: the same."""
-    model = tiny(kind)
-    whole, odd = (process.sample(model, (len(rows), 3, 6, 10), steps=4, y=torch.tensor(rows),
-        cfg=1.5, noise=NoiseStream(7, rows)) for rows in ([0, 1, 2, 3, 4, 5], [1, 3, 5]))
-    torch.testing.assert_close(odd, whole[1::2], rtol=1e-4, atol=1e-4)

@@ -3,8 +3,6 @@ import contextlib
 import csv
 import json
 import shutil
-import urllib.error
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +19,16 @@ from common import metrics, run
 from common.data import open_data
 from common.metrics import Moments, jpeg_round_trip, ssim, to_uint8
 from common.weights import load_autoencoder, load_diffusion
-from conftest import run_main
+from conftest import args_of, run_main
 from test_train_diffusion import flags_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*UNTRAINED")
 
 
 @pytest.fixture
-def main(tmp_path, monkeypatch):
+def main(tmp_path, monkeypatch, offline):
     """main(command, *flags) runs evaluate.py offline in tmp_path; returns its new results."""
-    def offline(*args, **kwargs):
-        raise urllib.error.URLError("no network")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "urlopen", offline)
     results = tmp_path / "results.jsonl"
 
     def main(command, *flags):
@@ -58,12 +54,11 @@ def ae(material):
 
 
 def table(path):
-    with open(path) as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(Path(path).read_text().splitlines()))
 
 
 # ---- the command line
-def test_a_command_takes_its_flags_and_no_others(main, monkeypatch, capsys):
+def test_a_command_takes_its_flags_and_no_others(main, capsys):
     """Flags of other commands are refused by name; --help lists those of the command."""
     for line, words in (("fid a b --cfg 2", "--cfg 2"), ("gen --token 3", "--token 3"),
                         ("curves run --seed 1", "--seed 1"), ("fid a", "required: b")):
@@ -77,12 +72,10 @@ def test_a_command_takes_its_flags_and_no_others(main, monkeypatch, capsys):
     assert "--cfg_interval" in text and "(default: 50000)" in text and "--token" not in text
     for line, images in (("recon", None), ("recon --preset quick", 128),
                          ("latents --preset quick", 8)):   # the few images of `latents` are enough
-        monkeypatch.setattr("sys.argv", ["evaluate.py", *line.split()])
-        assert evaluate.get_args().val_images == images
+        assert args_of(evaluate, *line.split()).val_images == images
 
 
 # ---- figures
-@pytest.mark.filterwarnings("ignore:.*untrained")
 def test_figures_are_drawn(material, ae, main):
     """bands reports a PSNR per mask, similarity an RMSC per target, spectrum draws features."""
     random = ["--encoder_source", "random", "--encoder", "dinov2_vitb14"]
@@ -94,29 +87,11 @@ def test_figures_are_drawn(material, ae, main):
     main("spectrum", *random, "--data", material / "images", "--image_size", 64, "--val_images", 1)
     assert Path("out/spectrum.csv").read_text().count("random encoder") == 16
     assert all(path.stat().st_size > 3000 for path in Path("out").glob("*.png"))
-    for command in ("spectrum", "bands", "recon"):         # of the quick preset, say
-        Path("out/ae/quick-kl").mkdir(parents=True, exist_ok=True)
-        Path("out/ae/quick-kl/ckpt.pt").touch()
+    Path("out/ae/quick-kl").mkdir(parents=True)            # of the quick preset, say
+    Path("out/ae/quick-kl/ckpt.pt").touch()
+    for command in ("spectrum", "bands", "recon"):
         with pytest.raises(FileNotFoundError, match="--ae out/ae/quick-kl/ckpt.pt"):
             main(command)
-
-
-def test_two_autoencoders_of_one_file_name(ae, main, tmp_path, monkeypatch):
-    """A row for each in latents, 16 rings for each in the CSV of spectrum; shares sum to 1."""
-    files = [tmp_path / name / "ckpt_4.pt" for name in "AB"]
-    for file in files:
-        file.parent.mkdir()
-        shutil.copy(ae[1], file)
-    drawn, draw = [], figures.figure_rows
-    monkeypatch.setattr(figures, "figure_rows",
-                        lambda rows, path: (drawn.extend(rows), draw(rows, path)))
-    for command in ("latents", "spectrum"):
-        lines = main(command, "--ae", *files, "--val_images", 1, "--out", f"{command}.png")
-    assert drawn == ["image", "A/ckpt_4", "B/ckpt_4"] and len(lines) == 2
-    rows = table("spectrum.csv")
-    curves = Counter(row["curve"] for row in rows)
-    assert curves == dict.fromkeys(["images", "target, gamma 1", "A/ckpt_4", "B/ckpt_4"], 16)
-    assert sum(float(row["share"]) for row in rows) == pytest.approx(4, rel=1e-4)
 
 
 def test_names_in_legends_are_unique(tmp_path):
@@ -129,18 +104,16 @@ def test_names_in_legends_are_unique(tmp_path):
         assert figures.unique_names(paths) == names
 
 
-@pytest.mark.filterwarnings("ignore:.*untrained")
 def test_published_curves(material, ae, main):
     """They sum to 1 up to the printed digits; one's own by the same descriptor, DC kept."""
-    curves = [curve for printed in figures.CURVES.values() for curve in printed.values()]
-    assert len(curves) == 10 and {len(curve) for curve in curves} == {16}
-    assert all(abs(sum(curve) - 1) <= 16 * 0.5e-4 for curve in curves)
+    printed = [curve for curves in figures.CURVES.values() for curve in curves.values()]
+    assert [len(curve) for curve in printed] == 10 * [16]
+    assert all(abs(sum(curve) - 1) <= 16 * 0.5e-4 for curve in printed)
     assert not main("spectrum", "--published", "celeba")
     assert len(table("out/spectrum.csv")) == 6 * 16
-    features, latents = main(
-        "spectrum", *ae, "--val_images", 1, "--published", "imagenet", "--out", "s.png",
-        "--encoder", "dinov2_vitb14", "--encoder_source", "random", "--seed", 2)
-    assert (features["curve"], latents["curve"]) == ("random encoder", "ae")
+    lines = main("spectrum", *ae, "--val_images", 1, "--published", "imagenet", "--out", "s.png",
+                 "--encoder", "dinov2_vitb14", "--encoder_source", "random", "--seed", 2)
+    assert [line["curve"] for line in lines] == ["random encoder", "ae"]
     curves = {}
     for row in table("s.csv"):
         curves.setdefault(row["curve"], []).append(float(row["descriptor"]))
@@ -148,26 +121,24 @@ def test_published_curves(material, ae, main):
     small = spectral.match_resolution(val_set[0][0][None].float() / 127.5 - 1, (8, 8))
     with_dc = spectral.spectrum_distribution(small, remove_dc=False)[0].tolist()
     assert curves["images"] == pytest.approx(with_dc, rel=1e-5)
-    for line in (features, latents):
+    for line in lines:
         kl = figures.divergence(curves["target, gamma 1"], curves[line["curve"]])
         assert line["kl_from_target"] == pytest.approx(kl, rel=1e-6)
 
 
 # ---- recon
 def test_recon_counts_every_image(material, ae, main, inception, tmp_path, capsys):
-    """7 images in batches of 2, or training images; LPIPS needs VGG weights, and says so."""
+    """7 images in batches of 2; LPIPS needs VGG weights, and says so."""
     (tmp_path / "set").mkdir()
     for name in ("train", "val"):
         (tmp_path / "set" / name).symlink_to(material / "images")
-    recon = ["recon", *ae, "--workers", 0, "--batch_size", 2]
-    result, = main(*recon, "--data", "set", "--val_images", 7)
+    result, = main("recon", *ae, "--workers", 0, "--batch_size", 2, "--data", "set",
+                   "--val_images", 7)
     assert {"psnr", "ssim", "l1", "rFID@7"} <= result.keys() and "lpips" not in result
     assert result["n"] == 7 and result["rFID@7"] > 0 and 5 < result["psnr"] < 40
+    assert (result["posterior"], result["jpeg"]) == ("mode", "none")
     printed = capsys.readouterr().out
     assert "LPIPS needs" in printed and "--lpips_weight" not in printed
-    line, = main(*recon, "--split", "train", "--val_images", 4)
-    assert (line["split"], line["n"]) == ("train", 4)
-    assert (line["posterior"], line["jpeg"]) == ("mode", "none")
 
 
 def test_recon_as_the_authors_measure(material, ae, main, inception, monkeypatch):
@@ -258,11 +229,12 @@ def gen(diffusion, main):
 
 
 @pytest.fixture
-def changed(diffusion):
-    """changed(name, **fields) saves the diffusion run with other fields, and returns its --ckpt."""
-    def changed(name, **fields):
-        torch.save(torch.load(diffusion / "ckpt.pt", weights_only=True) | fields, name)
-        return "--ckpt", name
+def changed(diffusion, ae):
+    """changed(name, of, args, **fields): the flag with a copy of a run that has other fields."""
+    def changed(name, of=diffusion / "ckpt.pt", args=(), **fields):
+        trained = torch.load(of, weights_only=True)
+        torch.save(trained | fields | dict(args=trained["args"] | dict(args)), name)
+        return "--ae" if of == ae[1] else "--ckpt", name
     return changed
 
 
@@ -273,13 +245,13 @@ def saved(folder="out"):
 def test_gen_with_inception_weights(gen, inception_home, tmp_path, monkeypatch):
     """All metrics by the real path; the reference statistics are reused, or refused if changed."""
     monkeypatch.setenv("TORCH_HOME", str(inception_home))
-    first, = gen(count=6)
-    names = {"FID@6", "IS", "KID_x1e3_subset6", "precision", "recall"}
-    assert names <= first.keys() and first["FID@6"] > 0 and first["weights"] == "torch-fidelity"
+    first, = gen(count=4)
+    names = {"FID@4", "IS", "KID_x1e3_subset4", "precision", "recall"}
+    assert names <= first.keys() and first["FID@4"] > 0 and first["weights"] == "torch-fidelity"
     reference, = (tmp_path / "out" / "reference").iterdir()
     stored = dict(np.load(reference))
     monkeypatch.setattr(fid, "set_statistics", lambda *args: pytest.fail("made again"))
-    second, = gen(count=6)
+    second, = gen(count=4)
     assert all(first[name] == second[name] for name in names)
     how = dict(json.loads(str(stored["how"])), size=99)
     np.savez(reference, **dict(stored, how=json.dumps(how)))
@@ -289,24 +261,23 @@ def test_gen_with_inception_weights(gen, inception_home, tmp_path, monkeypatch):
 
 def test_a_folder_holds_one_sampling(gen, tmp_path, monkeypatch):
     """5 images, then 2: 2 are left, and what a user put there; a sampling that fails takes none."""
-    events, held = [], run.file_lock
+    folder = tmp_path / "out" / "images"
+    names, found, held = lambda: sorted(path.name for path in folder.glob("*")), [], run.file_lock
 
     @contextlib.contextmanager
     def lock(path):
         with held(path):
             yield
-            events.append((str(path), len(names())))
-    monkeypatch.setattr(run, "file_lock", lock)
-    folder = tmp_path / "out" / "images"
-    names = lambda: sorted(path.name for path in folder.glob("*"))
-    gen("--folder", count=5)
-    assert events == [("out/.lock", 5)]                    # held until the last PNG
+            found.append((str(path), len(names())))
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "file_lock", lock)
+        gen("--folder", count=5)
+    assert found == [("out/.lock", 5)]                     # held until the last PNG
     for name in ("7.png", "notes.txt"):
         (folder / name).write_text("of a user")
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(fid, "sample_images", lambda *args, **flags: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            gen("--folder", count=2)
+        gen("--folder", count=2)
     assert len(names()) == 7 and len(saved()) == 5
     gen("--folder", count=2)
     assert names() == ["000000.png", "000001.png", "7.png", "notes.txt"]
@@ -334,7 +305,7 @@ def test_labels_and_jpeg(gen):
     assert fid.sample_labels(range(5), [1, 4]).tolist() == [1, 4, 1, 4, 1]
     whole = fid.sample_labels(range(40), range(5), 3)
     assert set(whole.tolist()) == set(range(5))
-    assert torch.equal(whole[10:13], fid.sample_labels(np.array([10, 11, 12]), range(5), 3))
+    assert torch.equal(whole[10:13], fid.sample_labels(range(10, 13), range(5), 3))
     assert not torch.equal(whole, fid.sample_labels(range(40), range(5), 4))
     plain, = gen("--labels", "random")
     before = saved()
@@ -348,9 +319,9 @@ def test_every_kept_checkpoint_is_scored(gen, diffusion, tmp_path, capsys):
     """In the order of steps, a result and a folder each; the best is printed."""
     lines = gen("--ckpt", diffusion, "--every")
     assert [line["step"] for line in lines] == [2, 4]     # not the untrained network
-    best = min(lines, key=lambda line: line["SWD_16px"])
+    swd, step = min((line["SWD_16px"], line["step"]) for line in lines)
     printed = capsys.readouterr().out
-    assert f"\nbest of 2: SWD_16px {best['SWD_16px']:.4g} at step {best['step']}, " in printed
+    assert f"\nbest of 2: SWD_16px {swd:.4g} at step {step}, " in printed
     assert printed.count("no FID: the Inception weights") == 1
     assert len(saved("out/ckpt_2")) == len(saved("out/ckpt_4")) == 3
     named = gen("--ckpt", diffusion / "ckpt_2.pt", diffusion / "ckpt_0.pt")
@@ -365,11 +336,10 @@ def test_a_set_that_changed_is_named(material, ae, main, changed, monkeypatch, c
     """One training image is gone: the commands say so, and measure; other --data is no change."""
     monkeypatch.setattr(evaluate, "load_or_none", lambda *args: None)
     shutil.copytree(material / "images", "set")
-    trained = torch.load(ae[1], weights_only=True)
-    torch.save(trained | dict(args=dict(trained["args"], data="set")), "ae.pt")
+    autoencoder = changed("ae.pt", ae[1], dict(data="set"))
     run, few = changed("run.pt", data="set"), ["--val_images", 1]
-    commands = dict(recon=["--ae", "ae.pt", "--workers", 0], gen=[*run, *GEN], denoise=[*run, *few],
-                    latents=["--ae", "ae.pt", *few])
+    commands = dict(recon=[*autoencoder, "--workers", 0], gen=[*run, *GEN], denoise=[*run, *few],
+                    latents=[*autoencoder, *few])
 
     def said(command, *data):
         main(command, *commands[command], *data)
@@ -380,29 +350,27 @@ def test_a_set_that_changed_is_named(material, ae, main, changed, monkeypatch, c
     assert said("latents", "--data", material / "images") == 0
 
 
-def test_mixed_autoencoders_are_said_to_be(ae, main, capsys):
+def test_mixed_autoencoders_are_said_to_be(ae, main, changed, capsys):
     """Different images or sizes in one figure: a line each."""
-    trained = torch.load(ae[1], weights_only=True)
     for name, images, size in (("A", "1", 16), ("B", "2", 32), ("C", "1", 16)):
-        args = dict(trained["args"], image_size=size)
-        torch.save(trained | dict(args=args, images=images), f"{name}.pt")
+        changed(f"{name}.pt", ae[1], dict(image_size=size), images=images)
     for other, count in (("B", 2), ("C", 0)):
         main("latents", "--data", "leaves", "--val_images", 1, "--ae", "A.pt", f"{other}.pt")
         assert capsys.readouterr().out.count("these runs differ in image") == count
 
 
-
-
-def test_what_was_never_trained_is_not_sampled(diffusion, main, changed, monkeypatch, capsys):
-    """No guidance without a trained null label; classes without an image are left out."""
-    trained = torch.load(diffusion / "ckpt.pt", weights_only=True)
-    run = changed("run.pt", args=dict(trained["args"], label_dropout=0.0))
+def test_no_guidance_without_a_trained_null_label(main, changed):
+    run = changed("run.pt", args=dict(label_dropout=0.0))
     with pytest.raises(ValueError, match="--cfg 1.8: run.pt .* --label_dropout 0"):
         main("gen", *run, *GEN, "--cfg", 1.8)
-    model_args = dict(trained["model_args"], num_classes=9)
-    nine = dict(args=dict(trained["args"], num_classes=9), model_args=model_args,
-                ema=dit.MODELS["SiT-tiny/4"](**model_args).state_dict())
-    run = changed("run.pt", **nine, classes_seen=[0, 7])
+
+
+def test_classes_without_an_image_are_not_sampled(diffusion, main, changed, monkeypatch, capsys):
+    """--num_classes 9 for two class folders; but not a model of 9 folders on other data."""
+    model_args = torch.load(diffusion / "ckpt.pt", weights_only=True)["model_args"]
+    model_args = dict(model_args, num_classes=9)
+    nine = dict(model_args=model_args, ema=dit.MODELS["SiT-tiny/4"](**model_args).state_dict())
+    run = changed("run.pt", args=dict(num_classes=9), **nine, classes_seen=[0, 7])
     drawn, sample = [], dit.Interpolant.sample
 
     def spy(self, model, shape, steps, y=None, **options):
@@ -415,21 +383,20 @@ def test_what_was_never_trained_is_not_sampled(diffusion, main, changed, monkeyp
         main(command, *run, *flags)
         assert drawn == [0, 7, 0] or "random" in flags and len(drawn) == 3 and {*drawn} <= {0, 7}
         assert capsys.readouterr().out.count("run.pt: 7 of its 9 classes had no training") == 1
-    # --num_classes 9 for two class folders; but not a model of 9 folders on other data
     assert main("denoise", *run, "--val_images", 1)
-    nine["args"]["num_classes"] = -1
+    run = changed("run.pt", args=dict(num_classes=-1), **nine)
     with pytest.raises(ValueError, match="has 0 classes, and run.pt was trained with 9"):
-        main("denoise", *changed("run.pt", **nine), "--data", "discs")
+        main("denoise", *run, "--data", "discs")
 
 
 def test_what_is_not_finite_is_no_number(diffusion, ae, main, changed, tmp_path):
     """Finite weights that overflow: a line that names the file, no samples, no result."""
-    ema = torch.load(diffusion / "ckpt.pt", weights_only=True)["ema"]
-    run = changed("wild.pt", ema={name: 1e25 * tensor for name, tensor in ema.items()})
-    trained = torch.load(ae[1], weights_only=True)
-    trained["model"] = {name: 1e25 * tensor for name, tensor in trained["model"].items()}
-    torch.save(trained, "ae.pt")
-    for command, flags in (("denoise", run), ("recon", ["--ae", "ae.pt", "--workers", 0]),
+    def wild(path, part):
+        weights = torch.load(path, weights_only=True)[part]
+        wilder = {name: 1e25 * tensor for name, tensor in weights.items()}
+        return changed(f"{part}.pt", path, **{part: wilder})
+    run = wild(diffusion / "ckpt.pt", "ema")
+    for command, flags in (("denoise", run), ("recon", [*wild(ae[1], "model"), "--workers", 0]),
                            ("trajectory", [*run, "--num_samples", 2, "--steps", 2]),
                            ("gen", [*run, *GEN])):
         with pytest.raises(ValueError, match=f"^{flags[1]}: .* not finite"):
@@ -448,11 +415,10 @@ def test_escape_sequences_are_printed(capsys, tmp_path):
 
 def test_uvit_is_sampled_with_its_schedule(diffusion, changed):
     """The noise levels that train_diffusion.py recorded."""
-    checkpoint = torch.load(diffusion / "ckpt.pt", weights_only=True)
-    ema = dit.MODELS["UViT-tiny/4"](**checkpoint["model_args"]).state_dict()
+    model_args = torch.load(diffusion / "ckpt.pt", weights_only=True)["model_args"]
+    uvit = dict(model_name="UViT-tiny/4", ema=dit.MODELS["UViT-tiny/4"](**model_args).state_dict())
     for schedule, end in (("vp", 4e-5), ("sd", 0.0047)):
-        _, file = changed("uvit.pt", model_name="UViT-tiny/4", ema=ema,
-                          args=dict(checkpoint["args"], schedule=schedule))
+        _, file = changed("uvit.pt", args=dict(schedule=schedule), **uvit)
         process = load_diffusion(file, None, torch.device("cpu"))[1]
         assert float(process.alpha_bar[-1]) == pytest.approx(end, rel=0.05)
 
@@ -470,8 +436,8 @@ def test_curves_of_running_runs(main, tmp_path, monkeypatch):
               {"step": 2, "loss": float("nan"), "grad_norm": 2.0}, cut='{"step": 3, "lo')
     write_log(tmp_path / "sit" / "x", {"step": 5, "loss": 1.0})
     write_log(tmp_path / "new" / "x")
-    drawn, save = [], figures.save_figure
-    monkeypatch.setattr(figures, "save_figure", lambda *args: (drawn.append(args[0]), save(*args)))
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, *args: drawn.append(figure))
     assert not main("curves", "ae/x", "sit/x/log.jsonl", "new/x")
     names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert names == ["ae/x", "sit/x", "new/x"]

@@ -3,6 +3,7 @@ Nothing is lost: runs are killed at random moments, stopped by signals, put on f
 with numbers that are not finite. `--long` kills every method, 36 times in all; without it one
 method per stage, twice.
 """
+import contextlib
 import functools
 import json
 import os
@@ -21,7 +22,7 @@ import torch
 import losses
 import train_ae
 from common import run
-from conftest import ROOT, run_main, same, start
+from conftest import ROOT, equal_runs, run_main, run_ranks, same, start
 
 TINY_AE = ("--preset quick --image_size 32 --batch_size 4 --val_images 4 --device cpu "
            "--model f2d4-tiny --log_every 2 --eval_every 3 --warmup_steps 2 --steps 12 "
@@ -52,47 +53,30 @@ def log_lines(out):
     return log.read_text().splitlines() if log.exists() else []
 
 
-def finish(module, *flags, cwd, output, timeout=90):
-    process = start(module, *flags, cwd=cwd, output=output)
-    process.join(timeout)
-    assert process.exitcode == 0, pathlib.Path(output).read_text()
-
-
-def equal_runs(a, b):
-    """Checkpoints bit for bit but for the flags, logs byte for byte."""
-    first, second = (torch.load(out / "ckpt.pt", weights_only=True) for out in (a, b))
-    assert first.keys() == second.keys()
-    for part in set(first) - {"args"}:
-        assert same(first[part], second[part]), part
-    assert (a / "log.jsonl").read_text() == (b / "log.jsonl").read_text()
-
-
 @pytest.fixture(scope="module")
 def straight(material, tmp_path_factory):
     """straight(method) -> (folder of an uninterrupted run, seconds it took)."""
     @functools.cache
     def get(method):
-        out, clock = tmp_path_factory.mktemp("straight"), time.monotonic()
+        out, begin = tmp_path_factory.mktemp("straight"), time.monotonic()
         module, flags = command(method, material)
-        finish(module, *flags, "--out", out / "run", cwd=out, output=out / "output.txt")
-        return out / "run", time.monotonic() - clock
+        run_ranks(1, module, *flags, "--out", out / "run", cwd=out, output=out / "output")
+        return out / "run", time.monotonic() - begin
     return get
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_at_random_moments(method, material, straight, tmp_path, request):
-    """
-    SIGKILL, every second one while a checkpoint is being written, then a run to the end: the same
-    as never having been killed.
-    """
+    """SIGKILL, every second one in the middle of a checkpoint: the same as never being killed."""
     long = request.config.getoption("--long")
     if not long and method not in ("kl", "diffusion with dog"):
         pytest.skip("--long runs every method")
     reference, seconds = straight(method)
     module, flags = command(method, material)
-    out, output, rng = tmp_path / "run", tmp_path / "output.txt", random.Random(method)
+    out, output, rng = tmp_path / "run", tmp_path / "output", random.Random(method)
+    flags = [*flags, "--out", out, "--resume"]
     for kill in range(4 if long else 2):
-        process = start(module, *flags, "--out", out, "--resume", cwd=tmp_path, output=output)
+        process = start(module, *flags, cwd=tmp_path, output=output)
         begin = time.monotonic()
         moment = begin + rng.uniform(0.1, 0.9) * seconds
         end = moment if kill % 2 else begin + 2 * seconds
@@ -106,75 +90,54 @@ def test_killed_at_random_moments(method, material, straight, tmp_path, request)
             json.loads(line)                               # parseable at any time
         if (out / "ckpt.pt").exists():
             torch.load(out / "ckpt.pt", weights_only=True)
-    finish(module, *flags, "--out", out, "--resume", cwd=tmp_path, output=output)
+    run_ranks(1, module, *flags, cwd=tmp_path, output=output)
     equal_runs(reference, out)
     assert not list(out.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("method, name", [("kl", "SIGTERM"), ("diffusion with dog", "SIGINT")])
-def test_signals_finish_the_step_and_save(method, name, material, straight, tmp_path, request):
+def workers_of(pid):
+    """Living children of a process, or those of the fork server that stands between."""
+    parents = {}
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):                 # it has just ended
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    return [child for child, parent in parents.items()
+            if pid in (parent, parents.get(parent)) and child not in parents.values()]
+
+
+@pytest.mark.parametrize("method", ["kl", "diffusion with dog"])
+def test_signals_finish_the_step_and_save(method, material, straight, tmp_path, request):
     """
-    SIGTERM or Ctrl-C: exit code 0, a checkpoint of the very step, and the continued run equals one
-    that never stopped.
+    SIGTERM or Ctrl-C to every process, as from a cluster or a terminal: loader workers leave it to
+    the training process; exit code 0, a checkpoint of the very step, from which nothing differs.
     """
     if method != "kl" and not request.config.getoption("--long"):
         pytest.skip("--long runs both stages")
     reference, _ = straight(method)
     module, flags = command(method, material)
-    out = tmp_path / "run"
-    process = start(module, *flags, "--out", out, cwd=tmp_path, output=tmp_path / "output.txt")
-    while process.is_alive() and len(log_lines(out)) < 2:
+    out, output = tmp_path / "run", tmp_path / "output"
+    flags = [*flags, "--out", out, "--workers", 2]
+    process = start(module, *flags, cwd=tmp_path, output=output)
+    while process.is_alive() and len(log_lines(out)) < 3:      # both workers have been heard of
         time.sleep(0.001)
-    os.kill(process.pid, signal.Signals[name])
-    asked = time.monotonic()
+    workers, asked = workers_of(process.pid), time.monotonic()
+    assert len(workers) == 2
+    for pid in (*workers, process.pid):
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
     process.join(60)
-    output = (tmp_path / "output.txt").read_text()
-    assert process.exitcode == 0 and time.monotonic() - asked < 20, output
-    assert f"{name}: stopped before step" in output, output
+    assert process.exitcode == 0 and time.monotonic() - asked < 20, output.read_text()
+    assert "SIGTERM: stopped before step" in output.read_text()
     assert 0 < torch.load(out / "ckpt.pt", weights_only=True)["step"] < 12
-    finish(module, *flags, "--out", out, "--resume", cwd=tmp_path,
-           output=tmp_path / "output.txt")
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers):      # they end, too
+        assert time.monotonic() - asked < 30
+        time.sleep(0.1)
+    run_ranks(1, module, *flags, "--resume", cwd=tmp_path, output=output)
     equal_runs(reference, out)
 
 
-def descendants(pid):
-    """Living children and grandchildren of a process; a fork server may stand between."""
-    parents = {}
-    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    return [child for child, parent in parents.items() if pid in (parent, parents.get(parent))]
-
-
-def test_a_signal_to_every_process_of_a_job(tmp_path):
-    """
-    A cluster signals the loader's workers as well, and a terminal's Ctrl-C does: they leave it to
-    the training process, then end.
-    """
-    out = tmp_path / "run"
-    process = start("train_ae", *TINY_AE, "--reg", "kl", "--workers", 2, "--gan_weight", 0,
-                    "--steps", 100000, "--eval_every", 50000, "--out", out, cwd=tmp_path,
-                    output=tmp_path / "output.txt")
-    while process.is_alive() and len(log_lines(out)) < 3:
-        time.sleep(0.01)
-    children = descendants(process.pid)
-    assert len(children) >= 2
-    for pid in (*children, process.pid):
-        os.kill(pid, signal.SIGINT)
-        os.kill(pid, signal.SIGTERM)
-    process.join(30)
-    output = (tmp_path / "output.txt").read_text()
-    assert process.exitcode == 0 and "stopped before step" in output, output
-    end = time.monotonic() + 10
-    while time.monotonic() < end and any(os.path.exists(f"/proc/{pid}") for pid in children):
-        time.sleep(0.1)
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in children)
-
-
 def test_torchrun_passes_the_signal_on(tmp_path):
-    """
-    SIGTERM to torchrun, as at a pre-emption: both processes save the same step, end by themselves,
-    and the run goes on from there.
-    """
+    """SIGTERM to torchrun, as at a pre-emption: both processes save one step and end themselves."""
     out = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                 "train_ae.py", *TINY_AE, "--reg", "esm", "--steps", "100000",
@@ -189,17 +152,7 @@ def test_torchrun_passes_the_signal_on(tmp_path):
     assert f"SIGTERM: stopped before step {step};" in output and step > 0, output
 
 
-# --------------------------------------------------------------------------------------------------
-# Full disks: a file-size limit answers a write with an error as a full disk does
-
-def only_error(output, module):
-    """The one line in which a script ended, without a traceback."""
-    text = output.read_text()
-    errors = [line for line in text.splitlines() if line.startswith(f"{module}.py:")]
-    assert len(errors) == 1 and "Traceback" not in text, text
-    return errors[0]
-
-
+# ---- full disks: a file-size limit answers a write with an error as a full disk does
 @pytest.mark.parametrize("module, flags, culprit, limit", [
     ("train_diffusion", "{sit} --out run --resume", "run/ckpt.pt", 2 ** 20),
     ("common.data", "pack --count 40 --size 64 --workers 0 --out packed.zip", "packed.zip", 8192),
@@ -209,29 +162,26 @@ def only_error(output, module):
      "cpu --out samples", "samples", 8192)])
 def test_a_full_disk_is_one_line_whatever_is_written(module, flags, culprit, limit, straight,
                                                      material, tmp_path):
-    """
-    Checkpoint, packed zip, latent cache, first checkpoint, samples: exit code 2, a line with the
-    name, nothing half-written under that name, and the run that was there is whole.
-    """
+    """Exit code 2, a line with the name, nothing half-written; the run that was there is whole."""
     reference, _ = straight("diffusion with dog")
     shutil.copytree(reference, tmp_path / "run")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     sit, ae = (" ".join(map(str, command(method, material)[1]))
                for method in ("diffusion with dog", "kl"))
-    output = tmp_path / "output.txt"
+    output = tmp_path / "output"
     process = start(module, *flags.format(sit=sit, ae=ae).split(), cwd=tmp_path, output=output,
                     largest_file=limit)
     process.join(60)
-    error = only_error(output, module)
+    text = output.read_text()
+    error, = [line for line in text.splitlines() if line.startswith(f"{module}.py:")]
     assert process.exitcode == 2 and culprit in error and "too large" in error
+    assert "Traceback" not in text
     left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert before.items() <= left.items()
     assert left.keys() - before.keys() <= {output, tmp_path / "run2" / "log.jsonl"}
 
 
-# --------------------------------------------------------------------------------------------------
-# Numbers go bad loudly
-
+# ---- numbers go bad loudly
 VALIDATION = 4                                             # calls of esm_loss before step 0's
 
 
@@ -271,10 +221,7 @@ def test_steps_that_are_not_finite_change_nothing(tmp_path, monkeypatch):
 
 
 def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
-    """
-    Nine are survived, ten end the run with the step, the term and what to try; the checkpoint from
-    before is kept.
-    """
+    """Nine are survived, ten end the run with a line; the checkpoint from before is kept."""
     spoil(monkeypatch, range(1, 10))
     run_main(train_ae, *FLAGS, "--steps", 12, "--out", tmp_path / "nine", monkeypatch=monkeypatch)
     monkeypatch.undo()
@@ -300,16 +247,14 @@ def test_a_loss_without_a_finite_value_but_with_a_finite_gradient_is_skipped_too
     assert optimizer.state[weight]["step"] == 1
 
 
-# --------------------------------------------------------------------------------------------------
-# Long runs
-
+# ---- long runs
 def test_three_thousand_steps_leak_nothing(tmp_path, request):
     """Resident memory and file handles of a quick run: the second half's peak near the first's."""
     if not request.config.getoption("--long"):
         pytest.skip("--long runs it (five minutes)")
     curve = {}                                             # step: (MiB, file handles)
     process = start("train_ae", "--preset", "quick", "--reg", "esm", "--steps", 3000,
-                    "--out", tmp_path / "run", cwd=tmp_path, output=tmp_path / "output.txt")
+                    "--out", tmp_path / "run", cwd=tmp_path, output=tmp_path / "output")
     while process.is_alive():
         time.sleep(0.2)
         lines = log_lines(tmp_path / "run")

@@ -1,19 +1,17 @@
 """What each loss of losses.py promises: zeros, gradients, invariances, and the pairs' shapes."""
+import itertools
+
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import losses
+from conftest import plant_vgg
 from losses import PatchDiscriminator, PerceptualLoss, adaptive_weight, eq_pair, esm_loss, kl_loss
 from spectral import dct2, idct2, lowpass, spectrum_distribution
 
 close = torch.testing.assert_close
-
-
-def smooth(*shape):
-    """Images with power at low frequencies."""
-    return torch.randn(shape).cumsum(2).cumsum(3) / 50
 
 
 def test_kl_loss_equals_torch_distributions():
@@ -30,7 +28,7 @@ def test_kl_loss_equals_torch_distributions():
 # ---- ESM
 def test_esm_by_its_definition():
     """KL(target || latent) summed over rings, averaged over samples; 0 on its own target."""
-    images = smooth(3, 3, 16, 24)
+    images = torch.randn(3, 3, 16, 24).cumsum(2).cumsum(3) / 50            # smooth
     assert esm_loss(images, images + 3, gamma=0.0).abs() < 1e-6            # whatever the mean
     assert esm_loss(images, images, gamma=1.0) > 1e-2
     images, latents = torch.randn(2, 3, 32, 48), torch.randn(2, 4, 16, 24)
@@ -39,13 +37,9 @@ def test_esm_by_its_definition():
     q = torch.distributions.Categorical(spectrum_distribution(latents, 16))
     expected = torch.distributions.kl_divergence(p, q).mean()
     close(esm_loss(images, latents, gamma=0.6), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_esm_sees_the_latents_scale():
-    """Because of log(1 + P) the loss moves with the scale of z: the authors' definition."""
-    images, latents = smooth(2, 3, 64, 64), torch.randn(2, 4, 16, 16).cumsum(3)
-    values = [esm_loss(images, latents * scale).item() for scale in (0.1, 1.0, 10.0)]
-    assert max(values) > 1.2 * min(values)
+    # because of log(1 + P) the loss moves with the scale of z: the authors' definition
+    scaled = [esm_loss(images, scale * latents.cumsum(3)) for scale in (0.1, 1.0, 10.0)]
+    assert max(scaled) > 1.2 * min(scaled)
 
 
 # ---- VA-VAE and UAE
@@ -86,16 +80,57 @@ def test_low_freq_align_loss_is_the_error_of_the_first_zigzag_coefficients():
     close(losses.low_freq_align_loss(changed, f, (6, 10)), expected, rtol=1e-3, atol=1e-6)
 
 
+# ---- every loss
+EVERY = {   # name: the loss of a and b, their shapes on a grid of h x w, whether b gets a gradient
+    "kl": (lambda a, b: kl_loss(a, b.clamp(-30, 20)), (4, "h", "w"), (4, "h", "w"), True),
+    "esm": (lambda z, x: esm_loss(x, z), (4, "h", "w"), (3, "H", "W"), False),
+    "vf": (losses.vf_loss, ("T", 6), ("T", 6), False),
+    "uae": (lambda p, f: losses.low_freq_align_loss(p, f, (1, p.shape[1])), ("T", 6), ("T", 6),
+            False),
+    "hinge_d": (losses.hinge_d_loss, (1, "h", "w"), ("T",), True),
+    "hinge_g": (lambda fake, _: losses.hinge_g_loss(fake), (1, "h", "w"), (), False)}
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("h, w", [(5, 7), (1, 1)])
+def test_every_loss_is_a_finite_float32_mean_over_items(name, h, w):
+    """Of zeros, denormals and large numbers, in bf16, under autocast; of no item 0."""
+    loss, *shapes, both = EVERY[name]
+    sides = dict(h=h, w=w, H=8 * h, W=8 * w, T=h * w)
+    shapes = [[sides.get(side, side) for side in shape] for shape in shapes]
+    dtypes = torch.float32, torch.bfloat16
+    for magnitude, dtype in itertools.product((0.0, 1e-45, 1e-30, 1.0, 1e4), dtypes):
+        a, b = (magnitude * torch.randn(3, *shape, dtype=dtype) for shape in shapes)
+        a, b = a.requires_grad_(), b.requires_grad_()
+        value = loss(a, b)
+        assert value.shape == () and value.dtype == torch.float32 and value.isfinite()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(loss(a, b), value)
+        value.backward()
+        assert a.grad.isfinite().all()
+        assert b.grad.isfinite().all() if both else b.grad is None
+        if magnitude <= 1:                                 # zeros in a spectrum of 1e4 are rounding
+            items = torch.stack([loss(a[i:i + 1], b[i:i + 1]) for i in range(3)])
+            close(items.mean(), value, rtol=1e-4, atol=1e-5)
+    nothing = a[:0].detach().requires_grad_()
+    value = loss(nothing, b[:0])
+    value.backward()
+    assert value == 0 and nothing.grad.shape == nothing.shape
+
+
 # ---- pairs
-@pytest.mark.parametrize("pair, n, identity, expected", [
-    (losses.dsm_pair, 10, 0, lambda x: lowpass(x, 10)),
-    (losses.scale_pair, 2, 1, lambda x: F.avg_pool2d(x, 2))])
-def test_pairs_treat_both_sides_alike(pair, n, identity, expected):
-    """Alg. 2: the same mask on image and latent; related methods halve both."""
-    images, latents = torch.randn(2, 3, 32, 64), torch.randn(2, 4, 8, 16)
-    for found, x in zip(pair(images, latents, n), (images, latents)):
-        close(found, expected(x))
-    assert all(map(torch.equal, pair(images, latents, identity), (images, latents)))
+def test_pairs_treat_both_sides_alike():
+    """Alg. 2: the same mask on image and latent; related methods halve both. In float32."""
+    both = torch.randn(2, 3, 32, 64), torch.randn(2, 4, 8, 16)
+    close(losses.dsm_pair(*both, 10), tuple(lowpass(x, 10) for x in both))
+    close(losses.scale_pair(*both, 2), tuple(F.avg_pool2d(x, 2) for x in both))
+    for pair in (losses.dsm_pair(*both, 0), losses.scale_pair(*both, 1)):
+        assert all(map(torch.equal, pair, both))
+    for pair in (losses.dsm_pair, losses.scale_pair, lambda x, z, n: eq_pair(x, z, 0.6, 1)):
+        half = [x.bfloat16() for x in both]
+        with torch.autocast("cpu", torch.bfloat16):        # float32 all the same
+            found = pair(*half, 2)
+        close(found, pair(*(x.float() for x in half), 2), rtol=0, atol=0)
 
 
 def test_eq_pair_scales_and_rotates_both_sides():
@@ -162,12 +197,8 @@ def test_adaptive_weight_balances_the_gradients(dtype):
 
 # ---- LPIPS
 def test_lpips_real_path_with_a_planted_file(tmp_path, monkeypatch):
-    """A random VGG-16 in TORCH_HOME: 0 for equal images, a gradient to the image alone."""
-    from torchvision.models import vgg16
-    checkpoints = tmp_path / "hub" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    torch.save(vgg16().state_dict(), checkpoints / "vgg16-397923af.pth")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    """A VGG-16 in TORCH_HOME: 0 for equal images, a gradient to the image alone."""
+    plant_vgg(tmp_path, monkeypatch)
     perceptual = PerceptualLoss().train()
     a, b = torch.randn(2, 1, 3, 32, 48).clamp(-1, 1)
     b.requires_grad_()

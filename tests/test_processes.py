@@ -4,6 +4,7 @@ losses, for every method; tiny data neither hangs nor counts an image twice. Alw
 against 2 with 2 parts each, for vf and dog, which have a second network; `--long` takes every
 method, and adds 2 and 4 processes.
 """
+import functools
 import json
 
 import numpy as np
@@ -47,24 +48,21 @@ def test_processes_and_accumulation_change_nothing(reg, tmp_path, request):
     long = request.config.getoption("--long")
     if reg != "vf" and not long:
         pytest.skip("--long runs every method")
-    # the adaptive weight of vf and uae is a ratio of gradients, taken part by part: equal in the
-    # mean, not to the last digit
-    compare(tmp_path, "train_ae", [*TINY_AE, "--reg", *reg.split()], long,
-            rel=0.1 if reg in ("vf", "uae") else 2e-3)
+    # the adaptive weight of vf and uae is a ratio of gradients, part by part: equal in the mean
+    rel = 0.1 if reg in ("vf", "uae") else 2e-3
+    compare(tmp_path, "train_ae", [*TINY_AE, "--reg", *reg.split()], long, rel)
 
 
 @pytest.fixture(scope="module")
 def diffusion(material, tmp_path_factory, request):
     """diffusion(repa): the folder of `compare` with train_diffusion.py, encoding included."""
-    folders = {}
-
+    @functools.cache
     def get(repa):
-        if repa not in folders:
-            folders[repa] = tmp_path_factory.mktemp(repa)
-            flags = [*TINY_SIT, "--repa", repa, "--ae", material / "ae" / "ckpt.pt",
-                     "--data", material / "images", "--cache", "cache"]
-            compare(folders[repa], "train_diffusion", flags, request.config.getoption("--long"))
-        return folders[repa]
+        folder = tmp_path_factory.mktemp(repa)
+        flags = [*TINY_SIT, "--repa", repa, "--ae", material / "ae" / "ckpt.pt",
+                 "--data", material / "images", "--cache", "cache"]
+        compare(folder, "train_diffusion", flags, request.config.getoption("--long"))
+        return folder
     return get
 
 
@@ -83,12 +81,11 @@ def test_evaluation_counts_every_image_once(material, diffusion, tmp_path):
     for world in (1, 2):
         common = ["--batch_size", 2, "--device", "cpu", "--workers", 0,
                   "--results", tmp_path / f"{world}.jsonl"]
-        run_ranks(world, "evaluate", "recon", "--ae", material / "ae" / "ckpt.pt",
-                  "--data", material / "images", "--val_images", 5, *common,
-                  cwd=tmp_path, output=tmp_path / "recon.txt")
-        run_ranks(world, "evaluate", "gen", "--ckpt", diffusion("dog") / "one" / "run" / "ckpt.pt",
-                  "--num_samples", 3, "--steps", 2, *common, "--out", f"samples{world}",
-                  cwd=tmp_path, output=tmp_path / "gen.txt")
+        for command in (["recon", "--ae", material / "ae" / "ckpt.pt", "--data",
+                         material / "images", "--val_images", 5],
+                        ["gen", "--ckpt", diffusion("dog") / "one" / "run" / "ckpt.pt",
+                         "--num_samples", 3, "--steps", 2, "--out", f"samples{world}"]):
+            run_ranks(world, "evaluate", *command, *common, cwd=tmp_path, output=tmp_path / "out")
         results.append(read_lines(tmp_path / f"{world}.jsonl"))
     for one, two in zip(*results):
         numbers = {name: value for name, value in one.items()
@@ -108,11 +105,11 @@ def test_less_data_than_processes(tmp_path, request):
         pixels = np.random.default_rng(i).integers(0, 256, (40, 33, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "three" / f"{i}.png")
     for world in (1, 3):
+        places = dict(cwd=tmp_path, output=tmp_path / "output")
         run_ranks(world, "train_ae", *TINY_AE, "--reg", "esm", "--batch_size", 6, "--data", "three",
-                  "--out", f"ae{world}", cwd=tmp_path, output=tmp_path / f"ae{world}.txt")
+                  "--out", f"ae{world}", **places)
         run_ranks(world, "train_diffusion", *TINY_SIT, "--ae", "ae1/ckpt.pt", "--batch_size", 6,
-                  "--encode_batch", 6, "--out", f"sit{world}", "--cache", f"cache{world}",
-                  cwd=tmp_path, output=tmp_path / f"sit{world}.txt")
+                  "--encode_batch", 6, "--out", f"sit{world}", "--cache", f"cache{world}", **places)
     for stage in ("ae", "sit"):
         assert_same_log(tmp_path / f"{stage}1", tmp_path / f"{stage}3")
     one, three = (json.loads((tmp_path / cache / "cache.json").read_text())

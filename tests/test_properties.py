@@ -1,11 +1,10 @@
 """
-Properties of the public functions of spectral.py and losses.py, on tensors that hypothesis draws:
-odd and prime sides, one pixel, an empty batch; four dtypes; zeros, denormals, constants, outliers,
-magnitudes up to what the contract allows; any memory layout.
-HYPOTHESIS_PROFILE=long tries ten times as many examples. Each profile draws the same every time.
+What every function of spectral.py promises: finite float32 for what is finite, whatever the dtype
+and the memory layout; of odd and prime sides, one pixel, no item; of zeros, denormals, constants,
+outliers and magnitudes up to what the contract allows. And what it refuses.
 """
+import itertools
 import math
-import os
 
 import pytest
 import torch
@@ -13,26 +12,12 @@ import torch
 import losses
 import spectral
 
-hypothesis = pytest.importorskip("hypothesis")
-st = pytest.importorskip("hypothesis.strategies")
-given, settings = hypothesis.given, hypothesis.settings
-
-settings.register_profile("ci", max_examples=20, deadline=None, derandomize=True)
-settings.register_profile("long", max_examples=300, deadline=None, derandomize=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
-
-# --------------------------------------------------------------------------------------------------
-# What is drawn
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-WIDE = (torch.float32, torch.bfloat16, torch.float64)   # those with the range of float32
-FULL = (torch.float32, torch.float64)                   # those with its precision
 # inf: squares that sum to 1e36 an item
 MAGNITUDES = (1.0, 0.0, 1e-45, 1e-30, 1e-3, 1e4, math.inf)
-SIDES = dict(B=(2, 1, 3), H=(8, 1, 2, 3, 5, 7, 12, 16, 17), T=(6, 1, 2, 4, 7, 13),
-             h=(2, 1, 3), b=(4, 1, 3, 8), C=(3, 1, 4))
-SIDES |= dict(W=SIDES["H"], X=SIDES["H"], Y=SIDES["H"], w=SIDES["h"], D=SIDES["C"])
-SIDES["3"] = (3,)
+GRIDS = (dict(B=2, C=3, H=16, W=12, T=6, D=4, h=2, w=3, b=4),
+         dict(B=3, C=1, H=34, W=17, T=13, D=3, h=1, w=3, b=3),
+         dict(B=2, C=4, H=7, W=5, T=2, D=1, h=3, w=1, b=8), dict.fromkeys("BCHWTDhwb", 1))
 
 
 def outlier(x):
@@ -41,47 +26,24 @@ def outlier(x):
     return x * 1e-3 + (x == largest)
 
 
-def contiguous(x):
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-FILLS = dict(noise=lambda x: x, constant=torch.ones_like, outlier=outlier)
-LAYOUTS = dict(
-    contiguous=lambda x: x,
-    transposed=lambda x: x.mT.contiguous().mT,
-    strided=lambda x: torch.stack([x, x + 1], -1)[..., 0],
-    expanded=lambda x: x[:1].expand_as(x),
-    channels_last=lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+FILLS = (lambda x: x, outlier, torch.ones_like)
+LAYOUTS = (
+    lambda x: x.mT.contiguous().mT,
+    lambda x: torch.stack([x, x + 1], -1)[..., 0],
+    lambda x: x[:1].expand_as(x),
+    lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
 )
 
 
-def noise(*shape, seed=0):
-    """Uniform in [-1, 1), seeded: an example that fails must fail again."""
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-@st.composite
-def tensors(draw, dims, dtypes=DTYPES, magnitudes=MAGNITUDES, fills=tuple(FILLS), **sides):
-    """
-    A tensor with these dimensions, a letter each; a letter that comes twice is drawn once.
-    sides: some of them given.
-    """
-    for letter in dims:
-        if letter not in sides:
-            sides[letter] = draw(st.sampled_from(SIDES[letter]))
-    shape = [sides[letter] for letter in dims]
-    x = noise(*shape, seed=draw(st.integers(0, 999)))
-    fill = draw(st.sampled_from(fills))
-    magnitude = draw(st.sampled_from(magnitudes))
-    dtype = draw(st.sampled_from(dtypes))
-    x = FILLS[fill](x) if x.numel() else x
-    if magnitude == math.inf:
-        magnitude = (1e36 / max(1, math.prod(shape[1:]))) ** 0.5
-    limits = torch.finfo(dtype)
-    x = (x.double() * magnitude).clamp(limits.min, limits.max).to(dtype)
-    layout = draw(st.sampled_from(list(LAYOUTS)))
-    hypothesis.note(f"{dims} {shape}, {fill} of {magnitude:.3g}, {dtype}, {layout}")
-    return LAYOUTS[layout](x)
+def tensors(dims, magnitudes=MAGNITUDES, fills=FILLS):
+    """Tensors with these dimensions, a letter each."""
+    for grid, fill, magnitude, dtype in itertools.product(GRIDS, fills, magnitudes, DTYPES):
+        shape = [grid[letter] for letter in dims]
+        if magnitude == math.inf:
+            magnitude = (1e36 / math.prod(shape[1:])) ** 0.5
+        x = fill(torch.rand(shape) * 2 - 1).double() * magnitude
+        limits = torch.finfo(dtype)
+        yield x.clamp(limits.min, limits.max).to(dtype)
 
 
 def tile(x):
@@ -95,136 +57,72 @@ def tiles_shape(B, C, H, W):
     return B, C, H // b, W // b, b, b
 
 
-def small_shape(B, C, H, W):
-    """Shape of downsample_dct(x, tile(x))."""
-    k = math.gcd(H, W)
-    return B, C, H // k, W // k
-
-
-# name: dimensions of x, the function, the shape of its result,
-# degree (f(c x) = |c|^degree f(x); None: no such law)
+# name: dimensions of x, the function, the shape of its result
 same_shape = lambda *shape: shape
 MAPS = {
-    "dct2": ("BCHW", spectral.dct2, same_shape, 1),
-    "idct2": ("BCHW", spectral.idct2, same_shape, 1),
-    "block_dct2": ("BCHW", lambda x: spectral.block_dct2(x, tile(x)), tiles_shape, 1),
-    "block_idct2": (
-        "BChwbb", spectral.block_idct2, lambda B, C, h, w, b, _: (B, C, h * b, w * b), 1),
-    "lowpass": ("BCHW", lambda x: spectral.lowpass(x, tile(x), tile(x)), same_shape, 1),
-    "downsample_dct": ("BCHW", lambda x: spectral.downsample_dct(x, tile(x)), small_shape, 1),
-    "power_spectrum": ("BCHW", spectral.power_spectrum, lambda B, C, H, W: (B, H, W), 2),
-    "radial_profile": ("BHW", spectral.radial_profile, lambda B, H, W: (B, 16), 1),
-    "spectrum_distribution": (
-        "BCHW", lambda x: spectral.spectrum_distribution(x, 7, 1), lambda B, C, H, W: (B, 7), None),
-    "match_resolution": (
-        "BCHW", lambda x: spectral.match_resolution(x, (1, 3)), lambda B, C, H, W: (B, C, 1, 3), 1),
-    "fit_power_law": ("BT", lambda x: spectral.fit_power_law(x.abs()), lambda B, T: (B,), 0),
-    "wiener_gain": ("BT", lambda x: spectral.wiener_gain(x.abs(), 0.3), same_shape, None),
-    "learnable_power": ("BT", lambda x: spectral.learnable_power(x.abs(), 0.9), same_shape, None),
-    "rmsc": ("BTD", spectral.rmsc, lambda B, T, D: (B,), 0),
-    "directional_energy": ("BTD", spectral.directional_energy, lambda B, T, D: (B, T), 0),
-    "gaussian_blur": ("BCHW", lambda x: spectral.gaussian_blur(x, 1.3), same_shape, 1),
-    "dog": ("BCHW", lambda x: spectral.dog(x, 0, 2), same_shape, 1),
-    "spatial_norm": ("BTD", spectral.spatial_norm, same_shape, None),
+    "dct2": ("BCHW", spectral.dct2, same_shape),
+    "idct2": ("BCHW", spectral.idct2, same_shape),
+    "block_dct2": ("BCHW", lambda x: spectral.block_dct2(x, tile(x)), tiles_shape),
+    "block_idct2": ("BChwbb", spectral.block_idct2, lambda B, C, h, w, b, _: (B, C, h * b, w * b)),
+    "lowpass": ("BCHW", lambda x: spectral.lowpass(x, tile(x), tile(x)), same_shape),
+    "downsample_dct": ("BCHW", lambda x: spectral.downsample_dct(x, tile(x)),
+                       lambda *shape: tiles_shape(*shape)[:4]),
+    "power_spectrum": ("BCHW", spectral.power_spectrum, lambda B, C, H, W: (B, H, W)),
+    "radial_profile": ("BHW", spectral.radial_profile, lambda B, H, W: (B, 16)),
+    "spectrum_distribution": ("BCHW", lambda x: spectral.spectrum_distribution(x, 7, 1),
+                              lambda B, C, H, W: (B, 7)),
+    "match_resolution": ("BCHW", lambda x: spectral.match_resolution(x, (1, 3)),
+                         lambda B, C, H, W: (B, C, 1, 3)),
+    "fit_power_law": ("BT", lambda x: spectral.fit_power_law(x.abs()), lambda B, T: (B,)),
+    "wiener_gain": ("BT", lambda x: spectral.wiener_gain(x.abs(), 0.3), same_shape),
+    "learnable_power": ("BT", lambda x: spectral.learnable_power(x.abs(), 0.9), same_shape),
+    "rmsc": ("BTD", spectral.rmsc, lambda B, T, D: (B,)),
+    "directional_energy": ("BTD", spectral.directional_energy, lambda B, T, D: (B, T)),
+    "gaussian_blur": ("BCHW", lambda x: spectral.gaussian_blur(x, 1.3), same_shape),
+    "dog": ("BCHW", lambda x: spectral.dog(x, 0, 2), same_shape),
+    "spatial_norm": ("BTD", spectral.spatial_norm, same_shape),
 }
-SCALING_MAPS = [name for name, (*_, degree) in MAPS.items() if degree is not None]
 every_map = pytest.mark.parametrize("name", MAPS)
-draws = given(st.data())
 
 
-def align_on_a_grid(p, f):
-    """low_freq_align_loss of any number of tokens: on two rows if it is even, else on one."""
-    rows = math.gcd(p.shape[1], 2)
-    return losses.low_freq_align_loss(p, f, (rows, p.shape[1] // rows))
-
-
-# name: dimensions of a and b, the loss as a function of both, whether b gets a gradient,
-# smallest and largest value
-LOSSES = {
-    "kl_loss": ("BCHW", "BCHW", lambda mean, logvar: losses.kl_loss(mean, logvar.clamp(-30, 20)),
-                True, 0, math.inf),
-    "esm_loss": ("BCHW", "B3XY", lambda z, x: losses.esm_loss(x, z), False, 0, math.inf),
-    "vf_loss": ("BTD", "BTD", losses.vf_loss, False, 0, 1.5 + 1.75),
-    "low_freq_align_loss": ("BTD", "BTD", align_on_a_grid, False, 0, math.inf),
-    "hinge_d_loss": ("BCHW", "BXY", losses.hinge_d_loss, True, 0, math.inf),
-    "hinge_g_loss": (
-        "BCHW", "BX", lambda fake, _: losses.hinge_g_loss(fake), True, -math.inf, math.inf),
-}
-every_loss = pytest.mark.parametrize("name", LOSSES)
-
-
-def close(a, b, scale, rtol=1e-5):
+def close(a, b, scale):
     """a equals b within the rounding of numbers as large as scale."""
     assert a.shape == b.shape
-    if b.numel():
-        assert (a.double() - b.double()).abs().max().item() <= rtol * float(scale) + 1e-37
-
-
-def size(x, degree=1):
-    """The length of the largest item, to that power: what a result of this degree may reach."""
-    return max(1e-37, x.double().flatten(1).norm(dim=1).max().item()) ** degree
-
-
-# --------------------------------------------------------------------------------------------------
-# What holds for every map
-
-@every_map
-@draws
-def test_map_is_finite_float32_of_the_stated_shape(name, data):
-    """Finite in, finite out; float64 stays; autocast changes nothing, and nothing changes x."""
-    dims, function, shape, _ = MAPS[name]
-    x = data.draw(tensors(dims))
-    before, y = x.clone(), function(x)
-    assert torch.equal(x, before)
-    assert y.shape == shape(*x.shape) and y.isfinite().all()
-    assert y.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(function(x), y)
+    assert ((a.double() - b.double()).abs() <= 1e-5 * float(scale) + 1e-37).all()
 
 
 @every_map
-@draws
-def test_map_gradient_is_finite(name, data):
-    """A finite gradient of x's shape and dtype for finite x; float16 cannot hold all of them."""
-    dims, function, _, _ = MAPS[name]
-    x = data.draw(tensors(dims, dtypes=WIDE)).requires_grad_()
-    y = function(x)
-    if name == "fit_power_law":
-        assert not y.requires_grad
-        return
-    along = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
-    gradient, = torch.autograd.grad(y, x, along)
-    assert gradient.shape == x.shape and gradient.dtype == x.dtype and gradient.isfinite().all()
+def test_map_is_finite_float32_of_the_stated_shape(name):
+    """Finite in, finite out, float64 stays; autocast changes nothing, nothing changes x."""
+    dims, function, shape = MAPS[name]
+    for x in tensors(dims):
+        before, y = x.clone(), function(x)
+        assert torch.equal(x, before)
+        assert y.shape == shape(*x.shape) and y.isfinite().all()
+        assert y.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(function(x), y)
+        if name == "fit_power_law" or x.dtype == torch.float16:    # cannot hold every gradient
+            continue
+        y = function(x.requires_grad_())
+        along = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+        gradient, = torch.autograd.grad(y, x, along)
+        assert gradient.dtype == x.dtype and gradient.isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:std")  # torch's, over a batch of 0
 @every_map
-@draws
-def test_map_sees_neither_layout_nor_batch(name, data):
+def test_map_sees_neither_layout_nor_batch(name):
     """Neither layout nor neighbours change an item's result; a batch of no item has none."""
-    dims, function, shape, degree = MAPS[name]
-    x = data.draw(tensors(dims, magnitudes=(1.0, 1e-3, 1e4, math.inf), fills=("noise", "outlier")))
-    y = function(x)
-    scale = max(size(x, degree or 0), y.abs().max())
-    rtol = 1e-5 if degree else 1e-4  # logarithms and square roots near 0
-    close(y, function(contiguous(x)), scale, rtol)
-    close(y, torch.cat([function(x[i:i + 1]) for i in range(len(x))]), scale, rtol)
-    assert function(x[:0]).shape == shape(0, *x.shape[1:])
-
-
-@pytest.mark.parametrize("name", SCALING_MAPS)
-@draws
-def test_map_scale_law(name, data):
-    """f(c x) = |c|^degree f(x); where f is linear, f(c x + y) = c f(x) + f(y)."""
-    dims, function, _, degree = MAPS[name]
-    x = data.draw(tensors(dims, FULL, magnitudes=(1.0, 1e-5, 1e4), fills=("noise", "constant")))
-    c = data.draw(st.sampled_from([-1.0, 0.5, 3.0, -1e3]))
-    factor = {0: 1, 1: c, 2: c * c}[degree]
-    close(function(c * x), factor * function(x), abs(factor) * size(x, degree))
-    if degree == 1:
-        y = noise(*x.shape) * size(x)
-        scale = abs(c) * size(x) + size(y)
-        close(function(c * x.double() + y), c * function(x.double()) + function(y), scale)
+    dims, function, shape = MAPS[name]
+    for x in tensors(dims, magnitudes=(1.0, 1e-3, 1e4, math.inf), fills=FILLS[:2]):
+        y = function(x)
+        scale = max(1, x.double().flatten(1).norm(dim=1).max(), y.abs().max())
+        close(y, torch.cat([function(x[i:i + 1]) for i in range(len(x))]), scale)
+        assert function(x[:0]).shape == shape(0, *x.shape[1:])
+        for layout in LAYOUTS:
+            x = layout(x)
+            close(function(x), function(x.contiguous()), scale)
 
 
 @every_map
@@ -233,8 +131,8 @@ def test_map_can_train_after_inference_mode(name):
     for function in vars(spectral).values():
         if hasattr(function, "cache_clear"):
             function.cache_clear()
-    dims, function, _, _ = MAPS[name]
-    x = torch.rand([{"B": 2, "b": 4}.get(letter, 8) for letter in dims])
+    dims, function, _ = MAPS[name]
+    x = torch.rand([GRIDS[0][letter] for letter in dims])
     with torch.inference_mode():
         function(x)
     y = function(x.requires_grad_())
@@ -242,132 +140,29 @@ def test_map_can_train_after_inference_mode(name):
         y.sum().backward()
 
 
-# --------------------------------------------------------------------------------------------------
-# What holds for one map
-
-@draws
-def test_lowpass_is_an_orthogonal_projection(data):
-    """Idempotent, self-adjoint, never longer; of two the stronger counts; the last drops DC."""
-    x = data.draw(tensors("BCHW"))
-    n, m = (data.draw(st.integers(0, 2 * tile(x) - 1)) for _ in range(2))
-    low = lambda x, n: spectral.lowpass(x, n, tile(x))
-    y = low(x, n)
-    close(low(y, n), y, size(x))
-    close(low(y, m), low(x, max(n, m)), size(x))
-    assert size(y) <= size(x) * (1 + 1e-5)
-    other = noise(*x.shape).double()
-    scale = len(x) * size(x) * size(other)
-    close((y.double() * other).sum(), (x.double() * low(other, n)).sum(), scale)
-    if n < 2 * tile(x) - 1:
-        close(low(x.double() + size(x), n), y.double() + size(x), 2 * size(x))
-
-
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
-def test_rings_partition_the_plane(H, W, n_bins):
+def test_rings_partition_the_plane():
     """Every coefficient is in the ring of whole-number arithmetic; a ring's value is its mean."""
-    P = noise(1, H, W).double()
-    rings = [[] for _ in range(n_bins)]
-    r2_max = max(1, (H - 1) ** 2 + (W - 1) ** 2)
-    for u in range(H):
-        for v in range(W):
+    for H, W, n_bins in itertools.product((1, 2, 7, 16, 33), (1, 3, 16, 40), (1, 5, 16, 37)):
+        P, rings = torch.rand(1, H, W).double(), [[] for _ in range(n_bins)]
+        r2_max = max(1, (H - 1) ** 2 + (W - 1) ** 2)
+        for u, v in itertools.product(range(H), range(W)):
             # floor(sqrt(q)) = isqrt(floor(q))
             ring = math.isqrt((u * u + v * v) * n_bins ** 2 // r2_max)
             rings[min(n_bins - 1, ring)].append(P[0, u, v].item())
-    means = torch.tensor([sum(ring) / max(1, len(ring)) for ring in rings], dtype=torch.float64)
-    close(spectral.radial_profile(P, n_bins)[0], means, 1)
+        means = [sum(ring) / max(1, len(ring)) for ring in rings]
+        close(spectral.radial_profile(P, n_bins)[0], torch.tensor(means), 1)
 
 
-@given(st.data(), st.sampled_from([0.0, 0.1, 1 / 3, -12.34, 1234.567, 1e4 + 0.1, 1e16]),
-       st.integers(1, 40), st.integers(1, 40))
-def test_spectrum_distribution_of_a_constant_is_uniform(data, value, H, W):
+def test_spectrum_distribution_of_a_constant_is_uniform():
     """Whatever the value: what rounding leaves of a large mean is no power."""
-    dtype = data.draw(st.sampled_from(DTYPES))
-    x = torch.full((2, 3, H, W), min(value, torch.finfo(dtype).max), dtype=dtype)
-    close(spectral.spectrum_distribution(x, 16, 1.0), torch.full((2, 16), 1 / 16), 1)
-
-
-# --------------------------------------------------------------------------------------------------
-# What holds for every loss
-
-def draw_two(data, name, **kwargs):
-    """Arguments of a loss, of one batch size and, where a letter is shared, of the same sides."""
-    dims_a, dims_b = LOSSES[name][:2]
-    letters = dict.fromkeys(dims_a + dims_b)
-    sides = {letter: data.draw(st.sampled_from(SIDES[letter])) for letter in letters}
-    return tuple(data.draw(tensors(dims, **sides, **kwargs)) for dims in (dims_a, dims_b))
-
-
-@every_loss
-@draws
-def test_loss_is_a_finite_float32_scalar_in_its_range(name, data):
-    """Also under autocast; the gradient is finite, and images and features get none."""
-    _, _, loss, both, least, most = LOSSES[name]
-    a, b = draw_two(data, name)
-    value = loss(a, b)
-    assert value.shape == () and value.dtype == torch.float32 and value.isfinite()
-    assert least - 1e-5 <= value <= most + 1e-5
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(loss(a, b), value)
-    a, b = (x.requires_grad_() for x in draw_two(data, name, dtypes=WIDE))
-    loss(a, b).backward()
-    assert a.grad.shape == a.shape and a.grad.isfinite().all()
-    assert b.grad is None or both and b.grad.isfinite().all()
-
-
-@every_loss
-@draws
-def test_loss_is_the_mean_over_items(name, data):
-    """The mean of its items' losses, in any layout; of no item 0, with an empty gradient."""
-    _, _, loss, _, _, _ = LOSSES[name]
-    # ESM: zeros in a spectrum of 1e4 are rounding.
-    magnitudes = (1.0, 0.0, 1e-30, 1e-3) if name == "esm_loss" else MAGNITUDES
-    a, b = draw_two(data, name, magnitudes=magnitudes)
-    value = loss(a, b)
-    items = torch.stack([loss(a[i:i + 1], b[i:i + 1]) for i in range(len(a))])
-    close(value, items.double().mean(), items.abs().max().clamp_min(1))
-    close(loss(contiguous(a), contiguous(b)), value, value.abs().clamp_min(1))
-    nothing = a[:0].clone().requires_grad_()
-    value = loss(nothing, b[:0])
-    value.backward()
-    assert value == 0 and nothing.grad.shape == nothing.shape
-
-
-# --------------------------------------------------------------------------------------------------
-# Pairs, and what is refused
-
-@pytest.mark.parametrize("pair", [
-    lambda x, z: losses.dsm_pair(x, z, 2, 2),
-    lambda x, z: losses.scale_pair(x, z, 2),
-    lambda x, z: losses.eq_pair(x, z, 0.6, 1),
-])
-@draws
-def test_pair_sees_neither_autocast_nor_layout_nor_batch(pair, data):
-    """One result, item by item too, whatever the dtypes; the gradient to the latents is finite."""
-    h, w = (2 * data.draw(st.integers(1, 4)) for _ in range(2))
-    f, B = data.draw(st.sampled_from([1, 2, 3, 8])), data.draw(st.sampled_from([1, 2, 0]))
-    images = data.draw(tensors("B3HW", B=B, H=h * f, W=w * f))
-    latents = data.draw(tensors("BChw", B=B, h=h, w=w))
-    target, z = pair(images, latents)
-    assert target.shape[-2:] == (f * z.shape[-2], f * z.shape[-1])
-    assert target.dtype == z.dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
-        assert all(torch.equal(a, b) for a, b in zip(pair(images, latents), (target, z)))
-    copies = pair(contiguous(images), contiguous(latents))
-    items = [pair(images[i:i + 1], latents[i:i + 1]) for i in range(len(images))] or [(target, z)]
-    for result, copy, item, source in zip((target, z), copies, zip(*items), (images, latents)):
-        scale = size(source) if len(source) else 0
-        close(copy, result, scale)
-        close(torch.cat(item), result, scale)
-    latents = latents.float().requires_grad_()
-    pair(images, latents)[1].sum().backward()
-    assert latents.grad.isfinite().all()
+    values = 0.0, 0.1, 1 / 3, -12.34, 1234.567, 1e4 + 0.1, 1e16
+    for dtype, value, side in itertools.product(DTYPES, values, (1, 7, 16, 33)):
+        x = torch.full((2, 3, side, side + 3), min(value, torch.finfo(dtype).max), dtype=dtype)
+        close(spectral.spectrum_distribution(x, 16, 1.0), torch.full((2, 16), 1 / 16), 1)
 
 
 @pytest.mark.parametrize("call, culprit", [
-    (lambda x: spectral.lowpass(x, 0, 8), "12x20"),
-    (lambda x: spectral.block_dct2(x, 8), "12x20"),
     (lambda x: spectral.lowpass(x, 8, 4), "n=8"),
-    (lambda x: losses.dsm_pair(x, x, -1, 4), "n=-1"),
     (lambda x: losses.dsm_pair(x, x[..., :6], 1, 4), "12x6"),
     (lambda x: spectral.downsample_dct(x, 3), "12x20"),
     (lambda x: spectral.dct2(x[..., :0]), r"\(2, 3, 12, 0\)"),
@@ -376,7 +171,6 @@ def test_pair_sees_neither_autocast_nor_layout_nor_batch(pair, data):
     (lambda x: losses.esm_loss(x[:, 0], x), "match_resolution"),
     (lambda x: spectral.dog(x, 2.0, 1.0), "sigma1=2.0"),
     (lambda x: losses.kl_loss(x, x[:1]), "kl_loss"),
-    (lambda x: losses.vf_loss(x[0], x[0, :, :1]), "vf_loss"),
     (lambda x: losses.scale_pair(x, x, 8), "12x20"),
     (lambda x: losses.eq_pair(x[..., :18], x, 0.5, 0), "12x18")])
 def test_bad_input_names_the_culprit(call, culprit):

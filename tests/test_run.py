@@ -6,14 +6,13 @@ import argparse
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
 import torch
 
 from common import run
-from conftest import ROOT
+from conftest import SERVER, run_ranks, same
 
 
 def test_step_seeds_are_distinct_and_repeatable():
@@ -30,44 +29,20 @@ def test_sharded_noise_is_the_same_on_any_number_of_processes():
     assert torch.equal(torch.cat([draw(rank, 4) for rank in range(4)]), draw(0, 1))
 
 
-def test_interrupted_write_keeps_the_old_file(tmp_path):
-    """
-    An error in the middle of a write leaves the previous checkpoint whole and no temporary file.
-    """
+def test_one_flipped_bit_in_a_checkpoint_is_refused(tmp_path):
+    """Which torch.load reads over; other damage is in test_bad_input.py."""
     path = tmp_path / "ckpt.pt"
-    run.save_checkpoint(path, dict(stage="ae", step=1, x=torch.ones(3)))
-
-    def breaks(file):
-        file.write(b"half of it")
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        run.write_atomic(path, breaks)
-    assert os.listdir(tmp_path) == ["ckpt.pt"]
-    assert run.load_checkpoint(path, "ae")["step"] == 1
-
-
-def test_load_checkpoint_names_the_culprit(tmp_path):
-    """No file, another stage, damage that torch.load reads over: a line each, with the path."""
-    path = tmp_path / "ckpt.pt"
-    with pytest.raises(FileNotFoundError, match="ckpt.pt: no such checkpoint"):
+    run.save_checkpoint(path, dict(stage="ae", step=1, x=torch.randn(20_000)))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["step"] == 1
+    with pytest.raises(ValueError, match="ckpt.pt: not a readable checkpoint.*checksum"):
         run.load_checkpoint(path, "ae")
-    run.save_checkpoint(path, dict(stage="diffusion", step=1, args={}, x=torch.randn(20_000)))
-    with pytest.raises(ValueError, match="stage 'diffusion', expected stage 'ae'"):
-        run.load_checkpoint(path, "ae")
-    content = path.read_bytes()
-    middle = len(content) // 2
-    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
-    for damaged in (flipped, content[:middle], b"not a checkpoint"):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="ckpt.pt: not a readable checkpoint"):
-            run.load_checkpoint(path, "diffusion")
 
 
 def test_open_run_protects_what_is_there(tmp_path):
-    """
-    A run is continued or replaced only when asked; contradicting flags are named one by one, other
-    images as such; kept checkpoints without a ckpt.pt are not cleared by a --resume.
-    """
+    """Continued or replaced only when asked; what differs is named; a --resume clears nothing."""
     flags = dict(out=str(tmp_path), resume=False, overwrite=False, steps=10, lr=1.0, seed=0)
 
     def open_run(images="a", **other):
@@ -103,123 +78,87 @@ def test_a_resumed_log_has_no_gaps_or_repeats(line, tmp_path):
 
 
 def test_ema_arithmetic():
-    """
-    decay_t = min(decay, (1 + t) / (10 + t)); integer buffers follow the first value; a scalar model
-    by hand.
-    """
-    model = torch.nn.Linear(1, 1, bias=False)
+    """decay_t = min(decay, (1 + t) / (10 + t)); from 0 towards 1 by hand."""
+    model, expected = torch.nn.Linear(1, 1, bias=False), 0.0
     torch.nn.init.zeros_(model.weight)
     ema = run.EMA(model, decay=0.5)
     torch.nn.init.ones_(model.weight)
-    expected = 0.0
     for step in range(20):
         ema.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * 1.0
-        assert abs(ema.shadow["weight"].item() - expected) < 1e-6
+        expected = decay * expected + (1 - decay)
+        assert ema.shadow["weight"].item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("before, after", [
     (torch.channels_last, torch.contiguous_format), (torch.contiguous_format, torch.channels_last)])
-def test_moments_follow_their_parameters_layout(before, after, tmp_path):
-    """A checkpoint of one memory layout goes on in the other: AdamW's steps, bit for bit."""
-    def trained(layout, start=None):
-        torch.manual_seed(0)
-        network = torch.nn.Conv2d(8, 16, 3).to(memory_format=layout)   # whole vectors
+def test_moments_follow_their_parameters_layout(before, after):
+    """A checkpoint of one memory layout goes on in the other: fused kernels go by the strides."""
+    def make(layout):
+        network = torch.nn.Conv2d(8, 16, 3).to(memory_format=layout)
         optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
-        parts, steps = dict(model=network, optimizer=optimizer), range(3)
-        if start:
-            run.restore(torch.load(start, weights_only=True), parts)
-            steps = range(3, 6)
-        for step in steps:
-            for p in network.parameters():
-                generator = torch.Generator().manual_seed(step)
-                p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
-            optimizer.step()
-        return parts
-    file = tmp_path / "ckpt.pt"
-    run.save_checkpoint(file, {k: v.state_dict() for k, v in trained(before).items()})
-    switched, straight = trained(after, file), trained(before, file)
-    for a, b in zip(switched["model"].parameters(), straight["model"].parameters()):
-        assert torch.equal(a, b)
-    for p, state in switched["optimizer"].state.items():
-        assert state["exp_avg"].stride() == p.stride()
+        return dict(model=network, optimizer=optimizer)
+    old, new = make(before), make(after)
+    old["model"](torch.randn(2, 8, 5, 7)).square().sum().backward()
+    old["optimizer"].step()
+    run.restore({name: part.state_dict() for name, part in old.items()}, new)
+    for p, q in zip(old["model"].parameters(), new["model"].parameters()):
+        first, second = old["optimizer"].state[p], new["optimizer"].state[q]
+        assert torch.equal(p, q) and same(first, second)
+        assert second["exp_avg"].stride() == second["exp_avg_sq"].stride() == q.stride()
 
-
-def test_presets_set_defaults_and_flags_win(monkeypatch):
-    """--preset replaces defaults, an explicit flag replaces the preset's."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--preset", choices=("a", "b"), default="a")
-    parser.add_argument("--lr", type=float, default=1.0)
-    parser.add_argument("--steps", type=int, default=1)
-    monkeypatch.setattr(sys, "argv", ["x", "--preset", "b", "--steps", "7"])
-    args = run.parse_args(parser, dict(a={}, b=dict(lr=2.0, steps=3)))
-    assert (args.lr, args.steps) == (2.0, 7)
-
-
-def test_two_processes(tmp_path):
-    """
-    Two gloo processes: rank 0's first weights are everybody's, under bare names; gradients are
-    averaged, or kept local and added up until the last micro-batch; None stays None. The log's
-    means are over both, and what is not finite on one is skipped by both. Two nodes write no file
-    together, and do not resume from different steps.
-    """
-    script = tmp_path / "two.py"
-    script.write_text(f"""
-import argparse, sys; sys.path.insert(0, {str(ROOT)!r})
-import pytest, torch
-from common import run
-network = torch.nn.Sequential(torch.nn.Linear(2, 1))
-assert run.ddp(network) is network                     # no process group yet
 
 def weights(seed):
     torch.manual_seed(seed)
     return torch.nn.Sequential(torch.nn.Linear(2, 1))
 
-with run.one_line_errors():
-    rank, world, device = run.init_distributed("cpu")
-    assert (run.get_rank(), run.get_world_size()) == (rank, 2) and run.ddp(None) is None
+
+def check_two_processes():
+    """What each of two processes sees of gradients, log and refusals."""
+    network = weights(0)
+    assert run.ddp(network) is network                     # no process group yet
+    rank, world, _ = run.init_distributed("cpu")
+    assert (run.get_rank(), world) == (rank, 2) and run.ddp(None) is None
     local, mean = torch.tensor([[1.0, 2.0]]) * (1 + rank), torch.tensor([[1.5, 3.0]])
     network = weights(rank)
     step = run.ddp(network)
-    assert list(network.state_dict()) == ["0.weight", "0.bias"]
-    for name, value in weights(0).state_dict().items():
-        assert torch.equal(network.state_dict()[name], value)
+    assert same(network.state_dict(), weights(0).state_dict())
     for i in range(3):
         step.require_backward_grad_sync = i == 2
-        step(local).sum().backward()                   # d sum(x w + b) / dw = x
+        step(local).sum().backward()                       # d sum(x w + b) / dw = x
         expected = 3 * mean if i == 2 else (i + 1) * local
         assert torch.equal(network[0].weight.grad, expected)
-    log = run.Log({str(tmp_path / "log.jsonl")!r})
+    log = run.Log("log.jsonl")
     log.add(0, dict(a=torch.tensor(rank), b=torch.tensor(float("nan") if rank == 1 else 1.0)))
     assert not log.finite(0)
     log.add(1, dict(a=torch.tensor(rank + 2)))
     assert log.finite(1) and log.write(1) == dict(a=1.5, b=1.0)
-    del step, network
     run.need_one_node("samples")
-    run.platform.node = lambda: f"node{{rank}}"         # which reads its own disk
-    out = {str(tmp_path)!r} + f"/run{{rank}}"
+    run.platform.node = lambda: f"node{rank}"              # which reads its own disk
     if rank == 0:
-        run.save_checkpoint(f"{{out}}/ckpt.pt", dict(stage="ae", step=5, args={{}}))
-    args = argparse.Namespace(out=out, resume=True, overwrite=False, steps=9)
+        run.save_checkpoint("run0/ckpt.pt", dict(stage="ae", step=5, args={}))
+    args = argparse.Namespace(out=f"run{rank}", resume=True, overwrite=False, steps=9)
     for words, refused in (("samples: .*--nnodes=1", lambda: run.need_one_node("samples")),
-                           ("at steps .5, 0.", lambda: run.open_run(args, "ae", {{}}))):
+                           ("at steps .5, 0.", lambda: run.open_run(args, "ae", {}))):
         with pytest.raises(ValueError, match=words):
             refused()
-""")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    result = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
 
 
-def test_own_errors_are_one_line_and_library_errors_keep_their_traceback(tmp_path):
+def as_main(script):
+    script.main = check_two_processes
+
+
+def test_two_processes(tmp_path):
     """
-    ValueErrors of this project end with exit code 2 and one line; a bug inside a library stays
-    visible.
+    Rank 0's first weights are everybody's, under bare names; gradients are averaged, or kept local
+    and added up until the last micro-batch. The log's means are over both, and what is not finite
+    on one is skipped by both. Two nodes write no file together, nor resume from different steps.
     """
-    with pytest.raises(SystemExit) as exit, run.one_line_errors():
-        run.load_checkpoint(tmp_path / "none.pt", "ae")
-    assert exit.value.code == 2
+    run_ranks(2, "train_ae", cwd=tmp_path, output=tmp_path / "output", patch=as_main)
+
+
+def test_library_errors_keep_their_traceback():
+    """A bug inside a library stays visible; this project's own errors are in test_bad_input.py."""
     with pytest.raises(ValueError), run.one_line_errors():
         json.loads("{")
 
@@ -229,26 +168,20 @@ def test_the_log_goes_on_with_its_counts(tmp_path):
     Means since the last line; bad steps between two lines are reported before the checkpoint, and
     counts continue after it: a stopped and resumed log is byte for byte a straight one.
     """
-    def log_of(name, start_step=0, state=None):
-        return run.Log(tmp_path / name / "log.jsonl", start_step, state)
-
-    def steps(log, *range_):
+    def steps(name, *range_, state=None):
+        log = run.Log(tmp_path / name / "log.jsonl", range_[0], state)
         for step in range(*range_):
             for part in (0.1, 0.2):                        # micro-batches
                 bad = step in (2, 3)
                 log.add(step, dict(loss=torch.tensor(float("nan") if bad else part + step)))
             if step % 3 == 0:
                 log.write(step)
-    log = log_of("straight")
-    steps(log, 0, 9)
-    first = log_of("stopped")
-    steps(first, 0, 5)
-    state = first.state()
+        return log.state()
+    whole, state = steps("straight", 0, 9), steps("stopped", 0, 5)
     assert state["skipped"] == 2 and state["bad"] == {"loss": 0}
     torch.save(state, tmp_path / "state.pt")
-    again = log_of("stopped", 5, torch.load(tmp_path / "state.pt", weights_only=True))
-    steps(again, 5, 9)
-    assert again.state() == log.state()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert steps("stopped", 5, 9, state=state) == whole
     texts = [(tmp_path / name / "log.jsonl").read_text() for name in ("straight", "stopped")]
     assert texts[0] == texts[1] and texts[0].count("not_finite") == 2
     lines = [json.loads(line) for line in texts[0].splitlines()]
@@ -284,7 +217,17 @@ def test_what_differs_between_cpu_and_gpu_is_decided_in_one_place(monkeypatch, c
     assert "no C++ compiler" in capsys.readouterr().out
 
 
-def test_processes_ask_one_another_at_every_tenth_step(monkeypatch):
+@pytest.fixture
+def handlers():
+    """Of signals, put back after the test."""
+    numbers = signal.SIGHUP, signal.SIGTERM, signal.SIGINT
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+def test_processes_ask_one_another_at_every_tenth_step(monkeypatch, handlers):
     """One process learns of a signal at once; several exchange it where 10 divides the step."""
     interrupt = run.Interrupt()
     interrupt.name, exchanged = "SIGTERM", []
@@ -296,47 +239,44 @@ def test_processes_ask_one_another_at_every_tenth_step(monkeypatch):
     assert len(exchanged) == 3
 
 
-def test_sighup_counts_unless_it_is_ignored():
-    """A closed terminal saves like SIGTERM; under nohup SIGHUP stays ignored."""
-    before = {number: signal.getsignal(number) for number in
-              (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)}
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        run.Interrupt()
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)       # a job in the background ignores it
-        interrupt = run.Interrupt()
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert interrupt.asked(0) and interrupt.name == "SIGHUP"
-        os.kill(os.getpid(), signal.SIGINT)                # the second signal, and a Ctrl-C
-    except KeyboardInterrupt:
-        return
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    raise AssertionError("a second Ctrl-C must end the process")
+def test_sighup_counts_unless_it_is_ignored(handlers):
+    """A closed terminal saves like SIGTERM, nohup ignores it; a second Ctrl-C ends the process."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    run.Interrupt()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)           # a job in the background ignores it
+    interrupt = run.Interrupt()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert interrupt.asked(0) and interrupt.name == "SIGHUP"
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
 
 
 # ---- nothing silently wrong
 
+def hold(path):
+    """Hold the lock until killed."""
+    run.locks.enter_context(run.file_lock(path, wait=False))
+    (path.parent / "held").touch()
+    time.sleep(60)
+
+
 def test_a_second_process_in_one_out_is_refused(tmp_path):
     """Until the first one has ended, however it did."""
-    holder = subprocess.Popen([sys.executable, "-c", f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-import pathlib, time
-from common import run
-run.locks.enter_context(run.file_lock(pathlib.Path({str(tmp_path)!r}) / ".lock", wait=False))
-print("held", flush=True)
-time.sleep(60)"""], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "held\n"
+    path = tmp_path / ".lock"
+    holder = SERVER.Process(target=hold, args=(path,))
+    holder.start()
+    while holder.is_alive() and not (tmp_path / "held").exists():
+        time.sleep(0.01)
     with pytest.raises(ValueError, match="--out .*another process is writing there"):
-        run.locks.enter_context(run.file_lock(tmp_path / ".lock", wait=False))
+        run.locks.enter_context(run.file_lock(path, wait=False))
     holder.kill()
-    holder.wait()
-    with run.file_lock(tmp_path / ".lock", wait=False):
+    holder.join()
+    with run.file_lock(path, wait=False):
         pass
-    assert not (tmp_path / ".lock").exists()
+    assert not path.exists()
 
 
 def test_what_is_not_finite_takes_no_checkpoints_place(tmp_path, capsys):

@@ -20,16 +20,13 @@ def photos(count, size):
 
 
 def test_dct2_equals_scipy_and_keeps_energy():
-    """Against scipy.fft.dctn (type 2, ortho); Parseval; the inverse; D D^T = I, for odd sizes."""
+    """Against scipy.fft.dctn (type 2, ortho), also of an odd side; Parseval; the inverse."""
     x = torch.randn(2, 3, 9, 14, dtype=torch.float64)
     X = dct2(x)
     expected = scipy.fft.dctn(x.numpy(), type=2, norm="ortho", axes=(-2, -1))
     close(X, torch.from_numpy(expected))
     close(X.square().sum(), x.square().sum())
     close(idct2(X), x)
-    for n in (1, 2, 7, 8, 33):
-        D = spectral.dct_matrix(n, dtype=torch.float64)
-        close(D @ D.T, torch.eye(n, dtype=torch.float64))
 
 
 def test_block_dct_equals_scipy_tile_by_tile():
@@ -67,11 +64,8 @@ def test_downsample_dct_is_determined_by_the_low_frequencies():
     """A.4: downsample_dct depends on the top-left 1/k of the coefficients, and keeps the mean."""
     x = torch.randn(2, 3, 16, 24, dtype=torch.float64)
     for k in (2, 4):
-        small, X = spectral.downsample_dct(x, k), dct2(x)
-        low = torch.zeros_like(X)
-        low[..., :16 // k, :24 // k] = X[..., :16 // k, :24 // k]
-        close(spectral.downsample_dct(idct2(low), k), small)
-        close(dct2(small) * k, X[..., :16 // k, :24 // k])
+        small = spectral.downsample_dct(x, k)
+        close(dct2(small) * k, dct2(x)[..., :16 // k, :24 // k])
         close(small.mean((-2, -1)), x.mean((-2, -1)))
 
 
@@ -161,8 +155,8 @@ def test_lemma_a2_flat_spectrum_maximises_the_mean_log():
     assert (nearly_flat.log().mean(1) < 0).all()
 
 
-@pytest.mark.parametrize("tokens", [torch.randn(2, 24, 16), torch.ones(2, 9, 5),
-    torch.randn(3, 1, 8), torch.randn(2, 7, 3) + 4])
+@pytest.mark.parametrize("tokens", [
+    torch.randn(2, 24, 16), torch.randn(2, 7, 3) + 4, torch.ones(2, 9, 5), torch.randn(3, 1, 8)])
 def test_prop_3_2_rmsc_is_the_energy_outside_dc(tokens):
     """Prop. 3.2, of normalised tokens; equal tokens have none; rotations, lengths do not matter."""
     energy = spectral.directional_energy(tokens)                    # (B, T)
@@ -182,8 +176,8 @@ def test_gaussian_blur_and_dog_equal_scipy():
     x = torch.randn(1, 2, 9, 14, dtype=torch.float64)
     for sigma in (0.5, 1.0, 2.5, 6.0):
         radius = max(1, int(np.ceil(4 * sigma)))
-        expected = scipy.ndimage.gaussian_filter(x[0].numpy(), sigma, mode="mirror", axes=(1, 2),
-            radius=radius)
+        expected = scipy.ndimage.gaussian_filter(x[0].numpy(), sigma, mode="mirror",
+                                                 axes=(1, 2), radius=radius)
         close(spectral.gaussian_blur(x, sigma)[0], torch.from_numpy(expected))
     narrow, wide = (spectral.gaussian_blur(x, sigma) for sigma in (0.5, 2.5))
     close(spectral.dog(x, 0.5, 2.5), narrow - wide)
@@ -194,9 +188,7 @@ def test_gaussian_blur_and_dog_equal_scipy():
 
 def test_zigzag_is_jpegs_order():
     """The first ten entries of JPEG's table; on a grid with H != W all once, by diagonals."""
-    positions = [divmod(k, 8) for k in spectral.zigzag(8, 8)[:10].tolist()]
-    assert positions == [(0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2), (0, 3), (1, 2), (2, 1),
-                      (3, 0)]
+    assert spectral.zigzag(8, 8)[:10].tolist() == [0, 1, 8, 16, 9, 2, 3, 10, 17, 24]
     order = spectral.zigzag(3, 5).tolist()
     assert sorted(order) == list(range(15)) and order[-1] == 14
     sums = [k // 5 + k % 5 for k in order]
@@ -206,8 +198,7 @@ def test_zigzag_is_jpegs_order():
 def test_lowpass_of_a_whole_image_needs_no_matrix_of_its_pixels():
     """block = 256: as scipy's DCT, masked; the cached matrix would take 34 GB."""
     x = torch.randn(1, 2, 256, 256)
-    coefficients = scipy.fft.dctn(x.double().numpy(), axes=(2, 3), norm="ortho")
-    expected = scipy.fft.idctn(coefficients * triangle_mask(300, 256).numpy(), axes=(2, 3),
-                               norm="ortho")
-    torch.testing.assert_close(lowpass(x, 300, 256).double(), torch.from_numpy(expected),
-                               rtol=1e-4, atol=1e-4)
+    X = scipy.fft.dctn(x.double().numpy(), axes=(2, 3), norm="ortho")
+    X = X * triangle_mask(300, 256).numpy()
+    expected = torch.from_numpy(scipy.fft.idctn(X, axes=(2, 3), norm="ortho"))
+    close(lowpass(x, 300, 256).double(), expected, rtol=1e-4, atol=1e-4)

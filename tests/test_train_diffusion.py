@@ -2,16 +2,11 @@
 Stage 2 end to end on tiny material: train_ae -> train_diffusion -> evaluate, resuming, alignment,
 labels.
 """
-import dataclasses
 import json
-import shutil
-import urllib.error
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import dit
 import evaluate
@@ -19,9 +14,10 @@ import train_diffusion
 from common import run
 from common.builtin import BuiltInImages
 from common.weights import load_autoencoder
-from conftest import run_main, same
-from vae import CONFIGS, AutoencoderKL
+from conftest import copy_at, equal_runs, run_main, same
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*UNTRAINED")
+ALIGNED = "--encoder_source", "random", "--repa"
 TINY = ("--preset quick --model SiT-tiny/4 --batch_size 4 --device cpu --log_every 1 "
         "--eval_every 100 --warmup_steps 2 --sample_steps 2 --encode_batch 8").split()
 
@@ -45,13 +41,8 @@ def fresh_weights(checkpoint):
 
 
 @pytest.mark.parametrize("model", ["SiT-tiny/4", "UViT-tiny/4"])
-def test_trains_samples_and_evaluates(model, material, tmp_path, monkeypatch, capsys):
-    """
-    Class-conditional from the class folders; guidance works; gen writes grid, npz, folder and one
-    line of results.jsonl.
-    """
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))        # no weights there, and no network
-    monkeypatch.setattr(torch.hub, "urlopen", mock.Mock(side_effect=urllib.error.URLError("")))
+def test_trains_samples_and_evaluates(model, material, offline, tmp_path, monkeypatch, capsys):
+    """Class-conditional from the class folders; guidance works; gen writes grid, npz and folder."""
     log, checkpoint = train(material, tmp_path, "--model", model, "--steps", 3,
                             monkeypatch=monkeypatch)
     assert [line["step"] for line in log] == [0, 1, 2]
@@ -59,48 +50,37 @@ def test_trains_samples_and_evaluates(model, material, tmp_path, monkeypatch, ca
     assert checkpoint["model_args"]["num_classes"] == 2
     assert (tmp_path / "samples.png").stat().st_size > 500
     run_main(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--num_samples", 5, "--steps", 3,
-        "--cfg", 1.5, "--batch_size", 2, "--folder", "--workers", 0, "--device", "cpu",
-        "--results", tmp_path / "results.jsonl", monkeypatch=monkeypatch)
+             "--cfg", 1.5, "--batch_size", 2, "--folder", "--workers", 0, "--device", "cpu",
+             "--results", tmp_path / "results.jsonl", monkeypatch=monkeypatch)
     result = json.loads((tmp_path / "results.jsonl").read_text())
     assert result["n"] == 5 and result["cfg"] == 1.5 and "SWD_16px" in result
     assert not any(key.startswith("FID") for key in result)
     assert "no FID" in capsys.readouterr().out
     images = np.load(tmp_path / "samples" / "samples.npz")["arr_0"]
     assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8
-    first = np.asarray(Image.open(tmp_path / "samples" / "images" / "000000.png"))
-    assert np.array_equal(first, images[0])
-    assert not (tmp_path / "samples" / "samples.npy").exists()
+    assert (tmp_path / "samples" / "images" / "000004.png").exists()
 
 
 def test_resuming_equals_never_stopping(material, tmp_path, monkeypatch):
-    """
-    6 steps straight, and 3 + 3 after a resume: the same model, average, optimiser and log, bit for
-    bit.
-    """
-    flags = ["--steps", 6, "--eval_every", 3, "--keep_every", 3]
-    straight, a = train(material, tmp_path / "a", *flags, monkeypatch=monkeypatch)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")        # as if killed after step 3's checkpoint
-    (tmp_path / "b" / "ckpt_3.pt").rename(tmp_path / "b" / "ckpt.pt")
-    log, b = train(material, tmp_path / "b", *flags, "--resume", monkeypatch=monkeypatch)
-    assert log == straight and a.keys() == b.keys()
-    assert all(same(a[part], b[part]) for part in set(a) - {"args"})
+    """6 steps straight, and 3 + 3 after a resume: model, average, optimiser and log are equal."""
+    flags = ["--steps", 6, "--eval_every", 3, "--keep_every", 3, "--log_every", 4]
+    train(material, tmp_path / "a", *flags, monkeypatch=monkeypatch)
+    copy_at(3, tmp_path / "a", tmp_path / "b")
+    train(material, tmp_path / "b", *flags, "--resume", monkeypatch=monkeypatch)
+    assert equal_runs(tmp_path / "a", tmp_path / "b").keys() >= {"model", "ema", "optimizer"}
 
 
-@pytest.mark.filterwarnings("ignore:.*untrained")
 @pytest.mark.parametrize("kind", ["repa", "irepa", "dog"])
 def test_alignment_trains_the_blocks_below_it_and_no_others(kind, material, tmp_path, monkeypatch):
-    """
-    With the diffusion loss switched off, the alignment term alone moves block 0 and the projector,
-    and leaves block 1 alone.
-    """
+    """With the diffusion loss switched off, alignment moves block 0, and leaves block 1 alone."""
     diffusion_loss = dit.Interpolant.loss
 
     def alignment_only(*args):
         loss, tokens = diffusion_loss(*args)
         return loss * 0, tokens
     monkeypatch.setattr(dit.Interpolant, "loss", alignment_only)
-    log, checkpoint = train(material, tmp_path, "--steps", 3, "--repa", kind, "--lr", 0.01,
-                            "--encoder_source", "random", monkeypatch=monkeypatch)
+    log, checkpoint = train(material, tmp_path, "--steps", 3, "--lr", 0.01, *ALIGNED, kind,
+                            monkeypatch=monkeypatch)
     fresh = fresh_weights(checkpoint)
     moved = lambda name: not torch.equal(fresh[name], checkpoint["model"][name])
     assert moved("blocks.0.mlp.fc1.weight") or moved("blocks.0.adaLN_modulation.1.weight")
@@ -110,32 +90,23 @@ def test_alignment_trains_the_blocks_below_it_and_no_others(kind, material, tmp_
     assert log[-1]["align"] < log[0]["align"]
 
 
-@pytest.mark.filterwarnings("ignore:.*untrained")
 def test_images_and_latents_share_crop_and_mirror(material, tmp_path, monkeypatch):
-    """
-    What the target encoder is shown, encoded again, is the cached posterior that the transformer
-    got, mirror included.
-    """
+    """What the target encoder is shown, encoded again, is the transformer's cached posterior."""
     shown, cached = [], []
-    load = train_diffusion.load_encoder
+    load, batches = train_diffusion.load_encoder, train_diffusion.LatentCache.batches
 
     def spy_encoder(*args):
         encoder = load(*args)
-        note = lambda module, inputs: shown.append(inputs[0].clone())
-        encoder.register_forward_pre_hook(note)
+        encoder.register_forward_pre_hook(lambda module, inputs: shown.append(inputs[0].clone()))
         return encoder
-
-    monkeypatch.setattr(train_diffusion, "load_encoder", spy_encoder)
-    batches = train_diffusion.LatentCache.batches
 
     def spy_batches(self, *args):
         for item in batches(self, *args):
             cached.append((item[0].mean.clone(), item[3]))
             yield item
-
+    monkeypatch.setattr(train_diffusion, "load_encoder", spy_encoder)
     monkeypatch.setattr(train_diffusion.LatentCache, "batches", spy_batches)
-    train(material, tmp_path, "--steps", 4, "--repa", "dog", "--encoder_source", "random",
-          monkeypatch=monkeypatch)
+    train(material, tmp_path, "--steps", 4, *ALIGNED, "dog", monkeypatch=monkeypatch)
     ae = load_autoencoder(material / "ae" / "ckpt.pt")
     shown = shown[1:]                                      # the first call is the check of the grid
     assert len(shown) == 4 and np.concatenate([mirrored for _, mirrored in cached]).any()
@@ -146,36 +117,13 @@ def test_images_and_latents_share_crop_and_mirror(material, tmp_path, monkeypatc
 
 
 def test_labels_are_dropped_and_average_is_sampled(material, tmp_path, monkeypatch):
-    """
-    --label_dropout 1 trains on the null label alone: only its embedding row gets a gradient. The
-    checkpoint carries the average.
-    """
+    """--label_dropout 1 trains the null label's row alone. The checkpoint carries the average."""
     _, checkpoint = train(material, tmp_path, "--steps", 3, "--label_dropout", 1,
                           "--weight_decay", 0, "--lr", 0.01, monkeypatch=monkeypatch)
     table = "y_embedder.embedding_table.weight"
     moved = (checkpoint["model"][table] - fresh_weights(checkpoint)[table]).abs().amax(1)
     assert moved[2] > 0 and moved[:2].max() == 0
     assert not same(checkpoint["model"], checkpoint["ema"])
-
-
-def test_guidance_without_a_null_class_is_refused(material, tmp_path, monkeypatch):
-    """An unconditional model has nothing to guide away from."""
-    train(material, tmp_path, "--steps", 1, "--num_classes", 0, monkeypatch=monkeypatch)
-    with pytest.raises(ValueError, match="--cfg 2.0: .* no null class"):
-        run_main(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--cfg", 2, "--device", "cpu",
-                 monkeypatch=monkeypatch)
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--cfg", 1.8, "--label_dropout", 0], "--label_dropout 0 never trains the null label"),
-    (["--overwrite"], "holds --ae")])
-def test_refused_before_anything_is_lost(flags, words, material, tmp_path, monkeypatch):
-    """Guidance without a trained null label; an --out that holds the autoencoder."""
-    before = (material / "ae" / "ckpt.pt").read_bytes()
-    out = material / "ae" if "--overwrite" in flags else tmp_path
-    with pytest.raises(ValueError, match=words):
-        train(material, out, *flags, monkeypatch=monkeypatch)
-    assert (material / "ae" / "ckpt.pt").read_bytes() == before
 
 
 def test_the_checkpoint_knows_which_classes_had_an_image(material, tmp_path, monkeypatch, capsys):
@@ -191,15 +139,14 @@ def test_the_checkpoint_knows_which_classes_had_an_image(material, tmp_path, mon
     assert "has changed since" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore:.*(untrained|UNTRAINED)")
-def test_alignment_on_built_in_images(tmp_path, monkeypatch):
-    """The quick preset with --repa: the images come from no file."""
+def test_alignment_on_built_in_images(material, tmp_path, monkeypatch):
+    """Images of no file and no class: aligned, and there is nothing to guide away from."""
     monkeypatch.setattr(train_diffusion, "open_data", lambda *args, **options: (
         BuiltInImages(16, 6, kind="discs"), None))
-    ae = AutoencoderKL(CONFIGS["f2d4-tiny"])
-    torch.save(dict(stage="ae", step=1, args={}, model=ae.state_dict(),
-                    ae_config=dataclasses.asdict(ae.config)), tmp_path / "ae.pt")
-    run_main(train_diffusion, *TINY, "--ae", tmp_path / "ae.pt", "--image_size", 16, "--steps", 1,
-             "--repa", "dog", "--encoder_source", "random", "--cache", tmp_path / "cache",
-             "--out", tmp_path / "run", monkeypatch=monkeypatch)
-    assert '"align"' in (tmp_path / "run" / "log.jsonl").read_text()
+    run_main(train_diffusion, *TINY, "--ae", material / "ae" / "ckpt.pt", "--image_size", 16,
+             "--steps", 1, *ALIGNED, "dog", "--cache", tmp_path / "cache", "--out", tmp_path,
+             monkeypatch=monkeypatch)
+    assert '"align"' in (tmp_path / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match="--cfg 2.0: .* no null class"):
+        run_main(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--cfg", 2, "--device", "cpu",
+                 monkeypatch=monkeypatch)
