@@ -8,7 +8,7 @@ import math
 import numpy as np
 from scipy import stats
 
-from analysis.figures import save_figure, subplots
+from analysis.figures import run_colors, save_figure, subplots
 from common import run
 from experiments import protocol
 from experiments.protocol import ALPHA, AUTOENCODERS, EXPLORATORY, PRIMARY, SEEDS, SPREAD, TABLES
@@ -246,13 +246,12 @@ def scatter():
     pairs = predictions(results)
     run.need(len(pairs["iFD"][0]) > 3, f"{protocol.RESULTS}: a correlation needs four runs or "
              "more; `python -m experiments.miniature run` makes them")
+    names = [name for name in AUTOENCODERS if values(results, name, "FD")]
     figure, axes = subplots(1, 2, (10, 4.2), sharey=True)
     for ax, key in zip(axes[0], SHOWN):
-        for i, name in enumerate(AUTOENCODERS):
+        for name, color in zip(names, run_colors(names)):
             x, y = values(results, name, key), values(results, name, "FD")
-            if x:
-                ax.plot(list(x.values()), list(y.values()), "o^"[i // 10], color=f"C{i % 10}",
-                        label=name)
+            ax.plot(list(x.values()), list(y.values()), "o", color=color, label=name)
         rho, low, high = rank_correlation(*pairs[key])
         ax.set(xlabel=PREDICTORS[key],
                title=f"rank correlation {rho:+.2f} ({low:+.2f} to {high:+.2f})")
