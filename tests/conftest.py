@@ -164,11 +164,14 @@ def offline(tmp_path, monkeypatch):
 def plant_vgg(home, monkeypatch):
     """LPIPS' VGG-16 in a TORCH_HOME: random convolutions, for the rest one number per tensor."""
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in vgg16().state_dict().items()}
+        weights = vgg16().state_dict()
+    for name, tensor in weights.items():
+        weights[name] = torch.zeros(1).expand(tensor.shape)
+        if tensor.ndim == 4:
+            weights[name] = torch.nn.init.kaiming_normal_(torch.empty(tensor.shape), mode="fan_out")
     path = home / "hub" / "checkpoints" / os.path.basename(VGG16_Weights.IMAGENET1K_V1.url)
     path.parent.mkdir(parents=True)
-    torch.save({name: 0.05 * torch.randn(shape) if len(shape) == 4 else torch.zeros(1).expand(shape)
-                for name, shape in shapes.items()}, path)
+    torch.save(weights, path)
     monkeypatch.setenv("TORCH_HOME", str(home))
 
 

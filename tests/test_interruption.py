@@ -125,6 +125,9 @@ def test_signals_finish_the_step_and_save(method, material, straight, tmp_path, 
     for pid in (*workers, process.pid):
         os.kill(pid, signal.SIGINT)
         os.kill(pid, signal.SIGTERM)
+        if pid != process.pid:
+            time.sleep(0.1)
+            assert os.path.exists(f"/proc/{pid}"), output.read_text()
     process.join(60)
     assert process.exitcode == 0 and time.monotonic() - asked < 20, output.read_text()
     assert "SIGTERM: stopped before step" in output.read_text()

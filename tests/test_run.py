@@ -1,7 +1,4 @@
-"""
-common/run.py: random numbers that do not depend on the number of processes, atomic files, the log,
-one-line errors, presets, device choices.
-"""
+"""common/run.py: seeds, checkpoints, the log, two processes, device choices, signals, locks."""
 import argparse
 import json
 import os
@@ -19,14 +16,6 @@ def test_step_seeds_are_distinct_and_repeatable():
     """A function of (seed, step): equal again, different for every neighbour."""
     seeds = {run.step_seed(seed, step) for seed in range(20) for step in range(200)}
     assert len(seeds) == 4000 and run.step_seed(3, 5) == run.step_seed(3, 5)
-
-
-def test_sharded_noise_is_the_same_on_any_number_of_processes():
-    """The shares of 4 processes, put together, are the noise of one."""
-    def draw(rank, world):
-        generator = torch.Generator().manual_seed(7)
-        return run.sharded(torch.randn, (8 // world, 4, 3, 5), generator, rank, world)
-    assert torch.equal(torch.cat([draw(rank, 4) for rank in range(4)]), draw(0, 1))
 
 
 def test_one_flipped_bit_in_a_checkpoint_is_refused(tmp_path):
