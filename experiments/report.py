@@ -98,8 +98,9 @@ def claims_table(groups, results):
             shown = f"{mean:+.{digits}f}" if len(d) else "not run"
             if interval:
                 shown += f" ({interval[0]:+.{digits}f} to {interval[1]:+.{digits}f})"
+            shown_p = f"{p:.3f}" if p >= 0.0005 else "< 0.001"
             lines.append(table_row(f"{where}: {words}", f"{heading}: `{a}` {order} `{b}`", shown,
-                                   str(len(d)), f"{p:.3f}" if interval else "", verdict(d, p)))
+                                   str(len(d)), shown_p if interval else "", verdict(d, p)))
     return lines
 
 
