@@ -1,15 +1,15 @@
 """
-Weights from disk: released autoencoders and transformers, and the checkpoints of our own runs.
+Load weights: released autoencoders and transformers, and the checkpoints of our own runs.
 
-    load_autoencoder   our ckpt.pt; CompVis' layout, whose names are ours (SD-VAE, VA-VAE), alone or
-                       in a whole latent diffusion model; diffusers' (SD-VAE, EQ-VAE, SD3, FLUX)
-    load_transformer   our ckpt.pt and REPA's; the original SiT's, whose time is reversed; U-ViT's
+    load_autoencoder   our ckpt.pt; CompVis layout, same names as ours (SD-VAE, VA-VAE), alone or
+                       inside a latent diffusion model; diffusers (SD-VAE, EQ-VAE, SD3, FLUX)
+    load_transformer   our ckpt.pt; REPA; the original SiT, whose time is reversed; U-ViT
     load_diffusion     a run of train_diffusion.py with its autoencoder, ready to sample
     export_diffusers   an autoencoder as a folder for diffusers' AutoencoderKL.from_pretrained:
                        python -m common.weights export --ae FILE --out DIR
 
-The first bytes of a file tell its format, the names and shapes of its tensors the network. No code
-in a file is run. Tensors are loaded to the CPU, no random number is drawn.
+The file format is detected from the first bytes, the network from tensor names and shapes. Code in
+a file is never run. Tensors are loaded to the CPU, and no random numbers are drawn.
 """
 import argparse
 import dataclasses
@@ -33,7 +33,7 @@ from vae import AEConfig, AutoencoderKL
 
 # ---------------------------------------------------------------------------- files
 def find_file(path, hint):
-    """path, or in a folder our ckpt.pt, diffusers' weights, also in vae/, or the only file."""
+    """A file itself; in a folder or its vae/, ckpt.pt, diffusers' weights or the only file."""
     path, suffixes = Path(path), (".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth")
     if path.is_file():
         return path
@@ -43,11 +43,11 @@ def find_file(path, hint):
     if not known and len(files) != 1:
         raise FileNotFoundError(f"{path}: no such file, nor a folder with ckpt.pt, diffusion_pyt"
                                 f"orch_model.* or one file of weights ({len(files)} are); {hint}")
-    # the plain file before variants such as .fp16
+    # prefer the plain file to variants such as .fp16
     return min(known or files, key=lambda file: (len(file.parts), file.name.count("."), file.name))
 
 
-# Classes that training scripts pickle beside the weights. A stub takes their place, none is run.
+# Classes that training scripts pickle along with weights: replaced by stubs, never run.
 ALLOWED_GLOBALS = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|ml_collections|easydict|numpy"
     r"|datetime|pathlib|torch\.optim)\..+|collections\.defaultdict|argparse\.Namespace"
@@ -59,15 +59,15 @@ class Stub:
     __init__ = __setstate__ = lambda self, *args: None
 
 
-class DictStub:             # the unpickler fills plain dictionaries only
+class DictStub:             # the unpickler only fills plain dictionaries
     __new__ = lambda cls, *args: OrderedDict()
 
 
 def read_file(path):
-    """What a file in safetensors' format or of torch.save holds. ValueError if it is neither."""
+    """The contents of a safetensors or torch.save file. ValueError if it is neither."""
     try:
-        with open(path, "rb") as file:      # not the path, which torch.load would judge by suffix
-            if file.read(9)[8:] == b"{":                # 8 bytes of length, then JSON
+        with open(path, "rb") as file:      # not the path: torch.load looks at its suffix
+            if file.read(9)[8:] == b"{":                # 8-byte length, then JSON
                 from safetensors.torch import load_file  # optional: only these files need it
                 return load_file(path)
             stubs = []
@@ -81,23 +81,23 @@ def read_file(path):
                 return torch.load(file, map_location="cpu", weights_only=True)
     except ImportError:
         raise ValueError(f"{path}: reading it needs `pip install safetensors`") from None
-    except Exception as error:              # a damaged file breaks its reader in any way
-        # without torch's advice to run the file's code
+    except Exception as error:              # a damaged file can raise any exception
+        # strip torch's advice to allow code from the file
         detail = re.split(r"\n|\. ", str(error).split("WeightsUnpickler error: ")[-1].strip())[0]
         raise ValueError(f"{path}: not a complete file of weights alone ({detail})") from None
 
 
 # ---------------------------------------------------------------------------- state dicts
-# What torch's wrappers (compile, DDP, FSDP, checkpointing) put anywhere into a name.
+# Name parts inserted by torch's wrappers (compile, DDP, FSDP, activation checkpointing).
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 EMA = {"ema", "ema_model", "model_ema", "ema_state_dict", "shadow"}
-# Tensors trained along that are no part of the network.
+# Tensors saved with the network but not part of it.
 EXTRA = ("loss.", "discriminator.", "foundation_model.", "linear_proj", "projectors.", "n_averaged",
          "model_ema.")
 
 
 def named_tensors(data, prefix=""):
-    """Yields (name, tensor) of the tensors in nested dictionaries, keys joined by dots."""
+    """Yields (name, tensor) for all tensors in nested dictionaries, keys joined by dots."""
     for key, value in data.items():
         if isinstance(value, dict):
             yield from named_tensors(value, f"{prefix}{key}.")
@@ -108,9 +108,9 @@ def named_tensors(data, prefix=""):
 
 def find_network(file, data, anchor):
     """
-    The {name: tensor} of the network with a tensor named `anchor` in what a file holds, rather
-    averaged weights (EMA). What stands before the anchor, as a prefix or as dictionaries around it,
-    is taken off: in {"ema": {"module.x": tensor}} and in {"ema.x": tensor} the network is ema.
+    The state dict {name: tensor} of the one network in a file that has a tensor named `anchor`; EMA
+    weights are preferred. Anything before the anchor, a prefix or enclosing dictionaries, is
+    removed: {"ema": {"module.x": tensor}} and {"ema.x": tensor} both give {"x": tensor}.
     """
     tensors = dict(named_tensors(data if isinstance(data, dict) else {}))
     found = [name[:-len(anchor)] for name in tensors if f".{name}".endswith(f".{anchor}")]
@@ -123,14 +123,14 @@ def find_network(file, data, anchor):
 
 
 def fill(network, file, weights):
-    """Load {name: tensor} in float32; ValueError naming the first that does not fit the network."""
+    """Load {name: tensor} as float32; ValueError naming the first tensor that does not fit."""
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     for name in sorted(weights.keys() | shapes.keys()):
         found = tuple(weights[name].shape) if name in weights else "missing"
         wanted = shapes.get(name, "unknown")
         run.need(found == wanted, f"{file}: does not fit this {type(network).__name__}: {name} is "
                  f"{found} in the file and {wanted} in the model")
-        values = weights[name].float()                  # float8 can do little else
+        values = weights[name].float()                  # float8 supports few other operations
         run.need(weights[name].is_floating_point() and values.isfinite().all(), f"{file}: {name}, "
                  f"{weights[name].dtype}, is quantised or not finite; give other weights")
         weights[name] = values
@@ -138,7 +138,7 @@ def fill(network, file, weights):
 
 
 # ---------------------------------------------------------------------------- autoencoders
-DIFFUSERS = {   # parts of our names -> of diffusers', in this order
+DIFFUSERS = {   # our name parts -> diffusers', applied in this order
     ".down.": ".down_blocks.", ".up.": ".up_blocks.", ".mid.": ".mid_block.",
     ".block.": ".resnets.", ".block_1.": ".resnets.0.", ".block_2.": ".resnets.1.",
     ".downsample.": ".downsamplers.0.", ".upsample.": ".upsamplers.0.",
@@ -150,7 +150,7 @@ DIFFUSERS_2022 = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.",
 
 
 def diffusers_name(key, levels):
-    """Our state-dict key -> diffusers', whose decoder counts levels from the latent outwards."""
+    """Our state-dict key -> diffusers', whose decoder numbers levels from the latent outwards."""
     key = re.sub(r"\.up\.(\d+)", lambda m: f".up.{levels - 1 - int(m[1])}", key)
     for part, diffusers_part in DIFFUSERS.items():
         key = key.replace(part, diffusers_part)
@@ -159,8 +159,8 @@ def diffusers_name(key, levels):
 
 def read_settings(file):
     """
-    By the config.json beside diffusers' weights: groups of the norms, mean and std of the latents.
-    diffusers calls (z - latents_mean or shift_factor) / latents_std * scaling_factor a latent.
+    (norm groups, latent mean, latent std) from the config.json beside diffusers' weights. diffusers
+    normalises latents as (z - latents_mean or shift_factor) / latents_std * scaling_factor.
     """
     path = file.parent / "config.json"
     if not path.exists():
@@ -170,14 +170,14 @@ def read_settings(file):
     given = {k: v for k, v in json.loads(path.read_text()).items() if v is not None}
     mean = given.get("latents_mean", given.get("shift_factor", 0.0))
     std = torch.tensor(given.get("latents_std", 1.0)) / given.get("scaling_factor", 0.18215)
-    return given.get("norm_num_groups", 32), mean, std          # the defaults are diffusers'
+    return given.get("norm_num_groups", 32), mean, std          # diffusers' defaults
 
 
 def infer_config(weights, groups):
-    """The AEConfig of weights in CompVis' or diffusers' layout, by their names and shapes."""
-    level = r"encoder\.down(?:_blocks)?\.(\d+)\."       # both layouts count encoder levels alike
+    """AEConfig inferred from names and shapes of weights in CompVis or diffusers layout."""
+    level = r"encoder\.down(?:_blocks)?\.(\d+)\."       # both layouts number encoder levels alike
     blocks = [re.match(level + r".*conv1\.weight", name) for name in weights]
-    widths = [(int(m[1]), len(weights[m[0]])) for m in blocks if m]     # of every residual block
+    widths = [(int(m[1]), len(weights[m[0]])) for m in blocks if m]     # per residual block
     attention = [re.match(level + "att", name) for name in weights]
     attn_levels = {int(m[1]) for m in attention if m}
     ch, in_channels = weights["encoder.conv_in.weight"].shape[:2]
@@ -188,8 +188,8 @@ def infer_config(weights, groups):
 
 def load_autoencoder(path):
     """
-    An AutoencoderKL in float32 and eval mode, from a file or a folder with one. Its latent
-    statistics are those of our ckpt.pt or diffusers' config.json; other files: mean 0, std 1.
+    An AutoencoderKL in float32 and eval mode, from a file or the folder that holds it. Latent
+    statistics come from our ckpt.pt or diffusers' config.json; otherwise mean 0, std 1.
     raises   FileNotFoundError, or ValueError naming the file and the first tensor that does not fit
     """
     file = find_file(path, "--ae names an autoencoder, of train_ae.py or a released one")
@@ -207,10 +207,10 @@ def load_autoencoder(path):
         for part, later_part in DIFFUSERS_2022.items():
             weights = {name.replace(part, later_part): w for name, w in weights.items()}
         our_keys = {diffusers_name(key, len(config.ch_mult)): key for key in ae.state_dict()}
-        # attention's linear layers are 1x1 convolutions here
+        # diffusers' linear layers in attention are 1x1 convolutions here
         weights = {our_keys.get(name, name): w[:, :, None, None] if w.ndim == 2 else w
                    for name, w in weights.items()}
-    if not stage:               # no statistics; in SD3 and FLUX no quant convolutions: identities
+    if not stage:               # no statistics; SD3, FLUX: no quant convs, so use identities
         for conv in (ae.quant_conv, ae.post_quant_conv):
             nn.init.dirac_(conv.weight)
             nn.init.zeros_(conv.bias)
@@ -222,9 +222,9 @@ def load_autoencoder(path):
 
 def export_diffusers(ae, out):
     """
-    Write an autoencoder into the folder `out` in diffusers' layout: config.json and weights, in
-    safetensors' format if that is installed. load_autoencoder reads it back bit for bit.
-    raises   ValueError if the folder holds anything
+    Write an autoencoder to the folder `out` in diffusers' layout: config.json and weights (as
+    safetensors if installed). load_autoencoder restores the weights bit for bit.
+    raises   ValueError if the folder is not empty
     """
     out, config, levels = Path(out), ae.config, len(ae.config.ch_mult)
     run.need(not out.exists() or not any(out.iterdir()), f"--out {out}: is not empty")
@@ -236,13 +236,13 @@ def export_diffusers(ae, out):
         "layers_per_block": config.num_res_blocks, "norm_num_groups": config.norm_groups,
         "down_block_types": [f"{attn}DownEncoderBlock2D" for attn in attention],
         "up_block_types": [f"{attn}UpDecoderBlock2D" for attn in reversed(attention)],
-        # of every channel; one scalar as of Stable Diffusion would say less
+        # per channel, unlike Stable Diffusion's single scaling factor
         "latents_mean": ae.latent_mean.flatten().tolist(),
         "latents_std": ae.latent_std.flatten().tolist(), "scaling_factor": 1.0}
     weights = {}
     for key, tensor in ae.state_dict().items():
         if not key.startswith("latent_"):
-            linear = ".attn" in key and tensor.ndim == 4   # a 1x1 convolution here
+            linear = ".attn" in key and tensor.ndim == 4   # 1x1 convolution here
             weights[diffusers_name(key, levels)] = tensor[:, :, 0, 0] if linear else tensor
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(settings, indent=2))
@@ -256,15 +256,15 @@ def export_diffusers(ae, out):
 # ---------------------------------------------------------------------------- transformers
 def reverse_time(weights, C):
     """
-    Rewrite the weights of the original SiT, of C latent channels, for our time and sign.
-    Its t runs from noise to data and it predicts x - eps (transport/path.py, ICPlan), hence
+    Convert weights of the original SiT (C latent channels) in place to our time and sign.
+    Its t runs from noise to data and it predicts x - eps (transport/path.py, ICPlan), so
     v(x, t) = -v_SiT(x, 1 - t).
     """
-    # the last layer loses the variance and takes the sign
+    # last layer: drop the variance channels and flip the sign
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        rows = weights[key].unflatten(0, (-1, 2 * C))   # by (row, column) of the patch, channel
+        rows = weights[key].unflatten(0, (-1, 2 * C))   # (row and column in patch, channel, ...)
         weights[key] = -rows[:, :C].flatten(0, 1)
-    # the first time layer takes the reversal: cos and sin of (1 - t) f are linear in those of t f
+    # first time layer: reverse t; cos and sin of (1 - t) f are linear in cos and sin of t f
     f = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)
     key = "t_embedder.mlp.0.weight"
     a, b = weights[key].double().chunk(2, dim=1)        # act on cos and sin of (1 - t) f
@@ -273,11 +273,11 @@ def reverse_time(weights, C):
 
 def load_transformer(model, path):
     """
-    Fill a model with the weights of a SiT, REPA or U-ViT file, or of one of ours, and return it.
-    path  a file, or a folder with one. The original SiT, known by its variance channels, becomes a
-          network of our time, and U-ViT-H gets the final convolution that it was trained without.
-    What a file was trained on cannot be told from its names: DiT files (eps-prediction) and
-    U-ViT-L/2 on ImageNet-256 (continuous VP-SDE) load, but belong to neither process of dit.py.
+    Load a SiT, REPA, U-ViT or own checkpoint into a model and return the model.
+    path  a file, or a folder with one. The original SiT (recognised by its variance channels) is
+          converted to our time; U-ViT-H, which has no final convolution, gets an identity.
+    Tensor names do not reveal the training objective: DiT (eps-prediction) and U-ViT-L/2 on
+    ImageNet-256 (continuous VP-SDE) load, but neither process in dit.py is right for them.
     raises  FileNotFoundError; ValueError naming the file and the first tensor that does not fit
     """
     file, state = find_file(path, "give a SiT, REPA or U-ViT checkpoint"), model.state_dict()
@@ -295,22 +295,22 @@ def load_transformer(model, path):
 
 # ---------------------------------------------------------------------------- runs
 def autoencoder_hash(ae):
-    """16 hex digits over configuration and weights, without the statistics of the latents."""
+    """16 hex digits hashing configuration and weights, without the latent statistics."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(ae.config)).encode())
     for name, tensor in sorted(ae.state_dict().items()):
-        if not name.startswith("latent_"):              # these follow from the images
+        if not name.startswith("latent_"):              # they depend on the images
             digest.update(name.encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def checkpoint_files(args):
-    """What a command reads: --ckpt; with --every all ckpt_<step>.pt of these runs."""
+    """The checkpoints a command reads: --ckpt; with --every, all ckpt_<step>.pt of those runs."""
     places = args.ckpt or [run.newest("diffusion", args.preset, "--ckpt")]
     files = []
     for place in map(Path, places):
         found = [place / "ckpt.pt" if place.is_dir() else place]
-        if args.every:                                  # but for step 0, the untrained network
+        if args.every:                                  # except step 0, the untrained network
             kept = found[0].parent.glob("ckpt_[1-9]*.pt")
             found = sorted(kept, key=lambda file: int(file.stem.removeprefix("ckpt_")))
         if not found or not found[0].is_file():
@@ -321,7 +321,7 @@ def checkpoint_files(args):
 
 
 def compare_images(path, trained, spec, train_set):
-    """A line if the set spec is the one in trained, of a run, and its images have changed since."""
+    """Print a warning if set `spec` is the one in `trained` but its images have changed since."""
     known, same = trained.get("images"), Path(str(trained.get("data"))) == Path(str(spec))
     if run.get_rank() == 0 and known and same and images_hash(train_set) != known:
         run.print0(f"{spec or 'built-in images'}: has changed since {path} was trained on it: "
@@ -329,7 +329,7 @@ def compare_images(path, trained, spec, train_set):
 
 
 def load_diffusion(path, ae_path, device):
-    """A run of train_diffusion.py -> (EMA model, process, autoencoder, checkpoint), to sample."""
+    """A train_diffusion.py run as (EMA model, process, autoencoder, checkpoint), to sample from."""
     checkpoint = run.load_checkpoint(path, "diffusion")
     model = MODELS[checkpoint["model_name"]](**checkpoint["model_args"])
     fill(model, path, checkpoint["ema"])
