@@ -1,15 +1,15 @@
 """
-The latent cache: every image is encoded once, as it is and mirrored, and diffusion then trains from
-disk by memory map.
+The latent cache: every image is encoded once plain and once mirrored; diffusion then trains from a
+memory-mapped file.
 
-    folder/moments.npy   (N, 2, 2C, h, w) float16: image i, its mirror; mean and logvar of q(z|x)
+    folder/moments.npy   (N, 2, 2C, h, w) float16: axis 1 plain, mirrored; axis 2 mean, logvar of q
     folder/labels.npy    (N,) int64
-    folder/rows.npy      (M,) int64, the readable images among the N, ascending
-    folder/cache.json    autoencoder, images, size it was made from; the latents' mean and std (C,);
-                         a checksum of itself, of the arrays, and of every 1,024 images
+    folder/rows.npy      (M,) int64, indices of the readable images, ascending
+    folder/cache.json    autoencoder, images and size it was made from; mean and std of the latents,
+                         (C,); checksums of itself, the small arrays, and each 1,024 rows of moments
 
-A cache is written beside its final name and renamed when complete, and opened only for the
-autoencoder and the images that it was made from. 42 GB for ImageNet at f16d16.
+A cache is written under a temporary name and renamed when complete. It opens only for the
+autoencoder and images that it was made from. 42 GB for ImageNet at f16d16.
 """
 import concurrent.futures
 import contextlib
@@ -31,7 +31,7 @@ from common.data import read_bytes, stream_entries, val_batches
 from common.run import all_sum, barrier, broadcast_from_rank0, file_lock, need, reason
 from vae import Posterior
 
-BLOCK, CHECKED = 1024, 2 ** 30             # images per checksum; bytes compared when opened
+BLOCK, CHECKED = 1024, 2 ** 30             # images per checksum; bytes verified on opening
 
 
 def _checksums(moments, blocks):
@@ -40,13 +40,13 @@ def _checksums(moments, blocks):
 
 def create_array(what, path, dtype, shape):
     """
-    An empty .npy at path for memory maps to write into, its room on the disk taken at once: a
-    memory map on a full disk dies by signal. OSError in a line that begins with `what`; no file.
+    Create a .npy of zeros for memory-mapped writing, with its disk space allocated up front: on a
+    full disk a mapped write kills the process. On failure, OSError starting with `what`; no file.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
-        if hasattr(os, "posix_fallocate"):                 # not on Windows and macOS
+        if hasattr(os, "posix_fallocate"):                 # not on Windows or macOS
             with open(path, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     except OSError as error:
@@ -57,7 +57,7 @@ def create_array(what, path, dtype, shape):
 
 
 def _encode(folder, ae, batches, moments, labels, readable, progress):
-    """Fill the arrays from val_batches; (3, C) float64: count, sum z and sum z^2 over all cells."""
+    """Fill the arrays; return (3, C) float64: count, sum of z and of z^2 over all positions."""
     C = ae.config.latent_channels
     total = torch.zeros(3, C, dtype=torch.float64)
     for images, classes, indices in batches:
@@ -69,10 +69,10 @@ def _encode(folder, ae, batches, moments, labels, readable, progress):
             need(largest <= 65504, f"--cache {folder}: a latent of {largest:.3g} does not fit the "
                  "cache's float16; the autoencoder has diverged, or its latents need rescaling")
             moments[rows, mirror] = both.half().cpu().numpy()
-            # float64 on the CPU, as Apple's GPUs have none
+            # on the CPU: Apple GPUs have no float64
             mean, logvar = (m.cpu().double().movedim(1, -1).reshape(-1, C)
                             for m in (q.mean, q.logvar))
-            second = (mean.square() + logvar.exp()).sum(0)                     # z is a sample of q
+            second = (mean.square() + logvar.exp()).sum(0)                     # E[z^2] for z ~ q
             total += torch.stack([torch.ones_like(mean).sum(0), mean.sum(0), second])
         labels[rows] = classes.cpu().numpy()
         readable[rows] = True
@@ -84,11 +84,11 @@ def _encode(folder, ae, batches, moments, labels, readable, progress):
 def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, workers=0,
                 device="cpu", progress=lambda n: None):
     """
-    Encode every image of dataset in float32 and write the cache, on all ranks together. If another
-    run is writing it, wait for that instead.
-    identity    dict of plain values that LatentCache will ask for
-    batch_size  images per encoder call over all ranks
-    progress    called with the number of images done, on every rank
+    Encode a dataset in float32 and write the cache, all ranks together. If another run is already
+    writing it, wait for that one instead.
+    identity    dict of plain values that LatentCache will compare
+    batch_size  images per encoder call, summed over ranks
+    progress    called on every rank with the number of images in each batch
     """
     folder, n, side = Path(folder), len(dataset), dataset.size // ae.config.reduction
     shape = (n, 2, 2 * ae.config.latent_channels, side, side)
@@ -100,7 +100,7 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
             cleanup.enter_context(file_lock(folder.with_name(f".{folder.name}.lock")))
             cleanup.callback(shutil.rmtree, partial, ignore_errors=True)
             for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
-                shutil.rmtree(left, ignore_errors=True)    # of processes that were killed
+                shutil.rmtree(left, ignore_errors=True)    # left by killed processes
         if broadcast_from_rank0(folder.exists):
             return
         if rank == 0:
@@ -131,8 +131,8 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
 
 class LatentCache:
     """
-    A finished cache: mean and std, (C,) tensors of the sampled latents; `labels` of all images.
-    ValueError if it is damaged, or made from something else than `identity` says.
+    A finished cache: mean and std of the sampled latents, (C,) each; `labels` of all N images.
+    ValueError if it is damaged or does not match `identity`.
     """
 
     def __init__(self, folder, identity):
@@ -142,7 +142,7 @@ class LatentCache:
                        for key, value in identity.items() if meta.get(key) != value]
             if not differs:
                 self._open(Path(folder), meta)
-        except Exception as error:         # a damaged file breaks its reader in any way
+        except Exception as error:         # a damaged file can raise any exception
             raise ValueError(f"--cache {folder}: not a readable latent cache ({reason(error)}); "
                              "remove it, or name another folder") from None
         need(not differs, f"--cache {folder}: was made from {'; '.join(differs)}; name another "
@@ -153,7 +153,7 @@ class LatentCache:
         small = {name: read_bytes(folder / f"{name}.npy") for name in ("labels", "rows")}
         self.labels, self.rows = (np.load(io.BytesIO(content)) for content in small.values())
         self.moments = np.load(folder / "moments.npy", mmap_mode="r")          # (N, 2, 2C, h, w)
-        # of a large cache other blocks at each opening, so that no damage stays unseen for ever
+        # a large cache has random blocks verified at each opening, so damage is found eventually
         count = max(1, CHECKED // self.moments[:BLOCK].nbytes)
         blocks = np.random.default_rng().permutation(len(meta["moments"]))[:count]
         whole = meta.pop("checksum") == zlib.crc32(json.dumps(meta).encode())
@@ -168,8 +168,8 @@ class LatentCache:
     def batches(self, batch_size, start_step=0, seed=0, rank=0, world=1, device="cpu",
                 mirror=True):
         """
-        The endless stream of data.py from start_step; a thread reads a batch ahead. batch_size is
-        the GLOBAL batch, of which this rank receives b = batch_size / world.
+        The endless stream of data.py from start_step on; a thread reads one batch ahead. batch_size
+        is GLOBAL; this rank receives b = batch_size / world.
         yields   Posterior over (b, C, h, w) and labels (b,) on device, indices (b,), mirrored (b,)
         """
         b, pinned = batch_size // world, torch.device(device).type == "cuda"
