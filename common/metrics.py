@@ -1,10 +1,10 @@
 """
-How close two images are (PSNR, SSIM), and how close two sets of images (Frechet distance, sliced
-Wasserstein distance, KL of radial spectra). The Inception network is torch-fidelity's, and so are
-the Inception score, KID, precision and recall in analysis/fid.py.
+Metrics between two images (PSNR, SSIM) and between two sets of images (Frechet distance, sliced
+Wasserstein distance, KL of radial spectra). The Inception network is torch-fidelity's, as are the
+Inception score, KID, precision and recall in analysis/fid.py.
 
-Images (B, 3, H, W) in [-1, 1]. PSNR and SSIM are per image, (B,), so that any division into batches
-and processes averages to the same number.
+Images are (B, 3, H, W) in [-1, 1]. PSNR and SSIM are per image, (B,), so that their mean does not
+depend on how images are split into batches and processes.
 """
 import contextlib
 import io
@@ -22,14 +22,14 @@ from spectral import spectrum_distribution
 
 # ---- Two images ----------------------------------------------------------------------------------
 def to_uint8(images):
-    """[-1, 1] -> 0..255, rounded: what a PNG would hold. (B, 3, H, W) uint8."""
+    """[-1, 1] -> 0..255, rounded, as saved in a PNG. (B, 3, H, W) uint8."""
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def jpeg_round_trip(images):
     """
-    (B, 3, H, W) uint8 written and read as PIL's default JPEG, quality 75 with halved colour, as
-    Image.save("x.jpg") and torchvision's save_image write it.
+    (B, 3, H, W) uint8 saved and reloaded as PIL's default JPEG (quality 75, chroma subsampled 2x2),
+    as written by Image.save("x.jpg") and torchvision's save_image.
     """
     read = []
     for image in images.movedim(1, -1).cpu().numpy():  # (H, W, 3)
@@ -41,8 +41,8 @@ def jpeg_round_trip(images):
 
 def psnr(a, b):
     """
-    Peak signal-to-noise ratio, dB, on 8-bit rounded images: 10 log10(255^2 / MSE).
-    (B, 3, H, W) in [-1, 1] -> (B,) float32; identical images count 100 dB
+    Peak signal-to-noise ratio in dB of images rounded to 8 bits: 10 log10(255^2 / MSE).
+    (B, 3, H, W) in [-1, 1] -> (B,) float32; identical images give 100 dB
     """
     mse = (to_uint8(a).float() - to_uint8(b).float()).square().flatten(1).mean(1)
     return 10 * torch.log10(255 ** 2 / mse.clamp_min(255 ** 2 * 1e-10))
@@ -50,9 +50,9 @@ def psnr(a, b):
 
 def ssim(a, b, data_range=2.0):
     """
-    Structural similarity (Wang et al. 2004): 11x11 Gaussian window of sigma 1.5, K = (0.01, 0.03),
-    only windows that fit inside, per channel, then the mean over channels and windows.
-    a, b     (B, C, H, W), sides of at least 11; data_range 2 for [-1, 1]
+    Structural similarity (Wang et al. 2004): 11x11 Gaussian window with sigma 1.5,
+    K = (0.01, 0.03), no padding; computed per channel, then averaged over channels and windows.
+    a, b     (B, C, H, W), H and W at least 11; data_range 2 for [-1, 1]
     returns  (B,) float32, 1 for identical images
     """
     a, b = a.float(), b.float()
@@ -75,7 +75,7 @@ def ssim(a, b, data_range=2.0):
 
 # ---- Two sets of images --------------------------------------------------------------------------
 class Moments:
-    """Streaming mean and covariance, float64: add (b, D) features on every rank, then mean_cov."""
+    """Streaming float64 mean and covariance: add (b, D) features on each rank, then mean_cov."""
 
     def __init__(self, D, device="cpu"):
         # [1, f] [1, f]^T: count, sum, outer product
@@ -87,7 +87,7 @@ class Moments:
         self.sums += rows.T @ rows
 
     def mean_cov(self):
-        """n (int) >= 2, mean (D,), covariance (D, D), unbiased, over all ranks."""
+        """n (int, at least 2), mean (D,), unbiased covariance (D, D), over all ranks."""
         sums = run.all_sum(self.sums.clone()).cpu()
         n, total = sums[0, 0], sums[0, 1:]
         covariance = (sums[1:, 1:] - torch.outer(total, total) / n) / (n - 1)
@@ -97,13 +97,13 @@ class Moments:
 def frechet_distance(mean1, cov1, mean2, cov2):
     """
     |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), float64 (Heusel et al. 2017).
-    mean (D,), cov (D, D) tensors or arrays -> float >= 0; less than a billionth of the traces is 0
+    mean (D,), cov (D, D) tensors or arrays -> float >= 0; below 1e-9 of the traces it is set to 0
     """
     moments = (mean1, cov1, mean2, cov2)
     mean1, cov1, mean2, cov2 = (torch.as_tensor(a, dtype=torch.float64) for a in moments)
-    # without sqrtm: (cov1 cov2)^(1/2) has the eigenvalues of (A' cov2 A)^(1/2), A A' = cov1
+    # no sqrtm: (cov1 cov2)^(1/2) has the nonzero eigenvalues of (A' cov2 A)^(1/2), A A' = cov1
     values, vectors = torch.linalg.eigh(cov1)                              # ascending
-    # of few images cov1 is singular: leave out the rounded zeros, whose roots are not small
+    # few images: cov1 is singular; drop zeros up to rounding, as their square roots are not small
     positive = values > 10 * torch.finfo(values.dtype).eps * values[-1]
     A = vectors[:, positive] * values[positive].sqrt()                     # (D, rank)
     overlap = torch.linalg.eigvalsh(A.T @ cov2 @ A).clamp_min(0).sqrt().sum()
@@ -114,9 +114,9 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 def frechet_parts(samples, reconstructions, images):
     """
-    What the autoencoder loses and what diffusion adds, of (mean, covariance) each; reconstructions
-    of posterior samples, which diffusion learns to draw. The parts do not add up to the total.
-    returns  FD,  samples to images: what tables show as (g)FID
+    Autoencoder error and diffusion error, from (mean, covariance) each. Reconstructions decode
+    posterior samples, the distribution diffusion learns. FD is not the sum of the other two.
+    returns  FD,  samples to images: the (g)FID of the tables
              rFD, reconstructions to images: 0 for a lossless autoencoder
              dFD, samples to reconstructions: 0 for a perfect diffusion model, whatever the decoder
     """
@@ -127,7 +127,7 @@ def frechet_parts(samples, reconstructions, images):
 def load_inception(device):
     """
     FID's Inception, float32: (B, 3, H, W) uint8 -> (B, 2048) features, (B, 1008) unbiased logits.
-    FileNotFoundError if its weights can be neither found nor downloaded, ValueError if damaged.
+    FileNotFoundError if the weights are missing and cannot be downloaded, ValueError if damaged.
     """
     from torch_fidelity import feature_extractor_inceptionv3 as fidelity
     url = fidelity.URL_INCEPTION_V3
@@ -136,10 +136,10 @@ def load_inception(device):
         with contextlib.redirect_stdout(sys.stderr):
             network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat",
                                                            ["2048", "logits_unbiased"])
-    except OSError as error:  # no network, or it broke off
+    except OSError as error:  # no connection, or it was interrupted
         raise FileNotFoundError("no FID: the Inception weights could not be downloaded "
                                 f"({error}); fetch {url} and put it at {path}") from None
-    except Exception as error:  # a damaged file breaks its reader in any way
+    except Exception as error:  # a damaged file can raise any exception
         raise ValueError(f"{path}: not the Inception weights ({type(error).__name__}); remove the "
                          f"file, it is fetched anew from {url}") from None
     network = network.to(device, memory_format=torch.channels_last)
@@ -151,7 +151,7 @@ def load_inception(device):
 
 
 def laplacian_pyramid(images, smallest=16):
-    """What each halving of (B, C, H, W) loses (Burt & Adelson), then the rest, smallest or more."""
+    """Band-pass levels of (B, C, H, W), fine to coarse (Burt & Adelson), then the low-pass rest."""
     C = images.shape[1]
     taps = torch.tensor([1.0, 4, 6, 4, 1], device=images.device) / 16
     kernel = (taps[:, None] * taps).expand(C, 1, 5, 5)
@@ -169,7 +169,7 @@ def laplacian_pyramid(images, smallest=16):
 def sliced_wasserstein(samples, reference, seed=0, patches=64, directions=256):
     """
     Sliced Wasserstein distance of 7x7 patches on a Laplacian pyramid (Karras et al. 2018), x 1000.
-    samples, reference  (N, 3, H, W) of one size; the first min(N) of each are used
+    samples, reference  (N, 3, H, W), same H and W; the first N of each, N the smaller count
     returns  {side: distance} from fine to coarse
     """
     N = min(len(samples), len(reference))
@@ -180,11 +180,11 @@ def sliced_wasserstein(samples, reference, seed=0, patches=64, directions=256):
         generator = torch.Generator().manual_seed(seed)
         H, W = a.shape[-2:]
         corner = torch.randint((H - 6) * (W - 6), (N * patches,), generator=generator)
-        rows = (corner // (W - 6))[:, None] + offset  # (N*patches, 7) of each patch
+        rows = (corner // (W - 6))[:, None] + offset  # (N*patches, 7)
         columns = (corner % (W - 6))[:, None] + offset
         at = (image, slice(None), rows[:, :, None], columns[:, None, :])
         a, b = a[at].movedim(-1, 1), b[at].movedim(-1, 1)  # (N*patches, 3, 7, 7)
-        # both by the reference's mean and std, not each by its own: missing contrast counts
+        # normalise both by the reference's mean and std, so that lost contrast is penalised
         mean = b.mean((0, 2, 3), keepdim=True)
         std = b.std((0, 2, 3), keepdim=True).clamp_min(1e-8)
         a, b = ((x - mean).div(std).flatten(1) for x in (a, b))
@@ -195,6 +195,6 @@ def sliced_wasserstein(samples, reference, seed=0, patches=64, directions=256):
 
 
 def spectral_kl(samples, reference, n_bins=16):
-    """KL(reference || samples), nats, of mean spectrum_distributions; (N, 3, H, W) in [-1, 1]."""
+    """KL(reference || samples) in nats of mean spectrum_distribution; (N, 3, H, W) in [-1, 1]."""
     p, q = (spectrum_distribution(x, n_bins).mean(0) for x in (reference, samples))
     return (p * (p.log() - q.log())).sum().item()
