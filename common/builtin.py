@@ -1,12 +1,12 @@
 """
-The built-in images, drawn in milliseconds from a seed: no experiment needs a download.
+Built-in images, generated in milliseconds from a seed, so that no experiment needs a download.
 
-    leaves   dead leaves: opaque discs fall on one another, radii with density r^-3. The image
-             then looks alike at every scale, and its power spectrum falls like f^-2 as that of
-             photographs does (Lee, Mumford & Huang, IJCV 2001)
-    discs    one or two of them on a plain ground, one lamp for all images: so simple that a
-             small diffusion model learns to draw them in minutes. The spectrum is steeper, for
-             there are edges, and nothing small
+    leaves   dead leaves: opaque discs occlude each other, radii with density r^-3. The images
+             are approximately scale-invariant, with a power spectrum that falls like f^-2, as in
+             photographs (Lee, Mumford & Huang, IJCV 2001)
+    discs    one or two discs on a plain background, same light direction in all images: simple
+             enough for a small diffusion model to learn in minutes. The spectrum is steeper, as
+             there are edges but no small discs
 """
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ f32 = np.float32
 
 
 def _covered(centre, half, size):
-    """Of every k, the pixels of a line with centres within half[k] of centre[k]: (k, pixel)."""
+    """For each k, the pixels of a line with centres within half[k] of centre[k]: (k, pixel)."""
     first = np.maximum(np.ceil(centre - half - f32(0.5)), 0).astype(np.int32)
     end = np.minimum(np.ceil(centre + half - f32(0.5)), size).astype(np.int32)
     count = np.maximum(end - first, 0)
@@ -25,7 +25,7 @@ def _covered(centre, half, size):
 
 
 def _colours(n, rng):
-    """(3, n) float32 RGB from a palette of five: neighbours of one hue and its complement."""
+    """(3, n) float32 RGB from a random palette of five: four similar hues and their complement."""
     k = 5
     hue = rng.random() + np.array([0, 0.05, -0.07, 0.12, 0.5]) + 0.03 * rng.standard_normal(k)
     saturation = 0.9 * rng.beta(2, 2.5, k)
@@ -39,18 +39,18 @@ def _colours(n, rng):
 
 
 def _rgb(h, s, v):
-    """Hue in turns, saturation and value, (n,) each, as (3, n) float32 RGB."""
+    """Hue (1 is a full turn), saturation and value, (n,) each, to (3, n) float32 RGB."""
     ramp = np.abs((6 * h + np.array([[0], [4], [2]])) % 6 - 3) - 1
     return (v * (1 - s + s * np.clip(ramp, 0, 1))).astype(f32)
 
 
 def dead_leaves(size, rng, r_min=1.3, r_max=0.4, cover=1.4):
     """
-    One image of shaded discs that hide each other.
-    rng      numpy Generator: the only source of chance
+    One dead-leaves image of shaded discs.
+    rng      numpy Generator, the only source of randomness
     r_min    smallest radius in pixels; r_max: largest as a fraction of the side (density r^-3)
-    cover    mean number of discs over a pixel, the background not counted: it shows in exp(-cover)
-             of the image
+    cover    mean number of discs over a pixel, background not counted: a fraction exp(-cover) of
+             the pixels shows the background
     returns  (3, size, size) uint8
     """
     r_max = r_max * size
@@ -59,16 +59,16 @@ def dead_leaves(size, rng, r_min=1.3, r_max=0.4, cover=1.4):
     side = size + 2 * r_max                        # centres also fall outside the frame
     x, y, r = rng.random((3, int(cover * side ** 2 / area) + 1), dtype=f32)
     x, y = x * side - r_max, y * side - r_max
-    r = r_min / np.sqrt(1 - r * (1 - ratio))       # (N,), inverse of the law's CDF
-    x[0], y[0], r[0] = size / 2, size / 2, 4 * size  # the background is a leaf as well
+    r = r_min / np.sqrt(1 - r * (1 - ratio))       # (N,), by the inverse CDF
+    x[0], y[0], r[0] = size / 2, size / 2, 4 * size  # the background is a disc too
     seen = (np.abs(x - size / 2) < size / 2 + r) & (np.abs(y - size / 2) < size / 2 + r)
     x, y, r = x[seen], y[seen], r[seen]
     return _paint(size, rng, x, y, r, _colours(len(r), rng))
 
 
 def few_discs(size, rng):
-    """One image of one or two vivid shaded discs on a pale ground, (3, size, size) uint8."""
-    n = int(rng.integers(2, 4))                    # the ground is the first
+    """One image of one or two vivid shaded discs on a pale background, (3, size, size) uint8."""
+    n = int(rng.integers(2, 4))                    # the background is the first disc
     x, y, r, hue, light = rng.random((5, n), dtype=f32)
     x, y, r = size * (0.15 + 0.7 * x), size * (0.15 + 0.7 * y), size * (0.18 + 0.14 * r)
     x[0], y[0], r[0] = size / 2, size / 2, 4 * size
@@ -79,10 +79,10 @@ def few_discs(size, rng):
 
 def _paint(size, rng, x, y, r, rgb, ripples=0.18, lamp=None):
     """
-    Discs of centres x, y and radii r (n,), in pixels, and colours rgb (3, n), the last on top, as
-    (3, size, size) uint8.
-    ripples  strength of the stripes that some have; lamp: where the light comes from, in turns;
-             None: anywhere, but one lamp for the image
+    Render discs with centres x, y and radii r (n,) in pixels and colours rgb (3, n), the last on
+    top, to (3, size, size) uint8.
+    ripples  maximum strength of the stripes on a disc
+    lamp     light direction as a fraction of a turn; None: random, the same for all discs
     """
     angle, waves, ripple = rng.random((3, len(r)), dtype=f32)
     wave_x = (2 + 6 * waves) * np.cos(2 * np.pi * angle)
@@ -91,22 +91,22 @@ def _paint(size, rng, x, y, r, rgb, ripples=0.18, lamp=None):
     light = 2 * np.pi * (rng.random() if lamp is None else lamp)
     light_x, light_y = f32(0.22 * np.cos(light)), f32(0.22 * np.sin(light))
 
-    disc, rows = _covered(y, r + f32(0.5), size)   # rows of every disc, half a pixel of soft edge
+    disc, rows = _covered(y, r + f32(0.5), size)   # rows of each disc, plus half a pixel of edge
     grid = np.arange(size, dtype=f32) + f32(0.5)   # pixel centres
     half = np.sqrt(np.maximum((r[disc] + f32(0.5)) ** 2 - (grid[rows] - y[disc]) ** 2, 0))
-    run, columns = _covered(x[disc], half, size)   # every pixel of every row
-    disc, pixel = disc[run], rows[run] * size + columns  # (M,), lower leaves first
+    run, columns = _covered(x[disc], half, size)   # pixels of each row
+    disc, pixel = disc[run], rows[run] * size + columns  # (M,), lowest disc first
 
     image = np.zeros((3, size * size), f32)
-    open_ = np.ones(size * size, f32)              # share not yet painted
+    open_ = np.ones(size * size, f32)              # remaining transparency
     grid_x, grid_y = np.tile(grid, size), np.repeat(grid, size)
     todo = np.arange(size * size)
-    for layer in range(3):                         # from the top: soft edges show the next leaf
+    for layer in range(3):                         # from the top; soft edges show the disc below
         owner = np.zeros(size * size, np.int32)
-        owner[pixel] = disc                        # repeated pixels: the last, topmost leaf stays
+        owner[pixel] = disc                        # duplicate pixels: the last, topmost disc wins
         o = owner[todo]
         radius = r[o]
-        # (T,), in radii, from the leaf's centre
+        # (T,), offset from the disc's centre in radii
         dx, dy = (grid_x[todo] - x[o]) / radius, (grid_y[todo] - y[o]) / radius
         d2 = dx * dx + dy * dy
         alpha = np.clip((1 - np.sqrt(d2)) * radius + f32(0.5), 0, 1) if layer < 2 else f32(1)
@@ -125,8 +125,8 @@ SETS = {"leaves": dead_leaves, "discs": few_discs}
 
 class BuiltInImages:
     """
-    A set of `count` built-in images; image i is drawn from (seed, first + i) and nothing else.
-    kind   a name of SETS;  items  (uint8 (3, size, size), label 0, i, "" as nothing is unreadable)
+    A set of `count` built-in images; image i depends only on (seed, first + i).
+    kind   a key of SETS;  items  (uint8 (3, size, size), label 0, i, ""), "" as there are no faults
     """
     classes, unreadable = [], frozenset()
 
