@@ -20,7 +20,7 @@ from losses import DSM_MASKS, esm_loss
 
 TIMES = [(i + 0.5) / 20 for i in range(20)]                # uniform, as training draws them
 SHOWN = (3, 7, 11, 15)                                     # TIMES[i]: t = .175, .375, .575, .775
-FAINT = 1e-3                                               # x largest ring's power: "no power"
+FAINT = 1e-3                                               # fraction of the largest ring's power
 
 
 def ring_profile(P):
@@ -157,7 +157,7 @@ def wiener_half_times(power, process):
 def slope_per_octave(half, power):
     """
     How much later, in t, a ring of twice the frequency reaches half its power (least squares); half
-    and power (R,). Rings with almost no power are left out: they hold noise.
+    and power (R,). Rings with almost no power are left out: their half times mean nothing.
     """
     strong = power[1:] >= FAINT * power.max()              # without ring 0, which holds DC
     octave = (torch.arange(1, len(half), dtype=half.dtype) + 0.5).log2()[strong]
