@@ -1,7 +1,7 @@
 """
-Sets of images as evaluate.py compares them: samples of a diffusion run with its training images
-(gen), and any two that a user supplies (fid A B). uint8: (N, H, W, 3) in files, (B, 3, H, W) for
-Inception. `args` are the flags of evaluate.py.
+The sets of images that evaluate.py compares: a diffusion run's samples with its training images
+(gen), or any two sets that a user supplies (fid A B). Images are uint8: (N, H, W, 3) in files,
+(B, 3, H, W) for Inception. `args` are the flags of evaluate.py.
 """
 import contextlib
 import itertools
@@ -24,10 +24,10 @@ from common.metrics import Moments, frechet_distance, jpeg_round_trip, to_uint8
 from common.weights import compare_images
 from dit import Interpolant, NoiseStream
 
-# ------------------------------------------------- samples: number i depends on (--seed, i) alone
+# ------------------------------------------------- samples: sample i depends only on (--seed, i)
 
 def sampled_classes(file, checkpoint):
-    """The classes of a run that had a training image, ascending; a line if others had none."""
+    """Classes (sorted) with training images in a run; prints a note if some classes had none."""
     n = checkpoint["model_args"]["num_classes"]
     seen = sorted(set(checkpoint.get("classes_seen") or range(n)) & set(range(n)))
     if len(seen) < n:
@@ -37,7 +37,7 @@ def sampled_classes(file, checkpoint):
 
 
 def sample_labels(indices, classes, seed=None):
-    """Class of each sample (b,) int64: classes (k,) in turn, or at random from (seed, index)."""
+    """Class of each sample (b,) int64: cycling through classes (k,), or random by (seed, index)."""
     if seed is not None:
         draws = (np.random.default_rng((seed, int(i))) for i in indices)
         indices = [int(draw.integers(len(classes))) for draw in draws]
@@ -46,7 +46,7 @@ def sample_labels(indices, classes, seed=None):
 
 @torch.no_grad()
 def sample_images(file, model, process, ae, classes, indices, args, device):
-    """Samples number `indices` of a run, whatever the batch or rank: (b, 3, H, W) uint8."""
+    """The samples `indices` of a run, (b, 3, H, W) uint8; independent of batch size and rank."""
     options = dict(steps=args.steps, noise=NoiseStream(args.seed, indices),
                    cfg_interval=tuple(args.cfg_interval))
     if isinstance(process, Interpolant):
@@ -58,7 +58,7 @@ def sample_images(file, model, process, ae, classes, indices, args, device):
     shape = (len(indices), model.in_channels, *model.input_size)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
         z = process.sample(model, shape, **options)
-    images = ae.decode(ae.denormalize(z))              # float32: bf16 is coarser than a grey level
+    images = ae.decode(ae.denormalize(z))              # float32: bf16 steps exceed one grey level
     run.need(images.isfinite().all(), f"{file}: its samples are not finite; take an earlier "
              "checkpoint, --dtype fp32 or a smaller --cfg")
     images = to_uint8(images)
@@ -66,19 +66,19 @@ def sample_images(file, model, process, ae, classes, indices, args, device):
 
 
 def rank_batches(n, batch_size):
-    """Row numbers of this rank, every world-th of n, in arrays of at most batch_size."""
+    """This rank's row numbers (every world_size-th of n), in arrays of at most batch_size."""
     rows = np.arange(run.get_rank(), n, run.get_world_size())
     return np.array_split(rows, math.ceil(len(rows) / batch_size)) if len(rows) else []
 
 
 def write_samples(draw, shape, out, args):
     """
-    draw(indices) for all of (N, H, W, 3): a memory-mapped uint8 array that all ranks share, and the
-    seconds. In the folder out, in the place of an earlier sampling's, it leaves grid.png,
-    samples.npz for the ADM suite, and with --folder images/NNNNNN.png.
+    Call draw(indices) for N images of shape (N, H, W, 3). Returns a memory-mapped uint8 array that
+    all ranks share, and the seconds taken. Writes grid.png, samples.npz for the ADM suite and, with
+    --folder, images/NNNNNN.png to the folder out, replacing those of an earlier call.
     """
     path, folder, rank = out / "samples.npy", out / "images", run.get_rank()
-    # one run at a time writes there, others wait
+    # one process at a time writes there, others wait
     with run.file_lock(out / ".lock") if rank == 0 else contextlib.nullcontext():
         if rank == 0:                                  # 50,000 images of 256 px are 10 GB
             create_array(f"{path} of {shape[0]:,} rows", path, np.uint8, shape)
@@ -86,7 +86,7 @@ def write_samples(draw, shape, out, args):
         samples = np.load(path, mmap_mode="r+")
         run.barrier()
         if rank == 0:
-            path.unlink()                              # so a killed run leaves nothing behind
+            path.unlink()                              # unlinked: a killed run leaves no file
         start = time.perf_counter()
         batches = rank_batches(len(samples), args.batch_size)
         for indices in tqdm(batches, "sampling", disable=rank > 0 or None):
@@ -96,14 +96,14 @@ def write_samples(draw, shape, out, args):
         if rank == 0:
             image_grid(torch.from_numpy(samples[:64]).movedim(-1, 1) / 255, out / "grid.png")
             run.write_atomic(out / "samples.npz", lambda file: np.savez(file, arr_0=samples))
-            for old in folder.glob("[0-9]" * 6 + ".png"):      # not what else lies there
+            for old in folder.glob("[0-9]" * 6 + ".png"):      # keep other files
                 old.unlink()
         run.barrier()
         if args.folder:
             folder.mkdir(exist_ok=True)
             for i in itertools.chain(*batches):
                 Image.fromarray(samples[i]).save(folder / f"{i:06d}.png")
-        run.barrier()                                  # others may still write
+        run.barrier()                                  # other ranks may still be writing
     run.print0(f"wrote {out}/grid.png, {out}/samples.npz" + f", {folder}/" * args.folder)
     return samples, seconds
 
@@ -111,7 +111,7 @@ def write_samples(draw, shape, out, args):
 # --------------------------------------- Inception statistics of samples and of training images
 
 def fid_at(n):
-    """The name FID@n; and a line, where n images are few."""
+    """The name FID@n; prints a note if n is too small for a reliable FID."""
     if n < 10_000:
         run.print0(f"FID@{n}: with fewer than 10,000 images FID is biased upwards; compare it "
                    "only with FID at the same N")
@@ -119,7 +119,7 @@ def fid_at(n):
 
 
 def set_statistics(inception, images, keep, workers, args, device):
-    """inception_statistics of a set (ImageSet or built in), each rank a part of every batch."""
+    """inception_statistics of a set (ImageSet or built-in); batches are split over the ranks."""
     rank, world = run.get_rank(), run.get_world_size()
     batches = val_batches(images, args.batch_size * world, rank, world, workers, device)
     uint8 = ((to_uint8(x), rows.numpy()) for x, _, rows in batches)
@@ -128,8 +128,8 @@ def set_statistics(inception, images, keep, workers, args, device):
 
 def inception_statistics(inception, batches, keep, device):
     """
-    This rank's batches of (uint8 images, row numbers) through Inception: n, mean, covariance over
-    all ranks, and features (k, 2048) and logits (k, 1008) of the k rows in keep.
+    Run this rank's batches of (uint8 images, row numbers) through Inception. Returns n, mean and
+    covariance over all ranks, and features (k, 2048) and logits (k, 1008) of the k rows in keep.
     """
     moments, kept = Moments(2048, device), []
     for images, rows in tqdm(batches, "Inception", disable=run.get_rank() > 0 or None):
@@ -143,7 +143,7 @@ def inception_statistics(inception, batches, keep, device):
 
 
 def training_images(file, checkpoint, args):
-    """What the samples of a run are compared with; None, and a line, if it is not here."""
+    """The training images to compare samples with; if missing, prints why and returns None."""
     data = args.data or checkpoint["data"]
     try:
         images, _ = open_data(data, checkpoint["image_size"], seed=checkpoint["data_seed"])
@@ -158,14 +158,14 @@ def training_images(file, checkpoint, args):
 
 def reference_statistics(images, load_inception, args, device):
     """
-    mu, sigma, features of a set from out/reference, where the set's content names the file, or made
-    now and kept there; None without Inception's weights.
+    mu, sigma and features of a set, cached in out/reference under a name made from its content;
+    computed if not there. None without Inception's weights.
     """
     identity = run.broadcast_from_rank0(lambda: images_hash(images))
     file = Path("out/reference") / f"{identity}-{images.size}.npz"
     how = json.dumps(dict(images=identity, size=images.size, n=len(images),
                           crop="ADM centre crop, 8 bit", network="torch-fidelity"))
-    if run.broadcast_from_rank0(file.exists):          # another run may be writing it just now
+    if run.broadcast_from_rank0(file.exists):          # another run may be writing it
         stored = read_npz(file)
         run.need(str(stored.get("how")) == how,
                  f"{file}: statistics of {stored.get('how')}, wanted {how}; remove the file")
@@ -173,7 +173,7 @@ def reference_statistics(images, load_inception, args, device):
     inception = load_inception()
     if not inception:
         return None
-    keep = np.linspace(0, len(images) - 1, 10_000).astype(np.int64)     # spread over the classes
+    keep = np.linspace(0, len(images) - 1, 10_000).astype(np.int64)     # spread evenly over classes
     n, mu, sigma, features, _ = set_statistics(inception, images, keep, args.workers, args, device)
     made = dict(mu=mu.numpy(), sigma=sigma.numpy(), features=features.numpy())
     if run.get_rank() == 0:
@@ -197,7 +197,7 @@ def inception_metrics(inception, samples, reference, args, device):
     values = {name: frechet_distance(mean, cov, reference["mu"], reference["sigma"]),
               "IS": score["inception_score_mean"],
               f"KID_x1e3_subset{size}": 1000 * kid["kernel_inception_distance_mean"]}
-    if size > 3:                                       # of three nearest neighbours
+    if size > 3:                                       # needs 3 nearest neighbours
         found = metric_prc.prc_features_to_metric(fake, real, verbose=False)
         values |= {name: float(found[name]) for name in ("precision", "recall")}
     return values
@@ -206,21 +206,21 @@ def inception_metrics(inception, samples, reference, args, device):
 # -------------------------------------------------------------------- sets that a user supplies
 
 def read_npz(file):
-    """{name: array} of a .npz, nothing unpickled; ValueError if it is damaged."""
+    """{name: array} of a .npz, without unpickling; ValueError if it is damaged."""
     try:
         with np.load(file) as archive:
             return dict(archive)
-    except Exception as error:                         # a damaged file breaks its reader in any way
+    except Exception as error:                         # a damaged file can raise anything
         raise ValueError(f"{file}: no usable .npz ({run.reason(error)}); remove it, or make it "
                          "anew") from None
 
 
 def common_size(sets):
-    """Pixels a side of two open_set: an .npz's, else that of all images; None if nobody knows."""
+    """Resolution to compare two open_set results at: an .npz's, else the images'; None: unknown."""
     sizes = {entry.size for entry in sets} - {None}
     for entry in sets if not sizes else ():
-        for row in range(entry.n or 0):                    # 0 of statistics
-            with contextlib.suppress(Exception):           # unreadable ones are named later
+        for row in range(entry.n or 0):                    # statistics have no images
+            with contextlib.suppress(Exception):           # unreadable ones are reported later
                 sizes.add(min(entry.images.source.image(row).size))
     run.need(len(sizes) < 2, f"{sets[0].spec} and {sets[1].spec}: images of several sizes; "
              "--image_size says at which to compare them")
@@ -229,8 +229,8 @@ def common_size(sets):
 
 def open_set(spec):
     """
-    A folder, a zip, 'cifar10', or an npz of images (arr_0) or of statistics (mu, sigma): its spec;
-    n; images, an ImageSet without its size, or moments (mu, sigma); an npz's size if it is known.
+    Open a folder, a zip, 'cifar10', or an npz of images (arr_0) or statistics (mu, sigma). Returns
+    spec; n; images (an ImageSet without a size) or moments (mu, sigma); an npz's size if known.
     """
     found = SimpleNamespace(spec=spec, n=None, images=None, moments=None, size=None)
     npz = spec.lower().endswith(".npz") and Path(spec).is_file()       # a pipe would block
@@ -238,7 +238,7 @@ def open_set(spec):
     if {"mu", "sigma"} <= stored.keys():
         found.moments = stored["mu"], stored["sigma"]
         run.need(all(np.isfinite(x).all() for x in found.moments), f"{spec}: is not finite")
-        found.size = json.loads(str(stored.get("how", "{}"))).get("size")  # of out/reference's
+        found.size = json.loads(str(stored.get("how", "{}"))).get("size")  # files of out/reference
         return found
     if npz:
         pixels = stored.get("arr_0", np.empty(0))

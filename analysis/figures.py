@@ -1,7 +1,7 @@
 """
-What the scripts draw with, and five commands of evaluate.py: spectrum, bands, latents, similarity,
-curves. A command takes evaluate.py's flags and the device, yields (values, settings) as it measures
-and writes its figure to args.out. Images are drawn in [0, 1]; networks take them in [-1, 1].
+Drawing helpers for all scripts, and five commands of evaluate.py: spectrum, bands, latents,
+similarity, curves. A command is a generator that takes the flags and the device, yields (values,
+settings) and writes args.out. Images are drawn in [0, 1]; networks take them in [-1, 1].
 """
 import csv
 import json
@@ -30,9 +30,9 @@ def pca_rgb(latents):
     cells = cells - cells.mean(0)
     _, directions = torch.linalg.eigh(cells.T @ cells)                      # ascending eigenvalues
     directions = directions[:, -3:].flip(-1)
-    directions = directions * torch.where(directions.sum(0) < 0, -1.0, 1.0)  # one sign for all
+    directions = directions * torch.where(directions.sum(0) < 0, -1.0, 1.0)  # sign is arbitrary
     components = F.pad(cells @ directions, (0, 3 - min(C, 3)))              # (B*h*w, 3)
-    # two standard deviations of a component span half the range
+    # +-2 standard deviations of a component span half the range
     components = components / (2 * components.std(0, correction=0)).clamp_min(1e-12)
     return (components * 0.25 + 0.5).clamp(0, 1).view(B, h, w, 3).movedim(-1, 1)
 
@@ -45,20 +45,20 @@ def image_grid(images, path):
 
 
 def subplots(rows, columns, inches, **options):
-    """A figure (width, height) and its axes, an array (rows, columns). It needs no display."""
+    """A figure of inches = (width, height) and its (rows, columns) axes; needs no display."""
     from matplotlib.figure import Figure  # imported only where something is drawn
     figure = Figure(inches, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def save_figure(figure, path, dpi=90, **options):
-    """Write a figure as PNG, or what the path's suffix says."""
+    """Write a figure in the format of the path's suffix, PNG if it has none."""
     suffix = pathlib.Path(path).suffix[1:] or "png"
     run.write_atomic(path, lambda file: figure.savefig(file, format=suffix, dpi=dpi, **options))
 
 
 def log_axes(ax, names):
-    """Logarithmic axes "x", "y" or "xy" with plain numbers: 1, 2, 5, 10; of many decades 1, 10."""
+    """Log scale on axes "x", "y" or "xy", ticks 1, 2, 5, 10 (1, 10 if it spans many decades)."""
     from matplotlib.ticker import LogLocator, NullFormatter
     for name in names:
         ax.set(**{f"{name}scale": "log"})
@@ -70,7 +70,7 @@ def log_axes(ax, names):
 
 
 def figure_rows(rows, path):
-    """A grid of images {label: (N, 3, h, w) in [0, 1]}, a row per label; one N, any h and w."""
+    """A grid of images {label: (N, 3, h, w) in [0, 1]}, one row per label; all have the same N."""
     columns = len(next(iter(rows.values())))
     figure, axes = subplots(len(rows), columns, (1.3 * columns + 0.3, 1.3 * len(rows)))
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
@@ -86,15 +86,15 @@ def image_file(path, size, device):
     """One image, cropped, as (1, 3, size, size) on device; ValueError if it cannot be read."""
     try:
         pixels = np.array(center_crop(to_rgb(open_image(path)), size))
-    except Exception as error:                         # no such file, or what decoders raise
+    except Exception as error:                         # no such file, or any decoder error
         raise ValueError(f"--image {path}: {run.reason(error)}; give another file") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float().to(device) / 127.5 - 1
 
 
-# ------------------------------------------------------------------------- what the commands share
+# ------------------------------------------------------------------------- shared by the commands
 
 def write_table(args, figure, columns, rows):
-    """A command's figure, and the numbers of its curves beside it as CSV."""
+    """Save a command's figure, and the data of its curves as a CSV beside it."""
     table = pathlib.Path(args.out).with_suffix(".csv")
     save_figure(figure, args.out)
     with table.open("w", newline="") as file:
@@ -103,20 +103,20 @@ def write_table(args, figure, columns, rows):
 
 
 def need_outside(out, data):
-    """ValueError if the file or folder out would replace images of --data, or join them."""
+    """ValueError if writing to out would overwrite images of --data or add to them."""
     place, images = pathlib.Path(out or "/").resolve(), pathlib.Path(data or "leaves").resolve()
     run.need(not images.exists() or images not in (place, *place.parents),
              f"--out {out}: lies in {data}, whose images are read; name another place")
 
 
 def unique_names(files):
-    """The run_name of each file, with as many folders before it as tell all of them apart."""
+    """The run_name of each file, prefixed by as many parent folders as make all unique."""
     files = [pathlib.Path(file).resolve() for file in files]
     folders = [file.parent.parent if file.name == "ckpt.pt" else file.parent for file in files]
     paths = [(*folder.parts, run.run_name(file)) for folder, file in zip(folders, files)]
     for n in range(1, 1 + max(map(len, paths))):
         names = ["/".join(path[-n:]) for path in paths]
-        # "images" are a row and a curve themselves; a legend leaves out what begins with _
+        # "image(s)" already label a row or curve; matplotlib's legend omits labels starting with _
         taken = any(name in ("image", "images") or name[0] == "_" for name in names)
         if len(set(names)) == len(set(paths)) and not taken:
             break
@@ -124,15 +124,15 @@ def unique_names(files):
 
 
 def named_checkpoints(args):
-    """[(file, name)] of the diffusion runs that a command reads."""
+    """[(file, name)] of the diffusion checkpoints that a command reads."""
     files = checkpoint_files(args)
     return list(zip(files, unique_names(files)))
 
 
 def held_out_images(args, trained, device, file=None):
     """
-    The first --val_images held-out images of --data, or of the data in a run's flags `trained`,
-    from which `file` came: images (N, 3, H, W) in [-1, 1], labels (N,), number of classes.
+    The first --val_images held-out images (N, 3, H, W) in [-1, 1] of --data (default: the training
+    data in `trained`, the flags of checkpoint `file`), labels (N,) and the number of classes.
     """
     size = getattr(args, "image_size", None) or trained.get("image_size", 256)
     data = args.data or trained.get("data")
@@ -145,9 +145,9 @@ def held_out_images(args, trained, device, file=None):
 
 
 def autoencoders(args, device):
-    """Yields (label, autoencoder, held-out images) of --ae, or of every run of the preset."""
+    """Yields (label, autoencoder, held-out images) for each --ae or every run of the preset."""
     files = args.ae or run.checkpoints("ae", args.preset, "--ae")
-    runs = [run.checkpoint_args(file) for file in files]   # {} of released weights
+    runs = [run.checkpoint_args(file) for file in files]   # {} for released weights
     for key in ("images", "image_size"):
         if len({trained[key] for trained in runs if trained.get(key)}) > 1:
             print(f"these runs differ in {key}; compare them with care")
@@ -158,7 +158,7 @@ def autoencoders(args, device):
 
 @torch.no_grad()
 def encode_all(ae, images, batch_size, seed=None):
-    """Latents (N, C, h, w) of images: posterior samples with a seed, modes without."""
+    """Latents (N, C, h, w) of images: posterior samples if a seed is given, else modes."""
     latents, generator = [], torch.Generator().manual_seed(seed or 0)
     for x in images.split(batch_size):
         posterior = ae.encode(x)
@@ -169,30 +169,30 @@ def encode_all(ae, images, batch_size, seed=None):
 
 # ----------------------------------------------------------------------------------------- spectra
 
-# {data set: {curve: 16 shares}}, what the authors print for Figs. 4, 5, 7, 8 (latent_analysis.py of
-# forever208/SpectrumMatching, branch SM-DSM; 256 px): of log(1 + power) by ring, lowest frequency
-# first, DC kept as by spectrum_distribution(x, remove_dc=False)
-CURVES, TARGET = {}, "flattened by 1.0"                # TARGET: the image's with gamma 1
+# {data set: {curve: 16 shares}}: the authors' numbers for Figs. 4, 5, 7, 8 (latent_analysis.py of
+# forever208/SpectrumMatching, branch SM-DSM; 256 px), each ring's share of log(1 + power), lowest
+# frequency first, DC kept as by spectrum_distribution(x, remove_dc=False)
+CURVES, TARGET = {}, "flattened by 1.0"                # TARGET: ESM's target, gamma 1
 for line in pathlib.Path(__file__).with_name("published.csv").read_text().splitlines():
     data, name, *shares = line.split(",")
     CURVES.setdefault(data, {})[name] = list(map(float, shares))
 
 
 def divergence(target, curve):
-    """KL(target || curve), nats, of two spectra (16,), each scaled to sum 1 exactly."""
+    """KL(target || curve) in nats of two spectra (16,), each first normalised to sum to 1."""
     p, q = (torch.as_tensor(shares, dtype=torch.float64) for shares in (target, curve))
     p, q = p / p.sum(), q / q.sum()
     return (p * (p.log() - q.log())).sum().item()
 
 
-# One colour per method in all figures, by its value of --reg and by the name of a published curve
+# One colour per method in all figures; keys: values of --reg and names of published curves
 COLORS = {"kl": "C0", "SD-VAE": "C0", "dsm": "C1", "DSM": "C1", "esm": "C2", "ESM": "C2",
           "se": "C3", "Scale Equivariance": "C3", "eq": "C4", "vf": "C5", "VA-VAE": "C5",
           "DINOv2-B features": "C6", "image": "black", TARGET: "gray"}
 
 
 def run_colors(names):
-    """A colour per run: its method's if the name tells (quick-kl), else, or if used, another."""
+    """A colour per run: its method's if in the name (quick-kl) and still free, else another."""
     colors = []
     for name in names:
         told = [COLORS[word] for word in re.split("[-_/]", name) if word in COLORS]
@@ -205,15 +205,15 @@ encoder_name = lambda args: args.encoder if args.encoder_source != "random" else
 
 
 def psd_exponent(x, rings=16):
-    """alpha of the mean PSD ~ f^-alpha of x (B, C, H, W), a float."""
+    """Exponent alpha (float) of the power law f^-alpha fitted to the mean PSD of x (B, C, H, W)."""
     power = spectral.radial_profile(spectral.power_spectrum(x), rings).mean(0)
     return spectral.fit_power_law(power).item()
 
 
 def draw_curve(axes, rows, name, batches, gamma=0.0, descriptor=True, remove_dc=True, **style):
     """
-    One curve of batches (b, C, h, w): on axes[0] radial power, on axes[1] what ESM compares, unless
-    the values have no scale (descriptor False). Appends 16 rows, returns the mean descriptor (16,).
+    Draw batches (b, C, h, w) as a curve: radial power on axes[0], ESM's spectrum on axes[1] (not if
+    descriptor=False: values of arbitrary scale). Appends 16 rows; returns the mean spectrum (16,).
     """
     x, rings = torch.cat(list(batches)), range(1, 17)
     P = spectral.power_spectrum(x - x.mean((-2, -1), keepdim=True))
@@ -221,7 +221,7 @@ def draw_curve(axes, rows, name, batches, gamma=0.0, descriptor=True, remove_dc=
     shares = spectral.spectrum_distribution(x, gamma=gamma, remove_dc=remove_dc).mean(0).cpu()
     relative, last = power / power.sum(), shares.tolist() if descriptor else 16 * [""]
     rows.extend(zip(16 * [name], rings, power.tolist(), relative.tolist(), last))
-    visible = lambda curve: curve.where(curve > 1e-6, float("nan"))    # in ring 1 may be DC alone
+    visible = lambda curve: curve.where(curve > 1e-6, float("nan"))    # ring 1 may hold only DC
     label = f"{name}: $f^{{-{spectral.fit_power_law(power):.2f}}}$"
     axes[0].loglog(rings, visible(relative), marker="o", ms=3, label=label, **style)
     if descriptor:
@@ -230,7 +230,7 @@ def draw_curve(axes, rows, name, batches, gamma=0.0, descriptor=True, remove_dc=
 
 
 def saved_latents(args, device):
-    """Yields (label, images or None, latents (N, C, h, w)) of every file of --latents."""
+    """Yields (label, images or None, latents (N, C, h, w)) for each file of --latents."""
     images = held_out_images(args, {}, device)[0] if args.data else None
     for file, label in zip(args.latents, unique_names(args.latents)):
         array = np.load(file, mmap_mode="r")
@@ -241,12 +241,12 @@ def saved_latents(args, device):
 @torch.no_grad()
 def spectrum_figure(args, device):
     """
-    Figs. 4, 5, 7, 8: radial power of the images (at the latents' size), of their flattened target
-    and of the latents of every autoencoder: figure and CSV. With --encoder also DINOv2's features,
-    unit length per token. With --published the authors' curves lie over yours, all in their form:
-    DC kept, features as the encoder scales them. Either may be drawn without autoencoders. With
-    --latents the first --val_images latents of any autoencoder, .npy (N, C, h, w); beside images
-    and their target only if --data names them.
+    Figs. 4, 5, 7, 8: radial power of the images (resized to the latents' size), of ESM's flattened
+    target and of each autoencoder's latents, as a figure and a CSV. --encoder adds DINOv2 features,
+    normalised to unit length per token. --published overlays the authors' curves and draws all as
+    they do: DC kept, features not normalised. Both work without an autoencoder. --latents reads the
+    first --val_images latents of any autoencoder from .npy files (N, C, h, w); images and target
+    are then drawn only if --data is given.
     """
     run.need(args.encoder or not args.encoder_source,
              f"--encoder_source {args.encoder_source}: needs --encoder NAME")
@@ -259,7 +259,7 @@ def spectrum_figure(args, device):
             pathlib.Path().glob(f"out/ae/{args.preset}-*/ckpt.pt")):
         sources = ((label, images, encode_all(ae, images, args.batch_size, args.seed))
                    for label, ae, images in autoencoders(args, device))
-    elif args.encoder:                                 # features alone, as large as f16 latents
+    elif args.encoder:                                 # features only, at the size of f16 latents
         sources = [("", held_out_images(args, {}, device)[0], None)]
     panels = 2 if sources else 1
     figure, (axes,) = subplots(1, panels, (5 * panels + 2.4, 4.6))
@@ -272,7 +272,7 @@ def spectrum_figure(args, device):
         if name not in ("image", TARGET):
             kl = divergence(printed[TARGET], shares)
             print(f"published, {published}, {name}: KL(target || curve) {kl:.4f}")
-    targets = {}                                       # one for all latents of a size
+    targets = {}                                       # shared by latents of the same size
     for label, images, latents in sources:
         grid = tuple(s // 16 for s in images.shape[2:]) if latents is None else latents.shape[2:]
         n = len(images if latents is None else latents)
@@ -302,7 +302,7 @@ def spectrum_figure(args, device):
             values = dict(alpha=psd_exponent(latents))
             if images is not None:
                 values["alpha_images"] = psd_exponent(small)
-            if not args.latents:                       # whose images these are nobody knows
+            if not args.latents:                       # --latents: their images are unknown
                 values["esm"] = esm_loss(images, latents, args.gamma).item()
             values["rmsc"] = spectral.rmsc(latents.flatten(2).mT).mean().item()
             values["std"] = latents.std().item()
@@ -328,12 +328,12 @@ def decode_lowpassed(ae, latents, masks, batch_size):
 
 def band_matrix(decoded):
     """
-    What a band (anti-diagonal of 8x8 blocks) of the latent adds to each of the image, as shares:
-    decode_lowpassed with all n = 0 .. 14 -> (14, 15), latent bands 1 .. 14 by image bands 0 .. 14.
+    Shares of the image's bands (anti-diagonals of 8x8 DCT blocks) in what each latent band adds.
+    decode_lowpassed with n = 0 .. 14 -> (14, 15): latent bands 1 .. 14 by image bands 0 .. 14.
     """
-    diagonal = (torch.arange(8)[:, None] + torch.arange(8)).flatten()  # of each coefficient
+    diagonal = (torch.arange(8)[:, None] + torch.arange(8)).flatten()  # band of each coefficient
     matrix = torch.zeros(14, 15)
-    for k in range(1, 15):                             # what appears between n = 15 - k and 14 - k
+    for k in range(1, 15):                             # n = 15 - k removes band k, 14 - k keeps it
         added = spectral.block_dct2(decoded[14 - k] - decoded[15 - k])
         energy = added.square().mean((0, 1, 2, 3)).flatten().cpu()
         matrix[k - 1].index_add_(0, diagonal, energy)
@@ -343,8 +343,8 @@ def band_matrix(decoded):
 @torch.no_grad()
 def bands_figure(args, device):
     """
-    DSM made visible. Left: PSNR of decode(lowpass(z, n)) against lowpass(x, n) for every n. Right:
-    what an anti-diagonal of the latent's 8x8 blocks adds to those of the decoded image's blocks.
+    What DSM trains. Left: PSNR of decode(lowpass(z, n)) against lowpass(x, n) for every n. Right:
+    which bands of the decoded image each latent band (anti-diagonal of 8x8 DCT blocks) affects.
     """
     found, bands = [], torch.arange(1, 15)
     for label, ae, images in autoencoders(args, device):
@@ -376,10 +376,10 @@ def bands_figure(args, device):
 
 
 def latents_figure(args, device):
-    """Fig. 3: a few held-out images, and under them the latents of every autoencoder as PCA-RGB."""
+    """Fig. 3: a few held-out images and, below them, each autoencoder's latents as PCA-RGB."""
     rows = {}
     for label, ae, images in autoencoders(args, device):
-        shown = rows.setdefault("image", images)       # the same ones for all
+        shown = rows.setdefault("image", images)       # the same for every autoencoder
         rows[label] = pca_rgb(encode_all(ae, shown, args.batch_size))
     figure_rows(rows | dict(image=rows["image"] * 0.5 + 0.5), args.out)
     print(f"wrote {args.out}")
@@ -388,7 +388,7 @@ def latents_figure(args, device):
 
 @torch.no_grad()
 def similarity_figure(args, device):
-    """Fig. 6: cosine similarity of a token to all others; raw, spnorm and DoG, with their RMSC."""
+    """Fig. 6: cosine similarity of one token to all others: raw, spnorm and DoG, each with RMSC."""
     size, side = args.image_size, args.image_size // 14
     grid = side, side
     run.need(size % 14 == 0, f"--image_size {size}: must be a multiple of 14, the encoder's patch")
@@ -415,7 +415,7 @@ def similarity_figure(args, device):
     print(f"wrote {args.out} (black = opposite, white = equal)")
 
 
-# What `curves` draws of a line of log.jsonl, and what its axis measures
+# The values of log.jsonl that `curves` draws, one panel each, and the axis labels
 PANELS = dict(
     loss="training loss", l1="mean |error|, in [-1, 1]", lpips="LPIPS", kl="nats per image",
     esm="nats", align="alignment loss", gan="hinge loss", disc="hinge loss", grad_norm="L2 norm",
@@ -423,11 +423,11 @@ PANELS = dict(
 
 
 def curves_figure(args, device):
-    """The log.jsonl of training runs in one figure, one colour per run; they may be going on."""
+    """Plot the log.jsonl of training runs, one colour per run; works while they are training."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
     paths = [pathlib.Path(path) for path in dict.fromkeys(args.runs)]
     paths = [path.parent if path.name == "log.jsonl" else path for path in paths]
-    # the last line is being written
+    # drop the last line: empty, or still being written
     texts = [(path / "log.jsonl").read_text(errors="replace").split("\n")[:-1] for path in paths]
     logs = [[json.loads(line) for line in lines] for lines in texts]
     shown = [panel for panel in PANELS if any(panel in entry for log in logs for entry in log)]

@@ -1,7 +1,7 @@
 """
-The paper in two figures, drawn from one image: what its figures and equations say (--plot), and
-where ESM and DSM enter the training of an autoencoder, Fig. 1 (--pipeline). The latent there is a
-stand-in, the image made 4 times smaller, so that nothing has to be trained.
+The paper in two figures, drawn from one image: its main ideas (--plot), and where ESM and DSM enter
+autoencoder training, as in Fig. 1 (--pipeline). Its latent is a placeholder, the image downsampled
+by 4, so that nothing has to be trained.
 
     python -m analysis.ideas --plot assets/ideas.png --pipeline assets/pipeline.png
 """
@@ -27,18 +27,18 @@ GREEN, BLUE, PURPLE = "#2e7d32", "#1f5fa8", "#7b1fa2"      # ESM, DSM, Fig. 9
 def show(ax, image, title=""):
     """An image (3, H, W) in [-1, 1], or a map (H, W) in [0, 1], dark where it is 1; no ticks."""
     rgb = (image * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0) if image.ndim == 3 else image
-    ax.imshow(rgb, cmap="Blues", vmin=0, vmax=1.4)         # a colour map is for maps alone
+    ax.imshow(rgb, cmap="Blues", vmin=0, vmax=1.4)         # cmap applies only to maps
     ax.set(title=title, xticks=[], yticks=[])
 
 
 def crop_face(image):
-    """(1, 3, H, W) -> (1, 3, H/2, W/2): where a portrait has its face."""
+    """(1, 3, H, W) -> (1, 3, H/2, W/2): the part where a portrait shows the face."""
     H, W = image.shape[-2:]
     return image[..., H // 8:H * 5 // 8, W // 4:W * 3 // 4]
 
 
 def plot_dog(ax):
-    """The gain of DoG filters over the frequencies of a token grid, the default thick."""
+    """Frequency response of DoG filters on a token grid; the default one is the thick line."""
     u = torch.arange(16)                                   # DCT row u: u / 32 cycles per token
     gain = lambda sigma: torch.exp(-2 * (math.pi * sigma * u / 32) ** 2)
     for sigmas in (DOG_SIGMAS, (1.0, 4.0), (0.5, 2.5)):
@@ -50,15 +50,15 @@ def plot_dog(ax):
 
 
 def plot(image):
-    """The figure of --plot. image (1, 3, H, W) in [-1, 1], H and W multiples of 8."""
+    """Draw the --plot figure. image (1, 3, H, W) in [-1, 1], H and W multiples of 8."""
     H, W = image.shape[-2:]
     figure = Figure((12, 10.4), layout="constrained")
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=(1, 0.9, 1.05))
     whole, directions, law = top.subplots(1, 3)
     show(whole, image[0], f"1  An image, {H} x {W} pixels")
-    show(directions, F.normalize(image[0], dim=0),         # every pixel, a vector, of length 1
+    show(directions, F.normalize(image[0], dim=0),         # unit length per pixel
          "2  Without magnitudes the layout\nis still there (Fig. 2)")
-    frequency = (torch.arange(32) + 0.5)[1:] / 32          # 1 = the corner; without DC's ring
+    frequency = (torch.arange(32) + 0.5)[1:] / 32          # 1 = the corner; ring 0 (DC) left out
     power = spectral.radial_profile(spectral.power_spectrum(image), 32)[0]
     alpha, power = spectral.fit_power_law(power).item(), power[1:]
     fit = frequency ** -alpha
@@ -75,7 +75,7 @@ def plot(image):
     targets.set(title="4  ESM: the target is the image's spectrum, flattened by $\\gamma$",
                 xlabel="ring (1 = low frequency)", xticks=range(1, 17, 3),
                 ylabel="share of log(1 + power)")
-    S = power / power.mean()                               # power 1 on average, as a latent's
+    S = power / power.mean()                               # mean power 1, like a latent
     learnable.plot(frequency, S, "k--", label="all the power there is")
     for alpha_bar in (0.9, 0.5, 0.1):
         learnable.plot(frequency, spectral.learnable_power(S, alpha_bar),
@@ -107,9 +107,9 @@ def plot(image):
 
 
 def pipeline(image, n=12):
-    """The figure of --pipeline. image (1, 3, H, W) in [-1, 1], H and W multiples of 64."""
+    """Draw the --pipeline figure. image (1, 3, H, W) in [-1, 1], H and W multiples of 64."""
     image = crop_face(image)
-    latent = spectral.downsample_dct(image, 4)             # in the place of an encoder's
+    latent = spectral.downsample_dct(image, 4)             # stands in for an encoder's latent
     figure = Figure((13, 6.8), layout="constrained")
     figure.suptitle("Fig. 1: how an autoencoder is trained with ESM, DSM or both\n", fontsize=15)
     figure.supxlabel("Nothing was trained here: the latent is the image at a quarter of its size, "
@@ -141,7 +141,7 @@ def pipeline(image, n=12):
     for words in (ax["latent"].title, ax["reconstruction"].title, ax["mask"].title,
                   ax["mask"].xaxis.label):
         words.set_bbox(dict(fc="white", ec="none", pad=1))         # arrows pass behind them
-    ends = {name: axes.patch for name, axes in ax.items()}         # where arrows begin and end
+    ends = {name: axes.patch for name, axes in ax.items()}         # endpoints of arrows
     for name, words in {"mask image": r"$\odot$", "mask latent": r"$\odot$", "decoder": "Decoder",
                         "encoder": "Encoder,\nsample",
                         "loss": "loss: L1 + LPIPS\n+ GAN (+ ESM)"}.items():

@@ -1,8 +1,8 @@
 """
-The paper's argument, measured on trained models; commands as in figures.py. Prop. 3.1: of a
-frequency of power S, the best denoiser of Gaussian data with independent frequencies saves
-S * SNR / (1 + SNR) of the squared error over predicting 0; the rest, S / (1 + SNR), is the bound. A
-network may get below it: it also sees means, the class, and how frequencies depend on one another.
+The paper's argument, measured on trained models; commands as in figures.py. Prop. 3.1: for Gaussian
+data with independent frequencies, the best denoiser reduces the squared error at a frequency of
+power S, compared with predicting 0, by S * SNR / (1 + SNR); the rest, S / (1 + SNR), is the bound.
+A network can beat it, since it also knows means, the class and dependences between frequencies.
 Latents (N, C, h, w) normalised to std 1; t from 0 = data to 1 = noise; R rings, at most 16.
 """
 from types import SimpleNamespace
@@ -19,21 +19,21 @@ from dit import Interpolant, NoiseStream
 from losses import DSM_MASKS, esm_loss
 
 TIMES = [(i + 0.5) / 20 for i in range(20)]                # uniform, as training draws them
-SHOWN = (3, 7, 11, 15)                                     # of TIMES: t = .175, .375, .575, .775
-FAINT = 1e-3                                               # of the largest ring's power
+SHOWN = (3, 7, 11, 15)                                     # TIMES[i]: t = .175, .375, .575, .775
+FAINT = 1e-3                                               # fraction of the largest ring's power
 
 
 def ring_profile(P):
-    """Means over at most 16 rings, none of them empty: (N, h, w) -> (N, R)."""
+    """Means over at most 16 non-empty rings of frequencies: (N, h, w) -> (N, R)."""
     return spectral.radial_profile(P, min(16, *P.shape[-2:]))
 
 
 @torch.no_grad()
 def denoised_power(model, process, latents, labels=None, times=TIMES, seed=0, batch_size=64):
     """
-    Prop. 3.1 and a network, float64 means per coefficient by ring and time: power (R,) of the
-    latents; learnable (T, R) by Prop. 3.1; error (T, R), squared, of the predicted clean latent;
-    sizes (R,), how many coefficients a ring has. labels (N,) or None.
+    A network against Prop. 3.1, as float64 means per coefficient by ring and time: power (R,) of
+    latents; learnable (T, R) by Prop. 3.1; squared error (T, R) of the predicted clean latent;
+    sizes (R,), the number of coefficients per ring. labels (N,) or None.
     """
     N, _, h, w = latents.shape
     S = spectral.dct2(latents.cpu().double()).square().mean(0)     # (C, h, w); no float64 on mps
@@ -43,22 +43,22 @@ def denoised_power(model, process, latents, labels=None, times=TIMES, seed=0, ba
         learnable.append(ring_mean(spectral.learnable_power(S, float(process.alpha_bar_at(t)))))
         error = torch.zeros_like(S)
         for rows in torch.arange(N, device=latents.device).split(batch_size):
-            z = latents[rows]                              # its noise depends on (seed, row) alone
+            z = latents[rows]                              # noise depends only on (seed, row)
             z_t = process.noisy(z, NoiseStream(seed, rows.tolist())(z.shape).to(z), t)
             time = z.new_full((len(z),), process.time(t))
             output = model(z_t, time, None if labels is None else labels[rows])
             clean = process.clean(z_t.cpu().double(), output.cpu().double(), t)
             error += spectral.dct2(clean - z.cpu()).square().sum(0)
         errors.append(ring_mean(error / N))
-    each = torch.eye(h * w, dtype=torch.float64).view(-1, h, w)            # one coefficient each
+    each = torch.eye(h * w, dtype=torch.float64).view(-1, h, w)            # one-hot maps
     sizes = (ring_profile(each) > 0).double().sum(0)
     return SimpleNamespace(power=ring_mean(S), learnable=torch.stack(learnable),
                            error=torch.stack(errors), sizes=sizes)
 
 
 def fraction_learned(found):
-    """The fraction of the learnable power that is saved: of each ring (R,); of all, a float."""
-    # below 0 where the network is worse than predicting 0
+    """Error reduction / learnable power: per ring (R,), and over all frequencies, a float."""
+    # negative where the network is worse than predicting 0
     saved, learnable = (found.power - found.error).sum(0), found.learnable.sum(0)
     return saved / learnable, float((found.sizes * saved).sum() / (found.sizes * learnable).sum())
 
@@ -68,7 +68,7 @@ def held_out_latents(file, args, device):
     model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
     trained, classes = checkpoint | dict(seed=checkpoint["data_seed"]), model.num_classes
     images, labels, found = figures.held_out_images(args, trained, device, file)
-    # an explicit --num_classes may be more than the data has
+    # an explicit --num_classes may exceed the number of classes in the data
     explicit = checkpoint["args"]["num_classes"] > 0 and labels.max() < classes
     run.need(not args.data or explicit or classes in (0, found),
              f"--data: has {found} classes, and {file} was trained with {classes}")
@@ -83,11 +83,10 @@ def held_out_latents(file, args, device):
 
 def denoise_figure(args, device):
     """
-    Prop. 3.1 on trained networks, a row each: by radial frequency, at four times, the power of
-    held-out latents, the network's denoising error and the least one for Gaussian latents. Printed:
-    the fraction of the learnable power that was learned, over twenty times spread evenly; of all
-    frequencies, and ring by ring, "-" where there is almost no power. Above 1: better than the
-    bound.
+    Prop. 3.1 on trained networks, one row per network: power of held-out latents, the network's
+    denoising error and the minimum error for Gaussian latents, by radial frequency at four times.
+    Printed: the fraction of the learnable power that was learned, over twenty evenly spaced times,
+    for all frequencies and per ring ("-" for almost no power). Above 1: better than the bound.
     """
     runs, table = figures.named_checkpoints(args), []
     figure, axes = figures.subplots(len(runs), len(SHOWN), (12, 2.5 * len(runs) + 0.9),
@@ -112,18 +111,18 @@ def denoise_figure(args, device):
         faint = found.power < FAINT * found.power.max()
         by_ring = " ".join("-" if hidden else f"{x:.2f}" for x, hidden in zip(fractions, faint))
         yield dict(fraction_learned=total, by_ring=by_ring), settings
-    figures.log_axes(axes[0, 0], "y")                      # of all
+    figures.log_axes(axes[0, 0], "y")                      # shared by all panels
     figure.legend(handles=axes[0, 0].lines, loc="outside lower center", ncols=4)
     columns = ("run", "t", "ring", "power", "learnable", "denoising_error")
     figures.write_table(args, figure, columns, table)
 
 
-# ------------------------------------------------ in which order sampling brings the frequencies in
+# ---------------------------------------------------- the order in which sampling forms frequencies
 
 def follow_sampling(model, process, shape, steps, seed=0, labels=None, keep=1):
     """
-    Draw N samples (N, C, h, w) without guidance: times (T,), falling to 0; power (T, R) of the
-    predicted clean latents, the last row that of the samples; T of them (keep, C, h, w), float32.
+    Draw samples of shape (N, C, h, w) without guidance: times (T,), falling to 0; power (T, R) of
+    the predicted clean latents (last row: the samples); a list of T predictions (keep, C, h, w).
     """
     times, power, kept = [], [], []
 
@@ -137,10 +136,10 @@ def follow_sampling(model, process, shape, steps, seed=0, labels=None, keep=1):
 
 
 def half_times(times, power):
-    """When each ring of power (T, R) has reached half of its last row for good: t, linear, (R,)."""
+    """t (R,), interpolated, where each ring of power (T, R) last rises to half its final value."""
     half = []
-    for share in (power / power[-1]).T:                    # (T,) of a ring
-        below = (share < 0.5).nonzero().flatten().tolist()             # steps, the last one counts
+    for share in (power / power[-1]).T:                    # (T,), one ring
+        below = (share < 0.5).nonzero().flatten().tolist()             # use the last such step
         k = below[-1] if below else 0
         part = (0.5 - share[k]) / (share[k + 1] - share[k]) if below else 0
         half.append(times[k] + part * (times[k + 1] - times[k]))
@@ -148,31 +147,31 @@ def half_times(times, power):
 
 
 def wiener_half_times(power, process):
-    """The same for the best denoiser of Gaussian latents of power (R,): t where SNR = 1."""
+    """half_times of the best denoiser for Gaussian latents of power (R,): t where SNR = 1."""
     t = torch.arange(1, 1000, dtype=torch.float64) / 1000
     alpha_bar = process.alpha_bar_at(t).double()
-    noise = (1 - alpha_bar) / alpha_bar                    # (999,), rises with t
+    noise = (1 - alpha_bar) / alpha_bar                    # (999,), increases with t
     return t[torch.searchsorted(noise, power).clamp_max(998)]
 
 
 def slope_per_octave(half, power):
     """
-    By how much later, in t, a ring of twice the frequency reaches half its power; half, power (R,).
-    Rings without power are left out: when noise arrives there says nothing.
+    How much later, in t, a ring of twice the frequency reaches half its power (least squares); half
+    and power (R,). Rings with almost no power are left out: their half times mean nothing.
     """
-    strong = power[1:] >= FAINT * power.max()              # without ring 0, of DC
+    strong = power[1:] >= FAINT * power.max()              # without ring 0, which holds DC
     octave = (torch.arange(1, len(half), dtype=half.dtype) + 0.5).log2()[strong]
-    octave = octave - octave.mean()                        # least squares
+    octave = octave - octave.mean()                        # least-squares slope
     return -float((octave * half[1:][strong]).sum() / octave.square().sum())
 
 
 @torch.no_grad()
 def trajectory_figure(args, device):
     """
-    Coarse to fine: while samples are drawn, the power of the predicted clean latent in each ring as
-    a share of its final power. White dots: half of it; dashed: half for the best denoiser of
-    Gaussian latents, where SNR = 1. Below, what one sample's prediction decodes to. Printed: the
-    slope of both, in t per octave. Rings with almost no power are grey, and left out of the slopes.
+    Coarse to fine: during sampling, each ring's power in the predicted clean latent as a share of
+    its final power. White dots: half of it is reached; dashed: the same for the best denoiser of
+    Gaussian latents (SNR = 1). Below: one sample's predictions, decoded. Printed: both slopes in t
+    per octave. Rings with almost no power are grey and left out of the slopes.
     """
     runs, table = figures.named_checkpoints(args), []
     figure, axes = figures.subplots(2, len(runs), (3.1 * len(runs) + 0.8, 4.5),
@@ -196,7 +195,7 @@ def trajectory_figure(args, device):
         top.plot(ideal, rings, "--", color="cyan", lw=1.5, label="SNR = 1: half by Prop. 3.1")
         top.set(title=f"{name}: {slope:.2f} in t per octave", xlabel="t (1 = noise)", xlim=(1, 0))
         shown = [int((times - t).abs().argmin()) for t in torch.linspace(times[0], 0, 8)]
-        frames = [ae.decode(ae.denormalize(kept[k]))[0] for k in shown]  # (3, H, W) each
+        frames = [ae.decode(ae.denormalize(kept[k]))[0] for k in shown]  # each (3, H, W)
         strip = (torch.cat(frames, dim=2).cpu() * 0.5 + 0.5).clamp(0, 1)         # side by side
         bottom.imshow(strip.movedim(0, -1))
         bottom.set(xticks=[], yticks=[], xlabel="a sample's prediction, from t = 1 to 0")
@@ -212,15 +211,15 @@ def trajectory_figure(args, device):
     figures.write_table(args, figure, ("run", "t", "ring", "power"), table)
 
 
-# -------------------------------------------------- what an autoencoder's latents tell beforehand
+# -------------------------------------------------- predictors of an autoencoder's diffusability
 
 def halfway_to_neighbours(latents):
     """
-    The points halfway, on the sphere, from each latent (N, C, h, w) to its nearest neighbour by
-    cosine (iFID, arXiv 2603.05630, whose neighbours are in a second set of images).
+    Each latent (N, C, h, w) interpolated (slerp, 1/2) with its nearest neighbour by cosine (iFID,
+    arXiv 2603.05630, which takes the neighbours from a second set of images).
     """
     direction = F.normalize(latents.flatten(1), dim=1)
-    cosine, nearest = (direction @ direction.T).fill_diagonal_(-2).max(1)      # (N,), not itself
+    cosine, nearest = (direction @ direction.T).fill_diagonal_(-2).max(1)   # (N,), excluding itself
     # slerp at 1/2: both weights are sin(a / 2) / sin(a) = 1 / (2 cos(a / 2))
     return (latents + latents[nearest]) / (2 + 2 * cosine).sqrt()[:, None, None, None]
 
@@ -228,8 +227,8 @@ def halfway_to_neighbours(latents):
 @torch.no_grad()
 def interpolation_distance(ae, images, features, batch_size=100):
     """
-    iFID's idea in the features at hand: the Frechet distance of images (N, 3, H, W) to what the
-    points between their latents decode to. features: (b, 3, H, W) uint8 -> (b, D).
+    iFID in any feature space: the Frechet distance between images (N, 3, H, W) and decoded
+    interpolations of their latents. features: (b, 3, H, W) uint8 -> (b, D).
     """
     latents = halfway_to_neighbours(figures.encode_all(ae, images, batch_size, seed=0))
     moments = []
@@ -242,42 +241,42 @@ def interpolation_distance(ae, images, features, batch_size=100):
 @torch.no_grad()
 def diffusability(ae, images, batch_size=100, features=None):
     """
-    What is known of an autoencoder before any diffusion (Table 1's observations as numbers), of
-    images (N, 3, H, W) in [-1, 1] on its device: a dict of floats. With features also iFD, the
-    interpolation_distance in them.
+    Metrics of an autoencoder that need no diffusion model (Table 1's observations as numbers), on
+    images (N, 3, H, W) in [-1, 1] on its device: a dict of floats. If features is given, also iFD
+    (interpolation_distance).
     """
     latents = figures.encode_all(ae, images, batch_size, seed=0)
     channels = dict(dim=(0, 2, 3), keepdim=True)
     z = (latents - latents.mean(**channels)) / latents.std(**channels)
-    products = [z[..., 1:, :] * z[..., :-1, :], z[..., 1:] * z[..., :-1]]  # of cells side by side
+    products = [z[..., 1:, :] * z[..., :-1, :], z[..., 1:] * z[..., :-1]]  # adjacent cells
     modes = figures.encode_all(ae, images, batch_size)
     decoded = figures.decode_lowpassed(ae, modes, DSM_MASKS, batch_size)
     plain = psnr(decoded[0], images).mean().item()
     dsm = [psnr(decoded[n], spectral.lowpass(images, n)).mean().item() for n in DSM_MASKS if n > 0]
     scales = 2 ** torch.arange(-3, 6, 0.25)                # 1/8 to 54
     values = dict(
-        esm=esm_loss(images, latents).item(),              # from the target of gamma 1, nats
-        # the same of normalised latents at the best scale: log(1 + P) sees the latent's scale, and
-        # diffusion, which normalises, does not
+        esm=esm_loss(images, latents).item(),              # to the gamma = 1 target, nats
+        # the same for normalised latents at the best scale: log(1 + P) depends on the scale of the
+        # latents, but diffusion normalises them
         esm_shape=min(esm_loss(images, scale * z).item() for scale in scales),
-        alpha=figures.psd_exponent(latents),               # Scale Equivariance: SD-VAE's is small
-        # correlation of cells one step apart; over-smoothed latents (REPA-E) are near 1
+        alpha=figures.psd_exponent(latents),               # Scale Equivariance: small for SD-VAE
+        # correlation of adjacent cells; near 1 for over-smoothed latents (REPA-E)
         neighbours=float(sum(x.mean() for x in products) / 2 / z.square().mean()),
-        # dB of PSNR lost with the upper half of the latent's band, n = 8 (FreqWarm)
+        # dB of PSNR lost by removing the upper half of the latent's band, n = 8 (FreqWarm)
         high_band=plain - psnr(decoded[8], images).mean().item(),
-        dsm=sum(dsm) / len(dsm),       # PSNR of decode(cut latent) against the cut image, mean of n
+        dsm=sum(dsm) / len(dsm),       # mean over n: PSNR of decode(lowpass(z, n)) to lowpass(x, n)
         psnr=plain)                                        # of the reconstruction, dB
-    if features:                                           # its authors: .85 correlated with gFID
+    if features:                                           # correlation .85 with gFID reported
         values["iFD"] = interpolation_distance(ae, images, features, batch_size)
     return values
 
 
 def diffusability_rows(args, device):
     """
-    A row per autoencoder of what can be known before any diffusion: divergence from the flattened
-    target, as it is and normalised; exponent of the spectrum; correlation of neighbouring cells; dB
-    in the latent's high band; DSM's consistency; PSNR; with Inception's weights also iFD, the
-    Frechet distance of the images to what points between their latents decode to.
+    Metrics that need no diffusion model, one row per autoencoder: divergence from the flattened
+    target, raw and normalised; spectral exponent; correlation of adjacent cells; PSNR (dB) lost
+    without the latent's high band; DSM's consistency; PSNR; with Inception's weights also iFD, the
+    Frechet distance between the images and decoded interpolations of their latents.
     """
     features = None
     if args.networks == "on":

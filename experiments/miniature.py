@@ -1,11 +1,11 @@
 """
-The paper's claims in miniature: Tables 2, 3, 4, 7 and 8 on the built-in discs at 32 px, small
-enough for two CPU cores. README.md beside this file has the protocol, the results and what they
-say; the runs are those of protocol.py, and report.py compares them.
+The paper's Tables 2, 3, 4, 7 and 8 at small scale: the built-in discs at 32 px, feasible on two CPU
+cores. README.md beside this file has the protocol, the results and their discussion; protocol.py
+defines the runs and report.py compares them.
 
-    python -m experiments.miniature run        train, sample and measure what is not there yet, each
-                                               run into experiments/results/NAME-sSEED.json
-    python -m experiments.miniature table      experiments/results/ into the pages' tables
+    python -m experiments.miniature run        train, sample and measure every missing run, one file
+                                               each: experiments/results/NAME-sSEED.json
+    python -m experiments.miniature table      write experiments/results/ as tables in the pages
     python -m experiments.miniature figure     figures/samples.png: samples of each method from the
                                                same noise; figures/reconstructions.png
     python -m experiments.miniature scatter    from experiments/results/: figures/pairs.png, Table
@@ -48,12 +48,12 @@ LOCKS = collections.defaultdict(threading.Lock)            # several runs share 
 # Training and sampling
 
 def run_name(name, ae_seed, sit_seed):
-    """A run's name in files and folders; its seed of diffusion where it is another one."""
+    """A run's name in files and folders; shows the diffusion seed if not the autoencoder's."""
     return f"{name}-s{ae_seed}" + (f"-d{sit_seed}" if sit_seed != ae_seed else "")
 
 
 def folders(name, ae_seed, sit_seed, out):
-    """Where a run lies: (autoencoder, latent cache, diffusion model); runs share the first two."""
+    """A run's folders (autoencoder, latent cache, diffusion model); the first two are shared."""
     autoencoder, _ = VARIANTS.get(name, (name, ""))
     shared = run_name(autoencoder, ae_seed, ae_seed)
     return (out / "ae" / shared, out / "latents" / shared,
@@ -62,8 +62,8 @@ def folders(name, ae_seed, sit_seed, out):
 
 def commands(name, ae_seed, sit_seed, out):
     """
-    The three commands of a run, each a list of words (a folder's name may hold spaces); each
-    continues where an earlier call was stopped.
+    The three commands of a run, as argument lists (folder names may contain spaces). Each resumes
+    an interrupted earlier call.
     """
     autoencoder, flags = VARIANTS.get(name, (name, ""))
     ae, cache, sit = map(str, folders(name, ae_seed, sit_seed, out))
@@ -78,18 +78,18 @@ def commands(name, ae_seed, sit_seed, out):
 
 
 def from_anywhere(word):
-    """A word of a command; a script or the folder experiments by its full path."""
+    """An argument of a command, with scripts and the folder experiments as absolute paths."""
     return str(ROOT / word) if word.endswith(".py") or word == "experiments" else word
 
 
 def trained(folder, stage):
-    """Steps that the run in a folder has behind it; 0 if there is none."""
+    """Number of steps that the run in a folder has completed; 0 if there is no run."""
     path = folder / "ckpt.pt"
     return run.load_checkpoint(path, stage)["step"] if path.exists() else 0
 
 
 def sign(folder, asked):
-    """Note in the folder of a run which commands make it; ValueError if it was made by others."""
+    """Record a run's commands in its folder; ValueError if it was made by other commands."""
     note = folder / "commands.txt"
     made = note.read_text() if note.exists() else ""
     if made != asked and (made or (folder / "ckpt.pt").exists()):
@@ -101,9 +101,9 @@ def sign(folder, asked):
 
 def run_one(name, ae_seed, sit_seed, out):
     """
-    One autoencoder, one diffusion model, its samples, as far as they are not there; what the
-    scripts print goes to output.txt of the run.
-    raises   ValueError for a run of other flags, a script that failed, or one that was stopped by a
+    Train an autoencoder and a diffusion model and draw samples, skipping finished stages. The
+    scripts' output goes to output.txt in the run's folder.
+    raises   ValueError if the folder's run has other flags, or a script failed or was stopped by a
              signal before its last step
     """
     words = commands(name, ae_seed, sit_seed, out)
@@ -135,9 +135,9 @@ def run_one(name, ae_seed, sit_seed, out):
 
 def run_all(plan, out, jobs):
     """
-    Every run of the plan, `jobs` at a time, its numbers into experiments/results/ when it ends. One
-    that fails does not stop the others; Ctrl-C does.
-    returns  what went wrong, as lines
+    Run the whole plan, `jobs` runs at a time, and write each result to experiments/results/ when
+    the run ends. A failed run does not stop the others; Ctrl-C does.
+    returns  error messages, one per line
     """
     failed, pool, measure = [], concurrent.futures.ThreadPoolExecutor(jobs), None
     todo = [each for each in plan if not result_file(*each).exists()]
@@ -168,7 +168,7 @@ def result_file(*name_and_seeds):
 
 @torch.no_grad()
 def pooled_moments(net, batches):
-    """Mean, covariance of the pooled features over batches of images (b, 3, 32, 32) in [-1, 1]."""
+    """Mean and covariance of pooled features over batches of images (b, 3, 32, 32) in [-1, 1]."""
     moments = Moments(net.width)
     for images in batches:
         moments.add(net.pooled(images))
@@ -178,9 +178,9 @@ def pooled_moments(net, batches):
 @torch.no_grad()
 def reconstruction(ae, images, indices):
     """
-    Images (b, 3, H, W) through the autoencoder, rounded as a PNG would: the same shape, in [-1, 1].
-    By a sample of the posterior, drawn from (0, index): latents like those that diffusion is
-    trained on, so that one that draws them perfectly has dFD 0. The authors decode a sample, too.
+    Reconstruct images (b, 3, H, W), rounded to 8 bits as in a PNG; same shape, in [-1, 1]. Decodes
+    a posterior sample with seed (0, index), as the authors do: diffusion is trained on such
+    latents, so that a diffusion model that samples them perfectly has dFD 0.
     """
     posterior = ae.encode(images)
     noise = NoiseStream(0, indices)(posterior.mean.shape)
@@ -190,7 +190,7 @@ def reconstruction(ae, images, indices):
 def load_logs(ae, sit):
     """
     {stage: lines of its log.jsonl}, and the last line of gen.jsonl.
-    raises   ValueError if the autoencoder or the diffusion model were not finished
+    raises   ValueError if the autoencoder or the diffusion model is unfinished
     """
     read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
     logs = dict(ae=read(ae / "log.jsonl"), diffusion=read(sit / "log.jsonl"))
@@ -201,12 +201,12 @@ def load_logs(ae, sit):
 
 
 def loss_curve(lines):
-    """[step, loss] of every fourth line of a log that has one."""
+    """[step, loss] of every fourth log line that has a loss."""
     return [[line["step"], round(line["loss"], 4)] for line in lines if "loss" in line][::4]
 
 
 class Measure:
-    """What all runs are measured by: the network, images, the moments of their features."""
+    """What all runs are measured with: the network, images, and moments of their features."""
 
     def __init__(self):
         self.net = load_labelnet().eval()
@@ -246,8 +246,8 @@ class Measure:
 @torch.no_grad()
 def kl_from_target(ae, images):
     """
-    The paper's form of a latent's spectrum (Figs. 4 and 5): KL(target || latents), nats, of mean
-    shares of log(1 + P) with DC kept; target: images (N, 3, H, W) flattened by gamma 1.
+    KL(target || latents) in nats between spectra in the form of Figs. 4 and 5: mean shares of
+    log(1 + P) with DC kept. The target is the images (N, 3, H, W) flattened with gamma 1.
     """
     latents = encode_all(ae, images, 100, seed=0)
     small = match_resolution(images, latents.shape[-2:])
@@ -257,10 +257,10 @@ def kl_from_target(ae, images):
 
 def train_labelnet(data, path=LABELNET, steps=6000, batch_size=64, seed=0):
     """
-    Train the LabelNet on the training images' classes; writes its weights (float16) and the
-    accuracy on the held-out images. The file is part of the project, since distances in the
-    features of another network, even one trained alike, are other numbers.
-    raises   ValueError if the file is there
+    Train the LabelNet to classify the training images; writes its weights (float16) and held-out
+    accuracy. The file is part of the repository because another network, even one trained the same
+    way, gives different distances.
+    raises   ValueError if the file exists
     """
     run.need(not path.exists(), f"{path}: is there; remove it to train another network")
     train_set, val_set = open_data(data, 32, val_images=5000)
@@ -293,8 +293,8 @@ def train_labelnet(data, path=LABELNET, steps=6000, batch_size=64, seed=0):
 
 def draw_samples(out):
     """
-    figures/samples.png, ten samples of Table 2's runs from the same noise with their FD, and
-    figures/reconstructions.png, ten held-out images and what becomes of them; seed 0.
+    Draw figures/samples.png (ten samples of each of Table 2's runs from the same noise, and FD) and
+    figures/reconstructions.png (ten held-out images and their reconstructions); seed 0.
     """
     results = report.load_results()
     names = [name for name in TABLES["Table 2"] if (name, 0, 0) in results]

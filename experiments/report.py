@@ -1,6 +1,6 @@
 """
-Result files into tables, tests and a scatter; `python -m experiments.miniature table` and `scatter`
-call it. Everything comes from experiments/results/ alone.
+Turn the result files in experiments/results/, its only input, into tables, statistical tests and
+figures; called by `python -m experiments.miniature table` and `scatter`.
 """
 import json
 import math
@@ -13,13 +13,13 @@ from common import run
 from experiments import protocol
 from experiments.protocol import ALPHA, AUTOENCODERS, EXPLORATORY, PRIMARY, SEEDS, SPREAD, TABLES
 
-COLUMNS = {                                                # number: its heading, its digits
+COLUMNS = {                                                # key: (column heading, decimals)
     "psnr": ("PSNR, dB", 2), "alpha": ("exponent of the PSD", 2),
     "kl_from_target": ("KL from target, with DC", 4), "FD": ("FD", 2), "rFD": ("rFD", 2),
     "dFD": ("dFD", 2), "iFD": ("iFD", 2), "SWD_32px": ("SWD 32 px", 0),
     "spectral_KL": ("spectral KL", 4),
 }
-PREDICTORS = {                                             # known before diffusion, and in words
+PREDICTORS = {                                             # key: label; need no diffusion model
     "iFD": "iFD", "kl_from_target": "KL from target, with DC", "esm": "ESM divergence",
     "esm_shape": "ESM divergence, normalised", "alpha": "exponent of the PSD",
     "neighbours": "correlation of neighbouring cells", "high_band": "dB in the latent's high band",
@@ -30,13 +30,13 @@ MARKS = "<!-- miniature.py table -->", "<!-- end of miniature.py table -->"
 
 
 def load_results():
-    """{(name, seed of the autoencoder, of the diffusion): what is in its file}."""
+    """{(name, autoencoder seed, diffusion seed): contents of the run's result file}."""
     found = [json.loads(path.read_text()) for path in sorted(protocol.RESULTS.glob("*.json"))]
     return {(result["name"], result["ae_seed"], result["sit_seed"]): result for result in found}
 
 
 def values(results, name, key, seeds=SEEDS):
-    """{seed: number} of the runs of this name whose two seeds are the same."""
+    """{seed: value of key} for the runs called name whose two seeds are equal."""
     return {seed: results[name, seed, seed]["numbers"][key] for seed in seeds
             if (name, seed, seed) in results}
 
@@ -46,8 +46,8 @@ def values(results, name, key, seeds=SEEDS):
 
 def differences(results, key, order, a, b):
     """
-    Of the claim that run `a` is "below" or "above" run `b`: the paired differences (n,) over the
-    seeds that both have, positive where a pair is as claimed.
+    For the claim that run `a` is "below" or "above" run `b`: paired differences (n,) over their
+    common seeds, positive where a pair supports the claim.
     """
     of_a, of_b = values(results, a, key), values(results, b, key)
     sign = {"below": 1, "above": -1}[order]
@@ -56,8 +56,8 @@ def differences(results, key, order, a, b):
 
 def paired_test(d):
     """
-    Of differences (n,), n >= 2: their mean, the 95% interval of it, and the two-sided p-value of
-    Student's test that it is 0.
+    For differences (n,), n >= 2: the mean, its 95% confidence interval, and the two-sided p-value
+    of Student's t-test against mean 0.
     """
     test = stats.ttest_1samp(d, 0.0)
     low, high = test.confidence_interval(1 - ALPHA)
@@ -65,7 +65,7 @@ def paired_test(d):
 
 
 def holm(pvalues):
-    """Holm's corrected p-values: the smallest of m times m, the next times m - 1, ..., rising."""
+    """Holm-corrected p-values: smallest of m times m, next times m - 1, ..., made monotone."""
     corrected, largest = [0.0] * len(pvalues), 0.0
     for rank, k in enumerate(np.argsort(pvalues, kind="stable")):
         largest = max(largest, min(1.0, (len(pvalues) - rank) * pvalues[k]))
@@ -74,7 +74,7 @@ def holm(pvalues):
 
 
 def verdict(d, p):
-    """In words, of differences (n,) and their p-value, corrected if it is of a family."""
+    """The verdict in words, from differences (n,) and their p-value (corrected if in a family)."""
     if len(d) < len(SEEDS):
         return "no verdict"
     if p >= ALPHA:
@@ -83,7 +83,7 @@ def verdict(d, p):
 
 
 def claims_table(groups, results):
-    """Groups of claims as lines of a markdown table; a p-value of PRIMARY is Holm's."""
+    """Groups of claims as markdown table lines; p-values in PRIMARY are Holm-corrected."""
     lines = [table_row("the paper says", "here", "mean paired difference, 95% interval", "n", "p",
                        "verdict"), "|---|---|---|---|---|---|"]
     for group in groups:
@@ -106,9 +106,9 @@ def claims_table(groups, results):
 
 def spread(results, key="FD"):
     """
-    Where the spread between seeds comes from: of the runs of SPREAD whose autoencoders have two
-    diffusion models, the standard deviation between autoencoders and that of diffusion alone
-    (analysis of variance, one way). As lines of a markdown table.
+    Sources of the spread between seeds, as markdown table lines: the standard deviations between
+    autoencoders and between diffusion seeds, by one-way analysis of variance over those runs of
+    SPREAD whose autoencoders have two diffusion models.
     """
     lines = [table_row("run", "autoencoders", "s.d. by diffusion's seed",
                        "s.d. by the autoencoder's seed"), "|---|---|---|---|"]
@@ -135,7 +135,7 @@ def table_row(*cells):
 
 
 def run_row(name, results):
-    """The row of a run: number of seeds, and for each number the mean and the s.d. over them."""
+    """A run's table row: number of seeds, then mean and s.d. over seeds for each column."""
     cells = []
     for key, (_, digits) in COLUMNS.items():
         found = list(values(results, name, key).values())
@@ -146,7 +146,7 @@ def run_row(name, results):
 
 
 def run_tables(results):
-    """The numbers of all runs, table by table, as lines of markdown."""
+    """The results of all runs as markdown lines, one table after another."""
     lines = []
     for title, names in TABLES.items():
         lines += ["", f"**{title}**", "", table_row("run", "seeds", *[
@@ -157,8 +157,8 @@ def run_tables(results):
 
 def write_pages():
     """
-    The short table into README.md beside this file, between its marks: the primary family and three
-    more groups; the long ones into TABLES.md.
+    Write the short table (the primary family and three more groups of claims) between the marks in
+    README.md beside this file, and the long tables to TABLES.md.
     """
     results = load_results()
     if not results:
@@ -193,8 +193,8 @@ def write_pages():
 
 def rank_correlation(x, y):
     """
-    Spearman's rho of x and y (n,), n > 3, and its 95% interval: Fisher's z with the variance of
-    Bonett and Wright (Psychometrika 2000).
+    Spearman's rho of x and y (n,), n > 3, and its 95% confidence interval, from Fisher's z with the
+    variance of Bonett and Wright (Psychometrika 2000).
     """
     rho = float(stats.spearmanr(x, y).statistic)
     half = 1.96 * math.sqrt((1 + rho ** 2 / 2) / (len(x) - 3))
@@ -203,7 +203,7 @@ def rank_correlation(x, y):
 
 
 def predictions(results):
-    """{number: (x, y)}: every predictor and FD of the runs without alignment, both seeds alike."""
+    """{predictor: (x, y = FD)} over runs without alignment whose two seeds are equal."""
     found = [result["numbers"] for (name, ae_seed, sit_seed), result in results.items()
              if name in AUTOENCODERS and ae_seed == sit_seed]
     return {key: ([numbers[key] for numbers in found], [numbers["FD"] for numbers in found])
@@ -211,7 +211,7 @@ def predictions(results):
 
 
 def correlations(results):
-    """Rank correlations with FD as lines of a markdown table; the largest first."""
+    """Rank correlations with FD as markdown table lines, largest first."""
     lines = [table_row("number", "rank correlation with FD, 95% interval", "runs"), "|---|---|---|"]
     pairs = predictions(results)
     if len(pairs["iFD"][0]) < 4:
@@ -224,7 +224,7 @@ def correlations(results):
 
 
 def plot_pairs():
-    """figures/pairs.png: the pairs of each primary claim, one line per seed."""
+    """Draw figures/pairs.png: the paired runs of each primary claim, one line per seed."""
     results = load_results()
     _, key, order, claims = PRIMARY
     figure, (axes,) = subplots(1, len(claims), (2.3 * len(claims), 3.6), sharey=True)
@@ -242,7 +242,7 @@ def plot_pairs():
 
 
 def scatter():
-    """figures/scatter.png: FD of every run without alignment against two numbers of PREDICTORS."""
+    """Draw figures/scatter.png: FD of runs without alignment against two of PREDICTORS."""
     results = load_results()
     pairs = predictions(results)
     run.need(len(pairs["iFD"][0]) > 3, f"{protocol.RESULTS}: a correlation needs four runs or "
