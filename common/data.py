@@ -255,7 +255,7 @@ def divide(spec, source):
     own, own_classes = _read_labels(spec, source, [names[row] for row in held_out])
     if own_classes and set(own_classes) <= set(classes):   # ImageNet's val has no class folders
         labels[held_out] = np.array([classes.index(name) for name in own_classes])[own]
-    # this seed fixes the test images behind the published CIFAR-10 numbers
+    # shuffled by a fixed seed, since only the first val_images of them are used
     return train, np.random.default_rng(2603).permutation(held_out), labels, classes
 
 
