@@ -386,9 +386,13 @@ def _load(dataset, entries, workers, device, train):
     """Batches for entries: pairs (indices (b,), mirrored (b,)). uint8 if device is None."""
     cuda = torch.device(device or "cpu").type == "cuda"
     ahead, entries = itertools.tee(entries)                # workers prefetch batches
+    # not forkserver, Linux's default from Python 3.14: a job-wide SIGTERM ends the fork server, and
+    # with it the run
+    fork = "fork" if workers and sys.platform == "linux" else None
     loader = DataLoader(
         dataset, batch_sampler=(indices.tolist() for indices, _ in ahead), num_workers=workers,
         pin_memory=cuda, worker_init_fn=partial(_leave_signals_to, os.getpid()),
+        multiprocessing_context=fork,
         generator=torch.Generator())       # else it would advance the global generator
     items = iter(loader)
     # torch's handler could raise in the middle of a training step
