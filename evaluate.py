@@ -100,16 +100,15 @@ def evaluate_recon(args, device):
     authors, rank, world = args.protocol == "authors", run.get_rank(), run.get_world_size()
     args.ae = args.ae or run.newest("ae", args.preset, "--ae")
     ae = load_autoencoder(args.ae).to(device)
-    ae_args = run.checkpoint_args(args.ae)
-    data = args.data or ae_args.get("data")
-    size = args.image_size or ae_args.get("image_size", 256)
+    data = args.data or ae.trained.get("data")
+    size = args.image_size or ae.trained.get("image_size", 256)
     f = ae.config.reduction
     run.need(size >= 11 and size % f == 0, f"--image_size {size}: must be at least 11, SSIM's "
              f"window, and a multiple of {f}, the reduction of {args.ae}")
     split = args.split or ("train" if authors else "val")
     train_set, images = open_data(data, size, val_images=args.val_images or 1000,
-                                  seed=ae_args.get("seed", 0))
-    compare_images(args.ae, ae_args, data, train_set)
+                                  seed=ae.trained.get("seed", 0))
+    compare_images(args.ae, ae.trained, data, train_set)
     if split == "train":
         images = spread(train_set, args.val_images or len(train_set))
     lpips = load_or_none(lambda: PerceptualLoss().to(device), args, device)

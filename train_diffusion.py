@@ -196,16 +196,16 @@ def main():
     check(args, world)
     autocast = run.device_choices(args, device, fixed_size=False)
     ae = load_autoencoder(args.ae).to(device).requires_grad_(False)
-    ae_args = run.checkpoint_args(args.ae)                 # its training flags; {} if not ours
-    origin = dict(data=args.data or ae_args.get("data"), data_seed=ae_args.get("seed", 0),
-                  image_size=args.image_size or ae_args.get("image_size", 256))
+    trained = ae.trained                                   # its flags; {} for released weights
+    origin = dict(data=args.data or trained.get("data"), data_seed=trained.get("seed", 0),
+                  image_size=args.image_size or trained.get("image_size", 256))
     size, f = origin["image_size"], ae.config.reduction
     run.need(size > 0 and size % f == 0, f"--image_size {size}: must be a multiple of {f}, the "
              f"reduction of {args.ae}")
     train_set, _ = open_data(origin["data"], size, seed=origin["data_seed"])
     identity = dict(autoencoder=autoencoder_hash(ae),
                     images=run.broadcast_from_rank0(lambda: images_hash(train_set)))
-    compare_images(args.ae, ae_args, origin["data"], train_set)
+    compare_images(args.ae, trained, origin["data"], train_set)
     checkpoint = run.open_run(args, "diffusion", identity)
     start_step = checkpoint["step"] if checkpoint else 0
 

@@ -147,13 +147,13 @@ def held_out_images(args, trained, device, file=None):
 def autoencoders(args, device):
     """Yields (label, autoencoder, held-out images) for each --ae or every run of the preset."""
     files = args.ae or run.checkpoints("ae", args.preset, "--ae")
-    runs = [run.checkpoint_args(file) for file in files]   # {} for released weights
+    loaded = [load_autoencoder(file) for file in files]
     for key in ("images", "image_size"):
-        if len({trained[key] for trained in runs if trained.get(key)}) > 1:
+        if len({ae.trained[key] for ae in loaded if ae.trained.get(key)}) > 1:
             print(f"these runs differ in {key}; compare them with care")
-    for file, label, trained in zip(files, unique_names(files), runs):
-        images, _, _ = held_out_images(args, trained, device, file)
-        yield label, load_autoencoder(file).to(device), images
+    for file, label, ae in zip(files, unique_names(files), loaded):
+        images, _, _ = held_out_images(args, ae.trained, device, file)
+        yield label, ae.to(device), images
 
 
 @torch.no_grad()

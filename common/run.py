@@ -25,6 +25,7 @@ import time
 import traceback
 import warnings
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -320,23 +321,54 @@ def save_checkpoint(path, state, keep_every=-1):
         write_atomic(kept, lambda file: torch.save(state, file))
 
 
-def check_archive(path):
-    """ValueError if a file from torch.save is damaged: torch.load does not verify checksums."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-        need(damaged is None, f"damaged on disk, wrong checksum of {damaged!r}")
+# Classes that training scripts pickle along with weights: replaced by stubs, never run.
+ALLOWED_GLOBALS = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|ml_collections|easydict|numpy"
+    r"|datetime|pathlib|torch\.optim)\..+|collections\.defaultdict|argparse\.Namespace"
+    r"|types\.SimpleNamespace|typing\.Any|torch\.torch_version\.TorchVersion"
+    r"|builtins\.(dict|list|tuple|set|frozenset|slice|Ellipsis|int|float|str|bool)")
+
+
+class Stub:
+    __init__ = __setstate__ = lambda self, *args: None
+
+
+class DictStub:             # the unpickler only fills plain dictionaries
+    __new__ = lambda cls, *args: OrderedDict()
+
+
+def read_weights(path):
+    """
+    The contents of a safetensors or torch.save file, on the CPU; code in it is never run.
+    ValueError if it is neither, or damaged: torch.load does not verify checksums.
+    """
+    try:
+        with open(path, "rb") as file:                 # not the path: torch.load uses its suffix
+            if file.read(9)[8:] == b"{":               # 8-byte length, then JSON
+                from safetensors.torch import load_file  # optional: only these files need it
+                return load_file(path)
+            stubs = []
+            if zipfile.is_zipfile(file):
+                damaged = zipfile.ZipFile(file).testzip()
+                need(damaged is None, f"damaged on disk, wrong checksum of {damaged!r}")
+                names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+                stubs = [(DictStub if name.lower().endswith("dict") else Stub, name)
+                         for name in names if ALLOWED_GLOBALS.fullmatch(name)]
+            file.seek(0)
+            with torch.serialization.safe_globals(stubs):
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise ValueError(f"{path}: reading it needs `pip install safetensors`") from None
+    except Exception as error:                         # a damaged file can raise any exception
+        raise ValueError(f"{path}: not a complete file of weights ({reason(error)})") from None
 
 
 def load_checkpoint(path, stage):
     """Load a checkpoint of this project to the CPU, as a dict. stage: "ae" or "diffusion"."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        check_archive(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint.get("stage")
-    except Exception as error:                         # a foreign file can raise anything
-        raise ValueError(f"{path}: not a readable checkpoint ({reason(error)})") from None
+    checkpoint = read_weights(path)
+    found = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
     need(found == stage, f"{path}: holds stage {found!r}, expected stage {stage!r}")
     return checkpoint
 
@@ -454,16 +486,6 @@ def run_name(path):
         return path.parent.name
     # does not strip the .5 of v1.5
     return path.stem if re.match(r"\.(ckpt|bin|safetensors|sft|pth?)$", path.suffix) else path.name
-
-
-def checkpoint_args(path):
-    """Flags and image hash of the train_ae.py run at path, a file or folder; {} if none."""
-    kept = sorted(Path(path).glob("*.pt"))             # in a folder: ckpt.pt, or the only .pt
-    path = kept[0] if len(kept) == 1 else Path(path, "ckpt.pt") if os.path.isdir(path) else path
-    with contextlib.suppress(ValueError, OSError):
-        checkpoint = load_checkpoint(path, "ae")
-        return checkpoint["args"] | dict(images=checkpoint.get("images"))
-    return {}
 
 
 class Log:

@@ -18,8 +18,6 @@ import json
 import math
 import re
 import warnings
-import zipfile
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -45,46 +43,6 @@ def find_file(path, hint):
                                 f"orch_model.* or one file of weights ({len(files)} are); {hint}")
     # prefer the plain file to variants such as .fp16
     return min(known or files, key=lambda file: (len(file.parts), file.name.count("."), file.name))
-
-
-# Classes that training scripts pickle along with weights: replaced by stubs, never run.
-ALLOWED_GLOBALS = re.compile(
-    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|ml_collections|easydict|numpy"
-    r"|datetime|pathlib|torch\.optim)\..+|collections\.defaultdict|argparse\.Namespace"
-    r"|types\.SimpleNamespace|typing\.Any|torch\.torch_version\.TorchVersion"
-    r"|builtins\.(dict|list|tuple|set|frozenset|slice|Ellipsis|int|float|str|bool)")
-
-
-class Stub:
-    __init__ = __setstate__ = lambda self, *args: None
-
-
-class DictStub:             # the unpickler only fills plain dictionaries
-    __new__ = lambda cls, *args: OrderedDict()
-
-
-def read_file(path):
-    """The contents of a safetensors or torch.save file. ValueError if it is neither."""
-    try:
-        with open(path, "rb") as file:      # not the path: torch.load looks at its suffix
-            if file.read(9)[8:] == b"{":                # 8-byte length, then JSON
-                from safetensors.torch import load_file  # optional: only these files need it
-                return load_file(path)
-            stubs = []
-            if zipfile.is_zipfile(file):
-                run.check_archive(path)
-                names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-                stubs = [(DictStub if name.lower().endswith("dict") else Stub, name)
-                         for name in names if ALLOWED_GLOBALS.fullmatch(name)]
-            file.seek(0)
-            with torch.serialization.safe_globals(stubs):
-                return torch.load(file, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise ValueError(f"{path}: reading it needs `pip install safetensors`") from None
-    except Exception as error:              # a damaged file can raise any exception
-        # strip torch's advice to allow code from the file
-        detail = re.split(r"\n|\. ", str(error).split("WeightsUnpickler error: ")[-1].strip())[0]
-        raise ValueError(f"{path}: not a complete file of weights alone ({detail})") from None
 
 
 # ---------------------------------------------------------------------------- state dicts
@@ -189,11 +147,12 @@ def infer_config(weights, groups):
 def load_autoencoder(path):
     """
     An AutoencoderKL in float32 and eval mode, from a file or the folder that holds it. Latent
-    statistics come from our ckpt.pt or diffusers' config.json; otherwise mean 0, std 1.
+    statistics come from our ckpt.pt or diffusers' config.json; otherwise mean 0, std 1. Its
+    attribute `trained` holds our ckpt.pt's flags and the hash of its images; {} for other files.
     raises   FileNotFoundError, or ValueError naming the file and the first tensor that does not fit
     """
     file = find_file(path, "--ae names an autoencoder, of train_ae.py or a released one")
-    data = read_file(file)
+    data = run.read_weights(file)
     stage = data.get("stage") if isinstance(data, dict) else None
     run.need(stage in (None, "ae"), f"{file}: is of stage {stage!r}, not from train_ae.py")
     weights = find_network(file, data, "encoder.conv_in.weight")
@@ -217,6 +176,7 @@ def load_autoencoder(path):
         optional = ("latent_", "quant_conv.", "post_quant_conv.")
         weights = {k: w for k, w in ae.state_dict().items() if k.startswith(optional)} | weights
     fill(ae, file, weights)
+    ae.trained = data["args"] | dict(images=data["images"]) if stage else {}
     return ae.eval()
 
 
@@ -282,7 +242,7 @@ def load_transformer(model, path):
     """
     file, state = find_file(path, "give a SiT, REPA or U-ViT checkpoint"), model.state_dict()
     anchor = "patch_embed.proj.weight" if isinstance(model, UViT) else "x_embedder.proj.weight"
-    weights = find_network(file, read_file(file), anchor)
+    weights = find_network(file, run.read_weights(file), anchor)
     if isinstance(model, UViT) and "final_layer.weight" not in weights:
         weights["final_layer.weight"] = nn.init.dirac_(torch.empty_like(model.final_layer.weight))
         weights["final_layer.bias"] = torch.zeros_like(model.final_layer.bias)

@@ -82,7 +82,8 @@ def test_one_gpu_preset_runs(train, monkeypatch, request):
 def test_a_runs_folder_stands_for_its_checkpoint(material, train):
     """--ae FOLDER: images, size and seed are those of the run in it; its name keeps its dots."""
     os.symlink(material / "ae", "run-0.5")
-    assert run.checkpoint_args("run-0.5") == run.checkpoint_args("run-0.5/ckpt.pt") != {}
+    folder, file = map(load_autoencoder, ("run-0.5", "run-0.5/ckpt.pt"))
+    assert folder.trained == file.trained != {}
     assert [run.run_name(name) for name in ("v1.0", "v1.5", "a.safetensors")] == [
         "v1.0", "v1.5", "a"]
     train(train_diffusion, "--preset quick --model SiT-tiny/4 --steps 1 --batch_size 4 "

@@ -11,7 +11,6 @@ from nbclient import NotebookClient
 import train_ae
 import train_diffusion
 from analysis.figures import band_matrix, divergence, encode_all, psd_exponent
-from common.run import checkpoint_args
 from common.weights import load_autoencoder
 from conftest import ROOT
 from spectral import lowpass, match_resolution, spectrum_distribution
@@ -154,7 +153,7 @@ def test_the_commands_made_these_weights():
     text, = (cell.source for cell in NOTEBOOK.cells if cell.id == "autoencoders-text")
     for path in WEIGHTS:
         flags, = re.findall(rf"^python train_ae.py (.*) --out out/lecture/{path.stem}$", text, re.M)
-        args = checkpoint_args(path)
+        args = load_autoencoder(path).trained
         for flag, value in re.findall(r"--(\w+) (\S+)", flags):
             kept = args[flag][0] if flag == "reg" else args[flag]
             assert type(kept)(value) == kept, flag

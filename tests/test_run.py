@@ -26,7 +26,7 @@ def test_one_flipped_bit_in_a_checkpoint_is_refused(tmp_path):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     assert torch.load(path, weights_only=True)["step"] == 1
-    with pytest.raises(ValueError, match="ckpt.pt: not a readable checkpoint.*checksum"):
+    with pytest.raises(ValueError, match="ckpt.pt: not a complete file of weights.*checksum"):
         run.load_checkpoint(path, "ae")
 
 

@@ -108,10 +108,12 @@ def test_our_checkpoint(tmp_path):
     """The same autoencoder and statistics, in eval mode, no random number drawn."""
     ae = small()
     ae.set_latent_stats(0.25, 3.0)
-    content = dict(stage="ae", ae_config=dataclasses.asdict(ae.config), model=ae.state_dict())
+    content = dict(stage="ae", ae_config=dataclasses.asdict(ae.config), model=ae.state_dict(),
+                   args=dict(seed=3), images="abc")
     path, state = write(tmp_path / "ckpt.pt", content), torch.get_rng_state()
     back = load_autoencoder(str(path))
     assert same(ae, back) and not back.training and torch.equal(state, torch.get_rng_state())
+    assert back.trained == dict(seed=3, images="abc")
 
 
 @pytest.mark.parametrize("name", ["f8d4", "f16d16", "f16d32"])
@@ -224,7 +226,7 @@ def test_files_that_are_no_checkpoint(tmp_path, net):
     for zipped in (True, False):
         content = {"state_dict": net.state_dict(), "x": Malice()}
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
-        refused(path, "tempfile.mkdtemp", net=net)
+        refused(path, "no code in it was run", net=net)
     assert not list(tmp_path.glob("made*"))
 
 
