@@ -388,6 +388,17 @@ def test_guidance(kind, process):
     assert {rows for _, rows, _ in spy.calls} == {4, 8}
 
 
+@pytest.mark.parametrize("kind, process", [(SiT, Interpolant()), (UViT, DDPM("sd"))])
+def test_a_sample_is_a_function_of_its_seed_and_index(kind, process):
+    """In any batch, in any order, with guidance."""
+    model, y = tiny(kind), torch.tensor([3, 1, 4, 0])
+
+    def draw(rows):
+        return process.sample(model, (len(rows), 3, 6, 10), 4, y[rows], cfg=1.5,
+                              noise=NoiseStream(5, rows))
+    torch.testing.assert_close(draw([3, 1]), draw(range(4))[[3, 1]])
+
+
 def test_noise_streams_are_independent_and_gaussian():
     """Row j is a function of (seed, index j) and of the calls before: 18 different streams."""
     rows, odd = NoiseStream(7, range(6)), NoiseStream(7, [1, 3, 5])
