@@ -457,20 +457,12 @@ class DDPM:
         x_n = signal * x + noise * eps
         return regress(model, x_n, n.float(), eps, y, drop, return_hidden)
 
-    def step(self, x, eps, n, m, eta=0.0, noise=None):
-        """
-        DDIM step (Song et al. 2021, Eq. 12): x (B, C, h, w) from level n to level m, given the
-        predicted eps; with eta = 0, m > n adds noise. noise is used if eta > 0 (eta = 1: DDPM).
-        """
-        a, b = float(self.alpha_bar[n]), float(self.alpha_bar[m])
-        x0 = self.clean(x, eps, n / 1000)
-        if eta == 0:
-            return math.sqrt(b) * x0 + math.sqrt(1 - b) * eps
-        sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
-        return math.sqrt(b) * x0 + math.sqrt(1 - b - sigma ** 2) * eps + sigma * noise
+    def step(self, x, eps, n, m):
+        """DDIM (Song et al. 2021, Eq. 12, sigma = 0): x (B, C, h, w) from any level n to any m."""
+        return self.noisy(self.clean(x, eps, n / 1000), eps, m / 1000)
 
     @torch.no_grad()
-    def sample(self, model, shape, steps=100, y=None, cfg=1.0, cfg_interval=(0.0, 1.0), eta=0.0,
+    def sample(self, model, shape, steps=100, y=None, cfg=1.0, cfg_interval=(0.0, 1.0),
                noise=torch.randn, watch=None):
         """
         DDIM in `steps` (1 .. 1000) equal steps from n = 1000 to 0; cfg_interval is in t = n / 1000;
@@ -482,10 +474,8 @@ class DDPM:
         levels = torch.linspace(1000, 0, steps + 1, dtype=torch.float64).round().int().tolist()
         x = to_state(noise(shape), device)
         for n, m in zip(levels, levels[1:]):
-            # sigma is 0 in the step to n = 0
-            z = to_state(noise(shape), device) if eta > 0 and m > 0 else 0.0
             eps = predict(x, n / 1000, n)
             if watch:
                 watch(n / 1000, self.clean(x, eps, n / 1000))
-            x = self.step(x, eps, n, m, eta, z)
+            x = self.step(x, eps, n, m)
         return x.float()

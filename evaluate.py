@@ -35,8 +35,8 @@ import torch
 
 from analysis import fid, figures, theory
 from common import metrics, run
-from common.data import LARGEST_SIDE, open_data, spread, val_batches
-from common.weights import compare_images, load_autoencoder, load_diffusion
+from common.data import LARGEST_SIDE, spread, val_batches
+from common.weights import load_autoencoder, load_diffusion, open_run_data
 from dit import Interpolant, NoiseStream
 from losses import PerceptualLoss
 
@@ -71,19 +71,6 @@ def report(values, settings, results):
         file.write(json.dumps(line) + "\n")
 
 
-def load_or_none(load, args, device):
-    """load() on every rank, or None, printing the reason, if any rank lacks the weights."""
-    network = None
-    if args.networks == "off":
-        return None
-    try:
-        with run.local_rank_zero_first():
-            network = load()
-    except FileNotFoundError as error:                 # cut its advice, meant for train_ae.py
-        run.print0(str(error).partition(", or train without it")[0])
-    return network if all(run.all_gather(network is not None)) else None
-
-
 # --------------------------------------------------------------------------------------------------
 # Numbers
 
@@ -100,19 +87,16 @@ def evaluate_recon(args, device):
     authors, rank, world = args.protocol == "authors", run.get_rank(), run.get_world_size()
     args.ae = args.ae or run.newest("ae", args.preset, "--ae")
     ae = load_autoencoder(args.ae).to(device)
-    data = args.data or ae.trained.get("data")
-    size = args.image_size or ae.trained.get("image_size", 256)
+    data, size, train_set, images = open_run_data(args.ae, ae.trained, args.data, args.image_size,
+                                                  args.val_images or 1000)
     f = ae.config.reduction
-    run.need(size >= 11 and size % f == 0, f"--image_size {size}: must be at least 11, SSIM's "
-             f"window, and a multiple of {f}, the reduction of {args.ae}")
+    run.need(size >= 16 and size % f == 0, f"--image_size {size}: must be at least 16, for LPIPS, "
+             f"and a multiple of {f}, the reduction of {args.ae}")
     split = args.split or ("train" if authors else "val")
-    train_set, images = open_data(data, size, val_images=args.val_images or 1000,
-                                  seed=ae.trained.get("seed", 0))
-    compare_images(args.ae, ae.trained, data, train_set)
     if split == "train":
         images = spread(train_set, args.val_images or len(train_set))
-    lpips = load_or_none(lambda: PerceptualLoss().to(device), args, device)
-    inception = load_or_none(lambda: metrics.load_inception(device), args, device)
+    lpips = metrics.load_or_none(lambda: PerceptualLoss().to(device), args)
+    inception = metrics.load_or_none(lambda: metrics.load_inception(device), args)
     names = ["psnr", "ssim", "l1"] + ["lpips"] * bool(lpips)
     sums = torch.zeros(1 + len(names), dtype=torch.float64)
     moments = [metrics.Moments(2048, device) for _ in range(2)] if inception else []
@@ -159,7 +143,7 @@ def evaluate_gen(args, device):
     """
     run.need_one_node("gen: samples.npz")
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    load = lambda: load_or_none(lambda: metrics.load_inception(device), args, device)
+    load = lambda: metrics.load_or_none(lambda: metrics.load_inception(device), args)
     inception = cache(load)                            # called once flags and checkpoint are valid
     checkpoints, results = figures.named_checkpoints(args), []
     for file, name in checkpoints:
@@ -172,7 +156,7 @@ def evaluate_gen(args, device):
                  "classes or with --label_dropout 0, so there is no null class; leave --cfg at 1")
         size, n, data = checkpoint["image_size"], args.num_samples, args.data or checkpoint["data"]
         classes = fid.sampled_classes(file, checkpoint)
-        figures.need_outside(out / "images", data)
+        run.need_outside(out / "images", data)
         training_set = fid.training_images(file, checkpoint, args)
         network, count, values, described = None, 0, {}, "none"
         if training_set is not None:       # images may be unreadable: before hours of sampling

@@ -244,13 +244,9 @@ class PatchDiscriminator(nn.Module):
         return self.main(images)
 
 
-def hinge_d_loss(real=None, fake=None):
-    """
-    Discriminator: mean relu(1 - real) + mean relu(1 + fake), logits of any shape; about 2 at
-    initialisation. Either may be omitted, to backpropagate one before computing the other.
-    """
-    loss = 0 if real is None else _mean(F.relu(1 - real.float()))
-    return loss if fake is None else loss + _mean(F.relu(1 + fake.float()))
+def hinge_d_loss(real, fake):
+    """Discriminator: mean relu(1 - real) + mean relu(1 + fake) of logits; about 2 at the start."""
+    return _mean(F.relu(1 - real.float())) + _mean(F.relu(1 + fake.float()))
 
 
 def hinge_g_loss(fake):

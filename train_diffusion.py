@@ -25,9 +25,9 @@ from tqdm import tqdm
 from analysis.fid import sample_labels
 from analysis.figures import image_grid
 from common import run
-from common.data import images_hash, open_data, take, train_batches
+from common.data import images_hash, take, train_batches
 from common.latents import LatentCache, build_cache
-from common.weights import autoencoder_hash, compare_images, load_autoencoder
+from common.weights import autoencoder_hash, load_autoencoder, open_run_data
 from dit import DDPM, MODELS, Interpolant, NoiseStream, SiTBlock, UViTBlock
 from repa import DOG_SIGMAS, REPA_KINDS, Projector, alignment_loss, filter_target, load_encoder
 
@@ -160,15 +160,6 @@ def alignment_networks(args, model, size, device):
     return encoder, projector.to(device)
 
 
-def aligned_images(cache, indices, batch):
-    """Images (b, 3, H, W) of the cached latents at indices; ValueError if one is unreadable."""
-    images, _, positions = batch
-    replaced = cache.rows[positions] != indices            # the loader substituted another image
-    run.need(not replaced.any(), "--data: an image in the latent cache can no longer be read "
-             "(named above); restore it and --resume")
-    return images
-
-
 def summary(step, means, usage):
     """Loss, speed and memory in one line; usage: see run.usage."""
     return (f"step {step}: loss {means.get('loss', np.nan):.4f}, {usage['images_per_s']:.1f} "
@@ -196,16 +187,13 @@ def main():
     check(args, world)
     autocast = run.device_choices(args, device, fixed_size=False)
     ae = load_autoencoder(args.ae).to(device).requires_grad_(False)
-    trained = ae.trained                                   # its flags; {} for released weights
-    origin = dict(data=args.data or trained.get("data"), data_seed=trained.get("seed", 0),
-                  image_size=args.image_size or trained.get("image_size", 256))
-    size, f = origin["image_size"], ae.config.reduction
+    data, size, train_set, _ = open_run_data(args.ae, ae.trained, args.data, args.image_size)
+    f = ae.config.reduction
     run.need(size > 0 and size % f == 0, f"--image_size {size}: must be a multiple of {f}, the "
              f"reduction of {args.ae}")
-    train_set, _ = open_data(origin["data"], size, seed=origin["data_seed"])
+    origin = dict(data=data, data_seed=ae.trained.get("seed", 0), image_size=size)
     identity = dict(autoencoder=autoencoder_hash(ae),
                     images=run.broadcast_from_rank0(lambda: images_hash(train_set)))
-    compare_images(args.ae, trained, origin["data"], train_set)
     checkpoint = run.open_run(args, "diffusion", identity)
     start_step = checkpoint["step"] if checkpoint else 0
 
@@ -237,7 +225,7 @@ def main():
     log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"], track)
     del checkpoint                                         # gigabytes at paper scale
     run.print0(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-               f"{classes or 'no'} classes; images: {origin['data'] or 'built-in'} at {size} px")
+               f"{classes or 'no'} classes; images: {data or 'built-in'} at {size} px")
     run.print_run(args, world, device)
 
     if args.grad_checkpoint:
@@ -253,7 +241,7 @@ def main():
     image_batches = iter(())                               # with --repa: images in the same order
     if encoder:
         image_batches = train_batches(take(train_set, cache.rows), *stream, args.workers, device,
-                                      args.mirror == "on")
+                                      args.mirror == "on", strict=True)
     progress = run.progress_bar(args, start_step)
 
     def save(step):
@@ -286,16 +274,14 @@ def main():
         # random draws depend on (seed, step), not on the number of processes or restarts
         generator = torch.Generator(device).manual_seed(run.step_seed(args.seed, step))
         draw = partial(run.sharded, generator=generator, rank=rank, world=world)
-        posterior, labels, indices, _ = next(latent_batches)
+        posterior, labels, _, _ = next(latent_batches)
         aligned = encoder and not 0 <= args.repa_until <= step
-        images = next(image_batches) if aligned else None
+        images = next(image_batches)[0] if aligned else None       # (b, 3, H, W)
         latents = ae.normalize(posterior.sample(draw(torch.randn, posterior.mean.shape)))   # std 1
         b = len(latents)                                   # global batch / world
         t = draw(torch.rand, (b,))                         # 0 = data, 1 = noise
         eps = draw(torch.randn, latents.shape)             # (b, C, h, w)
         drop = draw(torch.rand, (b,)) < args.label_dropout     # True: null label
-        if aligned:
-            images = aligned_images(cache, indices, images)
 
         for i in range(n):                                 # micro-batches
             part = slice(i * b // n, (i + 1) * b // n)

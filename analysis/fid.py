@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from analysis.figures import image_grid
 from common import run
-from common.data import ImageSet, images_hash, open_data, open_source, spread, val_batches
+from common.data import ImageSet, images_hash, open_source, spread, val_batches
 from common.latents import create_array
 from common.metrics import Moments, frechet_distance, jpeg_round_trip, to_uint8
-from common.weights import compare_images
+from common.weights import open_run_data
 from dit import Interpolant, NoiseStream
 
 # ------------------------------------------------- samples: sample i depends only on (--seed, i)
@@ -144,15 +144,13 @@ def inception_statistics(inception, batches, keep, device):
 
 def training_images(file, checkpoint, args):
     """The training images to compare samples with; if missing, prints why and returns None."""
-    data = args.data or checkpoint["data"]
     try:
-        images, _ = open_data(data, checkpoint["image_size"], seed=checkpoint["data_seed"])
+        _, _, images, _ = open_run_data(file, checkpoint, args.data)
     except (FileNotFoundError, ValueError) as error:
         if args.data:
             raise
         run.print0(f"{error}; compared with nothing unless --data names the training images")
         return None
-    compare_images(file, checkpoint, data, images)
     return spread(images, args.reference_images or len(images))
 
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 import repa
 import spectral
 from common import run
-from common.data import center_crop, open_data, open_image, to_rgb, val_batches
+from common.data import center_crop, open_image, to_rgb, val_batches
 from common.metrics import psnr
-from common.weights import checkpoint_files, compare_images, load_autoencoder
+from common.weights import checkpoint_files, load_autoencoder, open_run_data
 from losses import esm_loss
 
 
@@ -102,13 +102,6 @@ def write_table(args, figure, columns, rows):
     print(f"wrote {args.out}, {table}")
 
 
-def need_outside(out, data):
-    """ValueError if writing to out would overwrite images of --data or add to them."""
-    place, images = pathlib.Path(out or "/").resolve(), pathlib.Path(data or "leaves").resolve()
-    run.need(not images.exists() or images not in (place, *place.parents),
-             f"--out {out}: lies in {data}, whose images are read; name another place")
-
-
 def unique_names(files):
     """The run_name of each file, prefixed by as many parent folders as make all unique."""
     files = [pathlib.Path(file).resolve() for file in files]
@@ -134,12 +127,9 @@ def held_out_images(args, trained, device, file=None):
     The first --val_images held-out images (N, 3, H, W) in [-1, 1] of --data (default: the training
     data in `trained`, the flags of checkpoint `file`), labels (N,) and the number of classes.
     """
-    size = getattr(args, "image_size", None) or trained.get("image_size", 256)
-    data = args.data or trained.get("data")
-    need_outside(getattr(args, "out", None), data)
-    train_set, val_set = open_data(data, size, val_images=args.val_images,
-                                   seed=trained.get("seed", 0))
-    compare_images(file, trained, data, train_set)
+    data, _, _, val_set = open_run_data(file, trained, args.data, getattr(args, "image_size", None),
+                                        val_images=args.val_images)
+    run.need_outside(getattr(args, "out", None), data)
     images, labels, _ = zip(*val_batches(val_set, args.batch_size, device=device))
     return torch.cat(images), torch.cat(labels), len(val_set.classes)
 
@@ -395,7 +385,7 @@ def similarity_figure(args, device):
     token = side * side // 2 + side // 2 if args.token is None else args.token
     run.need(0 <= token < side * side, f"--token {token}: must lie in 0..{side * side - 1}")
     if args.image:
-        need_outside(args.out, args.image)
+        run.need_outside(args.out, args.image)
         images = image_file(args.image, size, device)
     else:
         images, _, _ = held_out_images(args, {}, device)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 import spectral
 from analysis import fid, figures
-from common import run
-from common.metrics import frechet_distance, load_inception, psnr, to_uint8
+from common import metrics, run
+from common.metrics import frechet_distance, psnr, to_uint8
 from common.weights import load_diffusion
 from dit import Interpolant, NoiseStream
 from losses import DSM_MASKS, esm_loss
@@ -66,14 +66,16 @@ def fraction_learned(found):
 def held_out_latents(file, args, device):
     """Model, process, latents (N, C, h, w) of held-out images, labels or None, and the settings."""
     model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
-    trained, classes = checkpoint | dict(seed=checkpoint["data_seed"]), model.num_classes
-    images, labels, found = figures.held_out_images(args, trained, device, file)
+    classes = model.num_classes
+    images, labels, found = figures.held_out_images(args, checkpoint, device, file)
     # an explicit --num_classes may exceed the number of classes in the data
     explicit = checkpoint["args"]["num_classes"] > 0 and labels.max() < classes
     run.need(not args.data or explicit or classes in (0, found),
              f"--data: has {found} classes, and {file} was trained with {classes}")
     if classes:
         known = torch.isin(labels.cpu(), torch.tensor(fid.sampled_classes(file, checkpoint)))
+        run.need(known.any(), f"{file}: no held-out image has a class that it was trained on; "
+                 "name --data with the same class folders")
         images, labels = images[known], labels[known]
     latents = ae.normalize(figures.encode_all(ae, images, args.batch_size, seed=args.seed))
     settings = dict(ckpt=file, step=checkpoint["step"], n=len(latents),
@@ -225,13 +227,12 @@ def halfway_to_neighbours(latents):
 
 
 @torch.no_grad()
-def interpolation_distance(ae, images, features, batch_size=100):
+def interpolation_distance(ae, images, latents, features, batch_size=100):
     """
     iFID in any feature space: the Frechet distance between images (N, 3, H, W) and decoded
     interpolations of their latents. features: (b, 3, H, W) uint8 -> (b, D).
     """
-    latents = halfway_to_neighbours(figures.encode_all(ae, images, batch_size, seed=0))
-    moments = []
+    latents, moments = halfway_to_neighbours(latents), []
     for batches in (images.split(batch_size), map(ae.decode, latents.split(batch_size))):
         rows = torch.cat([features(to_uint8(x)) for x in batches]).cpu().double()      # (N, D)
         moments += [rows.mean(0), rows.T.cov()]
@@ -267,7 +268,7 @@ def diffusability(ae, images, batch_size=100, features=None):
         dsm=sum(dsm) / len(dsm),       # mean over n: PSNR of decode(lowpass(z, n)) to lowpass(x, n)
         psnr=plain)                                        # of the reconstruction, dB
     if features:                                           # correlation .85 with gFID reported
-        values["iFD"] = interpolation_distance(ae, images, features, batch_size)
+        values["iFD"] = interpolation_distance(ae, images, latents, features, batch_size)
     return values
 
 
@@ -278,13 +279,8 @@ def diffusability_rows(args, device):
     without the latent's high band; DSM's consistency; PSNR; with Inception's weights also iFD, the
     Frechet distance between the images and decoded interpolations of their latents.
     """
-    features = None
-    if args.networks == "on":
-        try:
-            inception = load_inception(device)
-            features = lambda images: inception(images)[0]
-        except FileNotFoundError as error:
-            run.print0(str(error))
+    inception = metrics.load_or_none(lambda: metrics.load_inception(device), args)
+    features = inception and (lambda images: inception(images)[0])
     for label, ae, images in figures.autoencoders(args, device):
         yield (diffusability(ae, images, args.batch_size, features),
                dict(autoencoder=label, n=len(images),

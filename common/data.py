@@ -239,6 +239,7 @@ def divide(spec, source):
     """
     Split a source by its paths and dataset.json: rows of the training images (ascending), rows of
     the held-out images (shuffled), labels (N,) int64, class names (only train/'s if it has one).
+    Held-out images are labelled -1 if some of them are in no training class.
     """
     names = [os.fsdecode(name) for name in source.names]
     need(len(names) > 1, f"--data {spec}: a single image; two are the least, for one is held out")
@@ -250,10 +251,12 @@ def divide(spec, source):
     train, held_out = np.flatnonzero(split == "train"), np.flatnonzero(split == second)
     if len(train) == 0 or len(held_out) == 0:
         return *_hold_out(names), *_read_labels(spec, source, names)
-    labels = np.zeros(len(names), np.int64)
+    labels = np.full(len(names), -1)
     labels[train], classes = _read_labels(spec, source, [names[row] for row in train])
     own, own_classes = _read_labels(spec, source, [names[row] for row in held_out])
-    if own_classes and set(own_classes) <= set(classes):   # ImageNet's val has no class folders
+    if not classes:
+        labels[held_out] = 0
+    elif own_classes and set(own_classes) <= set(classes):  # ImageNet's val has no class folders
         labels[held_out] = np.array([classes.index(name) for name in own_classes])[own]
     # shuffled by a fixed seed, since only the first val_images of them are used
     return train, np.random.default_rng(2603).permutation(held_out), labels, classes
@@ -382,7 +385,7 @@ def _leave_signals_to(trainer, _):
         threading.Thread(target=wait, daemon=True).start()
 
 
-def _load(dataset, entries, workers, device, train):
+def _load(dataset, entries, workers, device, train, strict=False):
     """Batches for entries: pairs (indices (b,), mirrored (b,)). uint8 if device is None."""
     cuda = torch.device(device or "cpu").type == "cuda"
     ahead, entries = itertools.tee(entries)                # workers prefetch batches
@@ -407,6 +410,7 @@ def _load(dataset, entries, workers, device, train):
             raise
         for lines in filter(None, faults):
             dataset.report(lines)
+            need(not strict, f"--data {dataset.spec}: {lines} could be read before; restore it")
         batch = images, labels, indices, torch.from_numpy(mirrored)
         if not train:                      # drop the replacements of unreadable images
             batch = [tensor[[not lines for lines in faults]] for tensor in batch]
@@ -422,17 +426,18 @@ def _load(dataset, entries, workers, device, train):
 
 
 def train_batches(dataset, batch_size, start_step=0, seed=0, rank=0, world=1, workers=0,
-                  device="cpu", mirror=True):
+                  device="cpu", mirror=True, strict=False):
     """
     The endless training stream from start_step on (endless, so that workers persist).
     batch_size   the GLOBAL batch B, a multiple of world; this rank receives b = B / world
+    strict       ValueError if an image cannot be read, instead of the next one in its place
     yields   images (b, 3, H, W) float32 in [-1, 1] and labels (b,) int64 on device, indices (b,)
              int64 on the CPU: stream_entries(n, s*B + rank*b, s*B + (rank+1)*b, seed, mirror)
     """
     b, n = batch_size // world, len(dataset)
     starts = itertools.count(start_step * batch_size + rank * b, batch_size)
     entries = (stream_entries(n, start, start + b, seed, mirror) for start in starts)
-    return _load(dataset, entries, workers, device, train=True)
+    return _load(dataset, entries, workers, device, train=True, strict=strict)
 
 
 def val_batches(dataset, batch_size, rank=0, world=1, workers=0, device="cpu"):

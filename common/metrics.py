@@ -150,6 +150,19 @@ def load_inception(device):
     return features
 
 
+def load_or_none(load, args):
+    """load() on every rank, or None, printing the reason, if any rank lacks the weights."""
+    network = None
+    if args.networks == "off":
+        return None
+    try:
+        with run.local_rank_zero_first():
+            network = load()
+    except FileNotFoundError as error:                     # cut its advice, meant for train_ae.py
+        run.print0(str(error).partition(", or train without it")[0])
+    return network if all(run.all_gather(network is not None)) else None
+
+
 def laplacian_pyramid(images, smallest=16):
     """Band-pass levels of (B, C, H, W), fine to coarse (Burt & Adelson), then the low-pass rest."""
     C = images.shape[1]

@@ -683,10 +683,18 @@ def check_run_flags(args, world):
     need(not (args.resume and args.overwrite), "--resume --overwrite: choose one of them")
     need(args.keep_every < 1 or args.keep_every % args.eval_every == 0,
          f"--keep_every {args.keep_every}: must be a multiple of --eval_every {args.eval_every}")
-    for name in ("ae", "init", "data"):                # --overwrite would destroy an input
+    need_outside(args.out, args.data)
+    for name in ("ae", "init"):                        # --overwrite would destroy an input
         path = Path(getattr(args, name, None) or "/").resolve()
         need(Path(args.out).resolve() not in (path, path.parent),
              f"--out {args.out}: holds --{name} {path}; choose another folder")
+
+
+def need_outside(out, data):
+    """ValueError if writing to out would overwrite images of --data or add to them."""
+    place, images = Path(out or "/").resolve(), Path(data or "leaves").resolve()
+    need(not images.exists() or images not in (place, *place.parents),
+         f"--out {out}: lies in {data}, whose images are read; name another place")
 
 
 def reason(error):

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from common import run
-from common.data import images_hash
+from common.data import images_hash, open_data
 from dit import DDPM, MODELS, Interpolant, SiT, UViT
 from vae import AEConfig, AutoencoderKL
 
@@ -176,7 +176,7 @@ def load_autoencoder(path):
         optional = ("latent_", "quant_conv.", "post_quant_conv.")
         weights = {k: w for k, w in ae.state_dict().items() if k.startswith(optional)} | weights
     fill(ae, file, weights)
-    ae.trained = data["args"] | dict(images=data["images"]) if stage else {}
+    ae.trained = data["args"] | dict(images=data.get("images")) if stage else {}
     return ae.eval()
 
 
@@ -280,12 +280,19 @@ def checkpoint_files(args):
     return list(dict.fromkeys(files))
 
 
-def compare_images(path, trained, spec, train_set):
-    """Print a warning if set `spec` is the one in `trained` but its images have changed since."""
-    known, same = trained.get("images"), Path(str(trained.get("data"))) == Path(str(spec))
-    if run.get_rank() == 0 and known and same and images_hash(train_set) != known:
-        run.print0(f"{spec or 'built-in images'}: has changed since {path} was trained on it: "
+def open_run_data(path, trained, data=None, size=None, val_images=500):
+    """
+    The images of a run: (--data, pixels per side, training set, held-out set). Where data or size
+    is not given, they are those in `trained`, the flags of checkpoint `path`. Prints a warning if
+    the images have changed since.
+    """
+    data, size = data or trained.get("data"), size or trained.get("image_size", 256)
+    sets = open_data(data, size, val_images, trained.get("seed", 0))
+    known, same = trained.get("images"), Path(str(trained.get("data"))) == Path(str(data))
+    if run.get_rank() == 0 and known and same and images_hash(sets[0]) != known:
+        run.print0(f"{data or 'built-in images'}: has changed since {path} was trained on it: "
                    "held-out images may have been trained on")
+    return data, size, *sets
 
 
 def load_diffusion(path, ae_path, device):
@@ -299,6 +306,7 @@ def load_diffusion(path, ae_path, device):
     run.need(autoencoder_hash(ae) == checkpoint["autoencoder"],
              f"--ae {ae_path}: not the autoencoder on whose latents {path} was trained")
     ae.set_latent_stats(checkpoint["latent_mean"], checkpoint["latent_std"])
+    checkpoint["seed"] = checkpoint["data_seed"]            # as in the flags of its autoencoder
     model = model.to(device).eval().requires_grad_(False)
     return model, process, ae.to(device).requires_grad_(False), checkpoint
 

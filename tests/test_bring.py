@@ -9,7 +9,7 @@ import torch
 
 import train_ae
 import train_diffusion
-from common import run
+from common import run, weights
 from common.data import open_data
 from common.weights import autoencoder_hash, load_autoencoder
 from conftest import run_main, same
@@ -72,7 +72,7 @@ def test_one_gpu_preset_runs(train, monkeypatch, request):
     small = "--preset one-gpu --batch_size 2 --device cpu --workers 0 --log_every 1"
     train(train_ae, f"{small} --reg dsm --steps 2 --gan_start 0 --val_images 2 --lpips_weight 0 "
           "--out ae")
-    monkeypatch.setattr(train_diffusion, "open_data", partial(open_data, builtin_images=8))
+    monkeypatch.setattr(weights, "open_data", partial(open_data, builtin_images=8))
     train(train_diffusion, f"{small} --ae ae/ckpt.pt --steps 1 --sample_steps 2 --encode_batch 8 "
           "--out sit")
     steps = [json.loads(line) for line in open("ae/log.jsonl")]

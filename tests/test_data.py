@@ -235,8 +235,8 @@ SHARDS = [f"{i // 5:05d}/img{i:08d}.png" for i in range(11)]
 
 
 @pytest.mark.parametrize("names, tables, classes, labels", [
-    (IMAGENET, {}, ["n01", "n02"], [1, 1, 0, 0, 0, 0, None, None]),
-    ([*TRAIN, "test/d/0.png", "test/c/0.png"], {}, [*"abc"], [2, 2, 0, 0, 1, 1, 0, 0]),
+    (IMAGENET, {}, ["n01", "n02"], [1, 1, 0, 0, -1, -1, None, None]),
+    ([*TRAIN, "test/d/0.png", "test/c/0.png"], {}, [*"abc"], [2, 2, 0, 0, 1, 1, -1, -1]),
     ([*TRAIN, "test/b/0.png", "test/c/0.png"], {}, [*"abc"], [2, 2, 0, 0, 1, 1, 1, 2]),
     (SHARDS, {"": None}, [], 11 * [0]),
     (SHARDS[:4], {"": {name: 2 for name in SHARDS}}, ["0", "1", "2"], 4 * [2]),  # one shard; spare
@@ -244,13 +244,13 @@ SHARDS = [f"{i // 5:05d}/img{i:08d}.png" for i in range(11)]
     (["a/0.png", "1.png"], {"": {"a/0.png": 1, "1.png": 1}}, ["0", "1"], [1, 1]),
     (["train/0/a.png", "train/1/b.png", "val/0/c.png"],
      {"train": {"0/a.png": 1, "1/b.png": 1}, "val": {"0/c.png": 0}}, ["0", "1"], [1, 1, 0]),
-    (["train/a.png", "val/b.png"], {"": {"train/a.png": 1, "val/b.png": 9}}, ["0", "1"], [1, 0]),
+    (["train/a.png", "val/b.png"], {"": {"train/a.png": 1, "val/b.png": 9}}, ["0", "1"], [1, -1]),
 ], ids=["imagenet", "unknown class", "fewer classes", "null", "one shard", "windows",
         "beside folders", "splits", "above splits"])
 def test_where_labels_are_found(tmp_path, names, tables, classes, labels):
     """
-    Held-out images are labelled in the training classes, or not at all if some have none of these.
-    Null is unlabelled; names count from their dataset.json's folder, which lies around the images.
+    Held-out images are labelled in the training classes, or -1 if some have none of these. Null
+    is 0; names count from their dataset.json's folder, which lies around the images.
     """
     sets = open_data(label(make(tmp_path, names), tables), 8)
     assert [part.classes for part in sets] == [classes, classes]

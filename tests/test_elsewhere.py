@@ -160,7 +160,7 @@ def device(monkeypatch):
 
 @pytest.mark.parametrize("process, options", [
     (dit.Interpolant(), {}), (dit.Interpolant(), dict(sampler="ode", cfg=2.0)),
-    (dit.DDPM("vp"), dict(eta=1.0)), (dit.DDPM("sd"), dict(cfg=2.0))])
+    (dit.DDPM("sd"), dict(cfg=2.0))])
 def test_samplers_and_losses_without_float64(process, options, device):
     model = dit.MODELS["SiT-tiny/2"](input_size=8, in_channels=4, num_classes=3).to(device)
     y = torch.zeros(2, dtype=torch.int64, device=device)

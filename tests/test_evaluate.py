@@ -145,7 +145,7 @@ def test_recon_as_the_authors_measure(material, ae, main, inception, monkeypatch
     """Training images, a posterior sample of (seed, index), JPEG: whatever the batch."""
     common = ["recon", *ae, "--protocol", "authors", "--seed", 3, "--workers", 0]
     a, = main(*common, "--batch_size", 4)
-    monkeypatch.setattr(evaluate, "load_or_none", lambda *args: None)
+    monkeypatch.setattr(metrics, "load_or_none", lambda *args: None)
     b, = main(*common, "--batch_size", 5)
     assert "rFID@11" in a and (a["split"], a["posterior"], a["seed"]) == ("train", "sample", 3)
     assert a["psnr"] == pytest.approx(b["psnr"], rel=1e-5)
@@ -334,7 +334,7 @@ def test_every_kept_checkpoint_is_scored(gen, diffusion, tmp_path, capsys):
 # ---- nothing silently wrong
 def test_a_set_that_changed_is_named(material, ae, main, changed, monkeypatch, capsys):
     """One training image is gone: the commands say so, and measure; other --data is no change."""
-    monkeypatch.setattr(evaluate, "load_or_none", lambda *args: None)
+    monkeypatch.setattr(metrics, "load_or_none", lambda *args: None)
     shutil.copytree(material / "images", "set")
     autoencoder = changed("ae.pt", ae[1], dict(data="set"))
     run, few = changed("run.pt", data="set"), ["--val_images", 1]

@@ -7,12 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import dit
 import evaluate
 import train_diffusion
-from common import run
+from common import run, weights
 from common.builtin import BuiltInImages
+from common.data import stream_entries
 from common.weights import load_autoencoder
 from conftest import copy_at, equal_runs, run_main, same
 
@@ -116,6 +118,24 @@ def test_images_and_latents_share_crop_and_mirror(material, tmp_path, monkeypatc
         assert (ae.encode(images.flip(-1)).mean - mean).abs().amax((1, 2, 3)).min() > 0.1
 
 
+def test_an_image_lost_since_it_was_encoded_saves_first(material, tmp_path, monkeypatch):
+    """One of 128, in step 2 of an aligned run: no other image in its place, a checkpoint."""
+    (tmp_path / "set").mkdir()
+    for i in range(128):
+        Image.new("RGB", (16, 16), (i, 9, 9)).save(tmp_path / "set" / f"{i}.png")
+    batches = train_diffusion.train_batches
+
+    def spoilt(dataset, *args, **options):
+        (index,), _ = stream_entries(len(dataset), 9, 10)
+        (tmp_path / "set" / dataset.name(index)).write_bytes(b"")
+        return batches(dataset, *args, **options)
+    monkeypatch.setattr(train_diffusion, "train_batches", spoilt)
+    with pytest.raises(ValueError, match="could be read before"):
+        train(material, tmp_path / "run", "--data", tmp_path / "set", "--steps", 9, *ALIGNED, "dog",
+              "--cache", tmp_path / "cache", monkeypatch=monkeypatch)
+    assert run.load_checkpoint(tmp_path / "run" / "ckpt.pt", "diffusion")["step"] == 2
+
+
 def test_labels_are_dropped_and_average_is_sampled(material, tmp_path, monkeypatch):
     """--label_dropout 1 trains the null label's row alone. The checkpoint carries the average."""
     _, checkpoint = train(material, tmp_path, "--steps", 3, "--label_dropout", 1,
@@ -141,7 +161,7 @@ def test_the_checkpoint_knows_which_classes_had_an_image(material, tmp_path, mon
 
 def test_alignment_on_built_in_images(material, tmp_path, monkeypatch):
     """Images of no file and no class: aligned, and there is nothing to guide away from."""
-    monkeypatch.setattr(train_diffusion, "open_data", lambda *args, **options: (
+    monkeypatch.setattr(weights, "open_data", lambda *args, **options: (
         BuiltInImages(16, 6, kind="discs"), None))
     run_main(train_diffusion, *TINY, "--ae", material / "ae" / "ckpt.pt", "--image_size", 16,
              "--steps", 1, *ALIGNED, "dog", "--cache", tmp_path / "cache", "--out", tmp_path,
