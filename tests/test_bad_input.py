@@ -55,7 +55,7 @@ FLAGS = {
         "--gamma nan", "--lr 0", "--steps -1", "--batch_size 0", "--grad_accum 3", "--val_images 0",
         "--keep_every 7", "--seed -1", "--model f3d3", "--resume --overwrite", "--data nowhere",
         "--model f8d4 --init {ae} -> --model", "--reg vf --encoder resnet", "--data {ae}",
-        "--out {ae} -> File exists ckpt.pt", "--stepz 3",
+        "--out {ae} -> File exists ckpt.pt", "--stepz 3", "--out {images}/run -> --out",
         "--reg vf --compile on -> --reg vf --compile on"],
     "train_diffusion": [
         "--overwrite --out {ae}/.. -> holds --ae", "--label_dropout -0.1", "--encode_batch -4",
