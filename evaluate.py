@@ -49,7 +49,7 @@ PRESETS = {
 }
 
 
-def report(values, settings, results):
+def report(values, settings, results, device):
     """On rank 0, print a result and its settings and append it to `results`; it must be finite."""
     bad = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
     run.need(not bad, f"{next(iter(settings.values()), '')}: {', '.join(bad)} not finite, so "
@@ -64,8 +64,9 @@ def report(values, settings, results):
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     line = dict(values, **settings, command=" ".join(["evaluate.py", *sys.argv[1:]]), commit=commit,
-                hardware=torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-                torch=torch.__version__, time=time.strftime("%Y-%m-%d %H:%M:%S"))
+                hardware=torch.cuda.get_device_name() if device.type == "cuda" else cpu,
+                processes=run.get_world_size(), torch=torch.__version__,
+                time=time.strftime("%Y-%m-%d %H:%M:%S"))
     Path(results).parent.mkdir(parents=True, exist_ok=True)
     with open(results, "a") as file:
         file.write(json.dumps(line) + "\n")
@@ -182,7 +183,7 @@ def evaluate_gen(args, device):
             sampler=args.sampler if isinstance(process, Interpolant) else "ddim", steps=args.steps,
             cfg=args.cfg, cfg_interval=args.cfg_interval, seed=args.seed,
             labels=args.labels if model.num_classes else "none",
-            jpeg="quality 75" if args.jpeg else "none", dtype=args.dtype,
+            jpeg="quality 75, samples only" if args.jpeg else "none", dtype=args.dtype,
             weights="torch-fidelity" if network else "none", reference=described, swd_images=count,
             seconds=round(seconds, 1))
         results.append((values, settings))
@@ -242,8 +243,9 @@ COMMANDS = {                                           # name: (function, its fl
 # defaults of single commands that differ from the flag's
 DEFAULTS = {"similarity": dict(data="leaves", image_size=224, val_images=8,
                                encoder="dinov2_vitb14"),
-            "latents": dict(val_images=8), "recon": dict(val_images=None),
-            "trajectory": dict(num_samples=64), "gen": dict(out=None)}
+            "bands": dict(val_images=200), "latents": dict(val_images=8),
+            "recon": dict(val_images=None), "trajectory": dict(num_samples=64),
+            "gen": dict(out=None)}
 
 
 def get_args():
@@ -309,9 +311,10 @@ def get_args():
     add("--out", f"out/{command}.png", help="figure; for gen a folder (default: next to --ckpt)")
     add("--device", choices=run.DEVICES, help="(default: cuda if there is one)")
     add("--results", "results.jsonl", help="file to which results are appended")
-    few = DEFAULTS.get(command, {}).get("val_images")  # few images to look at: not set by presets
-    return run.parse_args(parser, {name: {k: v for k, v in values.items() if k in takes and not few}
-                                   for name, values in PRESETS.items()})
+    own = DEFAULTS.get(command, {})                    # these are not set by presets
+    return run.parse_args(parser, {
+        name: {k: v for k, v in values.items() if k in takes and own.get(k) is None}
+        for name, values in PRESETS.items()})
 
 
 def check_flags(args):
@@ -345,7 +348,7 @@ def main():
         run.print0("--networks off: no metrics that need LPIPS or Inception, such as FID")
     function, _ = COMMANDS[args.command]
     for values, settings in function(args, device):
-        report(values, settings, args.results)
+        report(values, settings | getattr(args, "read", {}), args.results, device)
     run.barrier()
 
 

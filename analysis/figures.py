@@ -127,9 +127,10 @@ def held_out_images(args, trained, device, file=None):
     The first --val_images held-out images (N, 3, H, W) in [-1, 1] of --data (default: the training
     data in `trained`, the flags of checkpoint `file`), labels (N,) and the number of classes.
     """
-    data, _, _, val_set = open_run_data(file, trained, args.data, getattr(args, "image_size", None),
-                                        val_images=args.val_images)
+    data, size, _, val_set = open_run_data(
+        file, trained, args.data, getattr(args, "image_size", None), args.val_images)
     run.need_outside(getattr(args, "out", None), data)
+    args.read = dict(data=data or "built-in", size=size)   # for results.jsonl
     images, labels, _ = zip(*val_batches(val_set, args.batch_size, device=device))
     return torch.cat(images), torch.cat(labels), len(val_set.classes)
 
@@ -240,6 +241,8 @@ def spectrum_figure(args, device):
     """
     run.need(args.encoder or not args.encoder_source,
              f"--encoder_source {args.encoder_source}: needs --encoder NAME")
+    run.need(not args.latents or not args.ae and (args.data or not args.encoder),
+             "--latents: cannot be combined with --ae, and with --encoder only if --data is given")
     published, rows, sources, names = args.published, [], [], []
     if args.encoder:
         encoder = repa.load_encoder(args.encoder, args.encoder_source).to(device)
@@ -382,7 +385,7 @@ def similarity_figure(args, device):
     size, side = args.image_size, args.image_size // 14
     grid = side, side
     run.need(size % 14 == 0, f"--image_size {size}: must be a multiple of 14, the encoder's patch")
-    token = side * side // 2 + side // 2 if args.token is None else args.token
+    token = side // 2 * side + side // 2 if args.token is None else args.token
     run.need(0 <= token < side * side, f"--token {token}: must lie in 0..{side * side - 1}")
     if args.image:
         run.need_outside(args.out, args.image)

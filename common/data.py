@@ -208,12 +208,13 @@ def _hold_out(names):
     return np.sort(order[k:]), order[:k]
 
 
-def _read_labels(spec, source, names):
+def _read_labels(spec, source, names, depth=None):
     """
     (labels (n,) int64, class names) from the nearest dataset.json in a common parent folder (format
-    of StyleGAN, EDM, REPA), else from the sorted class folders below it, else zeros and [].
+    of StyleGAN, EDM, REPA), else from the sorted class folders below it, else zeros and []. depth:
+    at most so many parent folders, so that a single class is not taken for one.
     """
-    folder = _common_folder(names)
+    folder = "".join(re.findall("[^/]*/", _common_folder(names))[:depth])
     tables = [name for name in source.tables if folder.startswith(name.removesuffix(TABLE))]
     if not tables:
         folders = [name[len(folder):].rpartition("/")[0].partition("/")[0] for name in names]
@@ -253,7 +254,8 @@ def divide(spec, source):
         return *_hold_out(names), *_read_labels(spec, source, names)
     labels = np.full(len(names), -1)
     labels[train], classes = _read_labels(spec, source, [names[row] for row in train])
-    own, own_classes = _read_labels(spec, source, [names[row] for row in held_out])
+    depth = _common_folder([names[row] for row in train]).count("/")
+    own, own_classes = _read_labels(spec, source, [names[row] for row in held_out], depth)
     if not classes:
         labels[held_out] = 0
     elif own_classes and set(own_classes) <= set(classes):  # ImageNet's val has no class folders

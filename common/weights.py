@@ -236,8 +236,8 @@ def load_transformer(model, path):
     Load a SiT, REPA, U-ViT or own checkpoint into a model and return the model.
     path  a file, or a folder with one. The original SiT (recognised by its variance channels) is
           converted to our time; U-ViT-H, which has no final convolution, gets an identity.
-    Tensor names do not reveal the training objective: DiT (eps-prediction) and U-ViT-L/2 on
-    ImageNet-256 (continuous VP-SDE) load, but neither process in dit.py is right for them.
+    Tensor names do not reveal the training objective: sample U-ViT-H with DDPM("sd"), U-ViT-L on
+    ImageNet 256 with DDPM("vp"). DiT (eps-prediction) loads, but no process in dit.py fits it.
     raises  FileNotFoundError; ValueError naming the file and the first tensor that does not fit
     """
     file, state = find_file(path, "give a SiT, REPA or U-ViT checkpoint"), model.state_dict()

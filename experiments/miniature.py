@@ -129,7 +129,7 @@ def run_one(name, ae_seed, sit_seed, out):
     with LOCKS[ae.name]:
         call(train_ae, ae, "ae", protocol.AE_STEPS)
     call(train_diffusion, sit, "diffusion", protocol.SIT_STEPS)
-    if not (sit / "samples" / "samples.npz").exists():
+    if not (sit / "gen.jsonl").exists():
         call(gen)
 
 
@@ -144,11 +144,13 @@ def run_all(plan, out, jobs):
     try:
         futures = {pool.submit(run_one, *each, out): each for each in todo}
         for future in concurrent.futures.as_completed(futures):
-            if error := future.exception():
+            try:
+                future.result()
+                measure = measure or Measure()
+                result = measure(*futures[future], out)
+            except Exception as error:
                 failed.append(str(error))
                 continue
-            measure = measure or Measure()
-            result = measure(*futures[future], out)
             path, line = result_file(*futures[future]), (json.dumps(result) + "\n").encode()
             run.write_atomic(path, lambda file, line=line: file.write(line))
             numbers = result["numbers"]

@@ -238,6 +238,7 @@ SHARDS = [f"{i // 5:05d}/img{i:08d}.png" for i in range(11)]
     (IMAGENET, {}, ["n01", "n02"], [1, 1, 0, 0, -1, -1, None, None]),
     ([*TRAIN, "test/d/0.png", "test/c/0.png"], {}, [*"abc"], [2, 2, 0, 0, 1, 1, -1, -1]),
     ([*TRAIN, "test/b/0.png", "test/c/0.png"], {}, [*"abc"], [2, 2, 0, 0, 1, 1, 1, 2]),
+    ([*TRAIN, "test/b/0.png", "test/b/1.png"], {}, [*"abc"], [2, 2, 0, 0, 1, 1, 1, 1]),
     (SHARDS, {"": None}, [], 11 * [0]),
     (SHARDS[:4], {"": {name: 2 for name in SHARDS}}, ["0", "1", "2"], 4 * [2]),  # one shard; spare
     (SHARDS, {"": {name.replace("/", "\\"): 1 for name in SHARDS}}, ["0", "1"], 11 * [1]),
@@ -245,7 +246,7 @@ SHARDS = [f"{i // 5:05d}/img{i:08d}.png" for i in range(11)]
     (["train/0/a.png", "train/1/b.png", "val/0/c.png"],
      {"train": {"0/a.png": 1, "1/b.png": 1}, "val": {"0/c.png": 0}}, ["0", "1"], [1, 1, 0]),
     (["train/a.png", "val/b.png"], {"": {"train/a.png": 1, "val/b.png": 9}}, ["0", "1"], [1, -1]),
-], ids=["imagenet", "unknown class", "fewer classes", "null", "one shard", "windows",
+], ids=["imagenet", "unknown class", "fewer classes", "one class", "null", "one shard", "windows",
         "beside folders", "splits", "above splits"])
 def test_where_labels_are_found(tmp_path, names, tables, classes, labels):
     """
