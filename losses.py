@@ -231,7 +231,8 @@ class PatchDiscriminator(nn.Module):
             inner, outer = channels * min(2 ** (i - 1), 8), channels * min(2 ** i, 8)
             stride = 2 if i < n_layers else 1  # the last layer keeps the resolution
             layers += [nn.Conv2d(inner, outer, 4, stride=stride, padding=1, bias=False),
-                       nn.BatchNorm2d(outer), nn.LeakyReLU(0.2, True)]
+                       # no running statistics: never used, and one NaN would stay in them
+                       nn.BatchNorm2d(outer, track_running_stats=False), nn.LeakyReLU(0.2, True)]
         layers += [nn.Conv2d(outer, 1, 4, stride=1, padding=1)]
         self.main = nn.Sequential(*layers)
         for module in self.modules():
@@ -239,6 +240,11 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 0.0, 0.02)
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1.0, 0.02)
+
+    def load_state_dict(self, state, **options):
+        """Ignores the running statistics of older checkpoints."""
+        known = self.state_dict().keys() & state.keys()
+        return super().load_state_dict({name: state[name] for name in known}, **options)
 
     def forward(self, images):
         return self.main(images)

@@ -325,7 +325,7 @@ def main():
     check(args, config)
     autocast = run.device_choices(args, device, fixed_size=not {"eq", "se"} & set(args.reg))
     train_set, val_set = open_data(args.data, args.image_size, args.val_images, args.seed)
-    identity = dict(images=run.broadcast_from_rank0(lambda: images_hash(train_set)))
+    identity = dict(images=run.same_on_all_nodes("--data", lambda: images_hash(train_set)))
     checkpoint = run.open_run(args, "ae", identity)
     start_step = checkpoint["step"] if checkpoint else 0
     torch.manual_seed(args.seed)                           # for the initial weights only

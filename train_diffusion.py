@@ -102,7 +102,11 @@ def get_args():
     add("--sample_steps", type=int, default=100, help="network calls per sample in the grid")
     add("--cfg", type=float, default=1.0, help="guidance scale of the grid; 1 = off")
     args = run.parse_args(parser, PRESETS)
-    args.ae = args.ae or run.newest("ae", args.preset, "--ae")
+    if not args.ae:
+        several = len(run.checkpoints("ae", args.preset, "--ae")) > 1
+        run.need(not (several and args.resume and not args.out), "--resume: there are several "
+                 f"autoencoders of --preset {args.preset}; name the run's --ae")
+        args.ae = run.newest("ae", args.preset, "--ae")
     if args.norm_std is None:
         args.norm_std = 0.6 if args.repa == "irepa" else 1.0
     repa = "" if args.repa == "none" else f"-{args.repa}"
@@ -192,8 +196,9 @@ def main():
     run.need(size > 0 and size % f == 0, f"--image_size {size}: must be a multiple of {f}, the "
              f"reduction of {args.ae}")
     origin = dict(data=data, data_seed=ae.trained.get("seed", 0), image_size=size)
-    identity = dict(autoencoder=autoencoder_hash(ae),
-                    images=run.broadcast_from_rank0(lambda: images_hash(train_set)))
+    run.need_outside(args.out, data)
+    identity = dict(autoencoder=run.same_on_all_nodes("--ae", lambda: autoencoder_hash(ae)),
+                    images=run.same_on_all_nodes("--data", lambda: images_hash(train_set)))
     checkpoint = run.open_run(args, "diffusion", identity)
     start_step = checkpoint["step"] if checkpoint else 0
 

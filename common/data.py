@@ -412,7 +412,8 @@ def _load(dataset, entries, workers, device, train, strict=False):
             raise
         for lines in filter(None, faults):
             dataset.report(lines)
-            need(not strict, f"--data {dataset.spec}: {lines} could be read before; restore it")
+            if strict:
+                raise ValueError(f"--data {dataset.spec}: {lines} could be read before; restore it")
         batch = images, labels, indices, torch.from_numpy(mirrored)
         if not train:                      # drop the replacements of unreadable images
             batch = [tensor[[not lines for lines in faults]] for tensor in batch]

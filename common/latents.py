@@ -114,6 +114,9 @@ def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, work
         for array in arrays.values():
             array.flush()
         barrier()
+        lost = n - np.count_nonzero(arrays["readable"])    # each rank has seen a part of them only
+        need(lost <= n / 100, f"--cache {folder}: {lost} of {n} images cannot be read, more than "
+             "1%; they are named above")
         if rank == 0:
             mean = first / count
             std = (second / count - mean ** 2).clamp_min(1e-12).sqrt()

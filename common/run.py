@@ -119,6 +119,14 @@ def broadcast_from_rank0(function):
     return all_gather(function() if get_rank() == 0 else None)[0]
 
 
+def same_on_all_nodes(what, function):
+    """function() on each node's first process, its value on all; ValueError if nodes differ."""
+    first = not dist.is_initialized() or int(os.environ["LOCAL_RANK"]) == 0
+    values = set(all_gather(function() if first else None)) - {None}
+    need(len(values) == 1, f"{what}: differs between the nodes; give each the same files")
+    return values.pop()
+
+
 def all_sum(tensor):
     """Sum of a tensor over the processes, in place; returns it."""
     if dist.is_initialized():
@@ -494,8 +502,8 @@ class Log:
     micro-batch's terms on the device; they are averaged over steps and processes when a line is
     due, so that the host waits for the GPU only then. Call every method on all ranks.
     state   from the checkpoint: the sums not yet written. Lines from start_step on are dropped,
-            since the resumed run writes them again; a fresh start removes the old run's
-            checkpoints
+            since the resumed run writes them again; a fresh start, without a state, removes the
+            old run's checkpoints
     track   is also called with every line's step and values, see open_tracker
     """
 
@@ -512,7 +520,7 @@ class Log:
                 with contextlib.suppress(ValueError, TypeError, KeyError):  # truncated by a crash
                     if json.loads(line)["step"] < start_step:
                         kept.append(line + "\n")
-        stale = [".*.tmp"] if start_step else [".*.tmp", "ckpt.pt", "ckpt_*.pt"]
+        stale = [".*.tmp"] if state else [".*.tmp", "ckpt.pt", "ckpt_*.pt"]
         for leftover in itertools.chain(*map(self.path.parent.glob, stale)):
             leftover.unlink()
         write_atomic(self.path, lambda file: file.write("".join(kept).encode()))
@@ -692,8 +700,8 @@ def check_run_flags(args, world):
 
 def need_outside(out, data):
     """ValueError if writing to out would overwrite images of --data or add to them."""
-    place, images = Path(out or "/").resolve(), Path(data or "leaves").resolve()
-    need(not images.exists() or images not in (place, *place.parents),
+    place, images = Path(out or "/").resolve(), Path(data or os.devnull).resolve()
+    need(images not in (place, *place.parents) or not images.exists(),
          f"--out {out}: lies in {data}, whose images are read; name another place")
 
 

@@ -124,6 +124,16 @@ def test_interrupted_encoding_leaves_nothing_behind(tmp_path):
     assert os.listdir(tmp_path) == ["cache"]
 
 
+def test_more_than_one_percent_lost_ends_the_encoding(tmp_path, monkeypatch):
+    """Counted over all processes: none of several has seen the whole set."""
+    item = torch.zeros(3, 16, 16, dtype=torch.uint8), 0
+    monkeypatch.setattr(BuiltInImages, "__getitem__", lambda _, i: (*item, i, "bad" * (i == 3)))
+    monkeypatch.setattr(BuiltInImages, "report", lambda *_: None, raising=False)
+    with pytest.raises(ValueError, match="--cache .*: 1 of 7 images cannot be read"):
+        build(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
 def test_diverged_latents_do_not_become_infinite(tmp_path, monkeypatch):
     """A mean beyond float16 stops the encoding and says why."""
     huge = torch.full((3, 3, 8, 8), 1e6)

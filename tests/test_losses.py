@@ -1,5 +1,6 @@
 """What each loss of losses.py promises: zeros, gradients, invariances, and the pairs' shapes."""
 import itertools
+import math
 
 import pytest
 import torch
@@ -170,7 +171,11 @@ def test_discriminator_architecture():
     convs = [(3, 64, True), (64, 128, False), (128, 256, False), (256, 512, False), (512, 1, True)]
     expected = sum(i * o * 16 + o * bias for i, o, bias in convs) + 2 * (128 + 256 + 512)
     assert sum(p.numel() for p in disc.parameters()) == expected
-    disc.eval()
+    disc(torch.full((1, 3, 32, 32), math.nan))             # of a step that is skipped: no trace
+    assert all(value.isfinite().all() for value in disc.state_dict().values())
+    disc.load_state_dict(disc.state_dict() | {"main.3.running_mean": torch.zeros(128)})
+    for i in (3, 6, 9):
+        disc.main[i] = nn.Identity()                       # BatchNorm sees the whole image
     x = torch.randn(1, 3, 96, 128, requires_grad=True)
     logits = disc(x)
     assert logits.shape == (1, 1, 10, 14)

@@ -66,6 +66,21 @@ def test_a_resumed_log_has_no_gaps_or_repeats(line, tmp_path):
     assert json.loads(path.read_text()) == dict(step=4, a=2)
 
 
+def test_a_run_resumed_at_step_0_keeps_its_checkpoints(tmp_path):
+    (tmp_path / "ckpt_5.pt").touch()
+    run.Log(tmp_path / "log.jsonl", 0, dict(sums={}, bad={}, skipped=0))
+    assert (tmp_path / "ckpt_5.pt").exists()
+    run.Log(tmp_path / "log.jsonl")                        # a fresh start, after --overwrite
+    assert not (tmp_path / "ckpt_5.pt").exists()
+
+
+def test_nodes_with_other_images_are_refused(monkeypatch):
+    monkeypatch.setattr(run, "all_gather", lambda value: [value, None, "b"])
+    assert run.same_on_all_nodes("--data", lambda: "b") == "b"
+    with pytest.raises(ValueError, match="--data: differs between the nodes"):
+        run.same_on_all_nodes("--data", lambda: "a")
+
+
 def test_ema_arithmetic():
     """decay_t = min(decay, (1 + t) / (10 + t)); from 0 towards 1 by hand."""
     model, expected = torch.nn.Linear(1, 1, bias=False), 0.0

@@ -3,6 +3,7 @@ Stage 2 end to end on tiny material: train_ae -> train_diffusion -> evaluate, re
 labels.
 """
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from common import run, weights
 from common.builtin import BuiltInImages
 from common.data import stream_entries
 from common.weights import load_autoencoder
-from conftest import copy_at, equal_runs, run_main, same
+from conftest import args_of, copy_at, equal_runs, run_main, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*UNTRAINED")
 ALIGNED = "--encoder_source", "random", "--repa"
@@ -134,6 +135,20 @@ def test_an_image_lost_since_it_was_encoded_saves_first(material, tmp_path, monk
         train(material, tmp_path / "run", "--data", tmp_path / "set", "--steps", 9, *ALIGNED, "dog",
               "--cache", tmp_path / "cache", monkeypatch=monkeypatch)
     assert run.load_checkpoint(tmp_path / "run" / "ckpt.pt", "diffusion")["step"] == 2
+
+
+def test_nothing_is_chosen_or_written_in_silence(material, tmp_path, monkeypatch):
+    """A --resume without --ae where there are several; images that are the autoencoder's."""
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        Path(f"out/ae/quick-{name}").mkdir(parents=True)
+        Path(f"out/ae/quick-{name}/ckpt.pt").touch()
+    assert args_of(train_diffusion, "--preset", "quick").ae == "out/ae/quick-b/ckpt.pt"
+    with pytest.raises(ValueError, match="several autoencoders of --preset quick; name"):
+        args_of(train_diffusion, "--preset", "quick", "--resume")
+    with pytest.raises(ValueError, match="--out .*run: lies in"):
+        run_main(train_diffusion, *TINY, "--ae", material / "ae" / "ckpt.pt", "--out",
+                 material / "images" / "run", monkeypatch=monkeypatch)
 
 
 def test_labels_are_dropped_and_average_is_sampled(material, tmp_path, monkeypatch):
