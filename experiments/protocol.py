@@ -59,13 +59,11 @@ PRIMARY = ("Table 2, gFID", "FD", "below", [
     ("DSM below ESM, 4.44 < 5.91 (f8d4), 4.49 < 5.84 (f16d16)", "dsm", "esm"),
 ])
 ALPHA = 0.05                               # of the family; also of each exploratory test
+KL_AS_PRINTED = [(words, a, "kl-1e-6") for words, a, b in PRIMARY[3] if b == "kl"]
 EXPLORATORY = [
-    ("Table 2, gFID, KL at 1e-6", "FD", "below", [
-        ("Scale Equivariance below SD-VAE, 5.87 < 6.63 (f8d4), 5.46 < 6.88 (f16d16)",
-         "se", "kl-1e-6"),
-        ("DSM below SD-VAE, 4.44 < 6.63 (f8d4), 4.49 < 6.88 (f16d16)", "dsm", "kl-1e-6"),
-        ("ESM below SD-VAE, 5.91 < 6.63 (f8d4), 5.84 < 6.88 (f16d16)", "esm", "kl-1e-6")]),
+    ("Table 2, gFID, KL at 1e-6", "FD", "below", KL_AS_PRINTED),
     ("Table 2, gFID", "dFD", "below", PRIMARY[3]),
+    ("Table 2, gFID, KL at 1e-6, added after the runs", "dFD", "below", KL_AS_PRINTED),
     ("Table 2, PSNR", "psnr", "above", [
         ("ESM above SD-VAE, 31.63 > 31.23 (f8d4), 31.30 > 30.08 (f16d16)", "esm", "kl")]),
     ("Table 4, gFID at 400k", "FD", "below", [
