@@ -128,11 +128,12 @@ def triangle_mask(n, block=8):
 
 
 @cached_matrix
-def _lowpass_matrix(n, block, device, dtype):
-    """(b*b, b*b) symmetric projection: DCT, mask and inverse DCT of a flattened tile in one."""
+def _lowpass_matrices(block, device, dtype):
+    """(2*b, b*b, b*b): for each n, DCT, mask and inverse DCT of a flattened tile in one."""
     D = dct_matrix(block, "cpu", torch.float64)
-    basis = torch.kron(D, D)[triangle_mask(n, block).flatten()]  # (kept, b*b), orthonormal rows
-    return (basis.T @ basis).to(device, dtype)
+    basis = torch.kron(D, D)                                     # (b*b, b*b), orthonormal rows
+    masks = [triangle_mask(n, block).flatten().to("cpu") for n in range(2 * block)]
+    return torch.stack([basis[mask].T @ basis[mask] for mask in masks]).to(device, dtype)
 
 
 @full_precision
@@ -145,11 +146,14 @@ def lowpass(x, n, block=8):
     raises   ValueError if a side is not a multiple of block
     """
     tiles = _tiles("lowpass", x, block)  # (B, C, H/b, W/b, b, b)
+    if not 0 <= n < 2 * block:
+        raise ValueError(f"lowpass: n={n} is outside 0..{2 * block - 1}")
     if n == 0:                           # keeps everything: nothing to compute
         return x
     if block > 16:                       # the matrix has block^4 entries: 34 GB for block 256
         return _untile(idct2(dct2(tiles) * triangle_mask(n, block).to(x.device)))
-    projection = _lowpass_matrix(n, block, x.device, x.dtype)
+    # n may be symbolic under torch.compile, so it selects a matrix and is no key of the cache
+    projection = _lowpass_matrices(block, x.device, x.dtype)[n]
     return _untile((tiles.flatten(-2) @ projection).view(tiles.shape))
 
 

@@ -13,6 +13,7 @@ The defaults train U-ViT on CelebA 256. A run writes ckpt.pt, log.jsonl and samp
 Numbering as in arXiv:2603.14645 v1.
 """
 import argparse
+import os
 import sys
 import time
 from functools import partial
@@ -110,7 +111,10 @@ def get_args():
     if args.norm_std is None:
         args.norm_std = 0.6 if args.repa == "irepa" else 1.0
     repa = "" if args.repa == "none" else f"-{args.repa}"
-    args.out = args.out or f"out/diffusion/{run.run_name(args.ae)}{repa}"
+    name = run.run_name(args.ae)
+    if name.startswith("ckpt_"):                           # one of several of a run
+        name = f"{Path(args.ae).parent.name}-{name}"
+    args.out = args.out or f"out/diffusion/{name}{repa}"
     return args
 
 
@@ -252,8 +256,9 @@ def main():
     def save(step):
         """Networks, optimiser, flags: one dict, from which --resume continues bit for bit."""
         state = dict(origin, stage="diffusion", step=step, args=vars(args), model_name=args.model,
-                     model_args=model_args, projector=None, means=log.state(), ae=str(args.ae),
-                     latent_mean=cache.mean, latent_std=cache.std, classes_seen=seen, **identity)
+                     model_args=model_args, projector=None, means=log.state(),
+                     ae=os.path.relpath(args.ae, args.out), latent_mean=cache.mean,
+                     latent_std=cache.std, classes_seen=seen, **identity)
         state |= {name: part.state_dict() for name, part in parts.items()}
         if rank == 0:
             run.save_checkpoint(f"{args.out}/ckpt.pt", state, args.keep_every)

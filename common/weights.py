@@ -82,15 +82,16 @@ def find_network(file, data, anchor):
 
 def fill(network, file, weights):
     """Load {name: tensor} as float32; ValueError naming the first tensor that does not fit."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    for name in sorted(weights.keys() | shapes.keys()):
+    own = network.state_dict()
+    for name in sorted(weights.keys() | own.keys()):
         found = tuple(weights[name].shape) if name in weights else "missing"
-        wanted = shapes.get(name, "unknown")
+        wanted = tuple(own[name].shape) if name in own else "unknown"
         run.need(found == wanted, f"{file}: does not fit this {type(network).__name__}: {name} is "
                  f"{found} in the file and {wanted} in the model")
         values = weights[name].float()                  # float8 supports few other operations
-        run.need(weights[name].is_floating_point() and values.isfinite().all(), f"{file}: {name}, "
-                 f"{weights[name].dtype}, is quantised or not finite; give other weights")
+        as_trained = weights[name].is_floating_point() or not own[name].is_floating_point()
+        run.need(as_trained and values.isfinite().all(), f"{file}: {name}, {weights[name].dtype}, "
+                 "is quantised or not finite; give other weights")
         weights[name] = values
     network.load_state_dict(weights)
 
@@ -155,10 +156,16 @@ def load_autoencoder(path):
     data = run.read_weights(file)
     stage = data.get("stage") if isinstance(data, dict) else None
     run.need(stage in (None, "ae"), f"{file}: is of stage {stage!r}, not from train_ae.py")
+    if stage:
+        with torch.random.fork_rng(devices=[]):         # draws initial weights, then replaces them
+            ae = AutoencoderKL(AEConfig(**data["ae_config"]))
+        fill(ae, file, data["model"])
+        ae.trained = data["args"] | dict(images=data.get("images"))
+        return ae.eval()
     weights = find_network(file, data, "encoder.conv_in.weight")
     diffusers = any(name.startswith("encoder.down_blocks.") for name in weights)
     groups, mean, std = read_settings(file) if diffusers else (32, 0.0, 1.0)
-    config = AEConfig(**data["ae_config"]) if stage else infer_config(weights, groups)
+    config = infer_config(weights, groups)
     with torch.device("meta"):                          # no random draws
         ae = AutoencoderKL(config).to_empty(device="cpu")
     ae.set_latent_stats(mean, std)
@@ -169,14 +176,13 @@ def load_autoencoder(path):
         # diffusers' linear layers in attention are 1x1 convolutions here
         weights = {our_keys.get(name, name): w[:, :, None, None] if w.ndim == 2 else w
                    for name, w in weights.items()}
-    if not stage:               # no statistics; SD3, FLUX: no quant convs, so use identities
-        for conv in (ae.quant_conv, ae.post_quant_conv):
-            nn.init.dirac_(conv.weight)
-            nn.init.zeros_(conv.bias)
-        optional = ("latent_", "quant_conv.", "post_quant_conv.")
-        weights = {k: w for k, w in ae.state_dict().items() if k.startswith(optional)} | weights
+    for conv in (ae.quant_conv, ae.post_quant_conv):    # SD3, FLUX: none, so use identities
+        nn.init.dirac_(conv.weight)
+        nn.init.zeros_(conv.bias)
+    optional = ("latent_", "quant_conv.", "post_quant_conv.")
+    weights = {k: w for k, w in ae.state_dict().items() if k.startswith(optional)} | weights
     fill(ae, file, weights)
-    ae.trained = data["args"] | dict(images=data.get("images")) if stage else {}
+    ae.trained = {}
     return ae.eval()
 
 
@@ -301,7 +307,9 @@ def load_diffusion(path, ae_path, device):
     model = MODELS[checkpoint["model_name"]](**checkpoint["model_args"])
     fill(model, path, checkpoint["ema"])
     process = DDPM(checkpoint["args"]["schedule"]) if isinstance(model, UViT) else Interpolant()
-    ae_path = ae_path or checkpoint["ae"]
+    if not ae_path:                                     # relative to the run, or in older ones not
+        beside = Path(path).parent / checkpoint["ae"]
+        ae_path = beside if beside.exists() else checkpoint["ae"]
     ae = load_autoencoder(ae_path)
     run.need(autoencoder_hash(ae) == checkpoint["autoencoder"],
              f"--ae {ae_path}: not the autoencoder on whose latents {path} was trained")

@@ -141,6 +141,8 @@ def run_all(plan, out, jobs):
     """
     failed, pool, measure = [], concurrent.futures.ThreadPoolExecutor(jobs), None
     todo = [each for each in plan if not result_file(*each).exists()]
+    print(f"{len(plan) - len(todo)} of {len(plan)} runs have a file in {protocol.RESULTS}; to "
+          "repeat one, remove its file", flush=True)
     try:
         futures = {pool.submit(run_one, *each, out): each for each in todo}
         for future in concurrent.futures.as_completed(futures):

@@ -147,6 +147,15 @@ def test_pairs_treat_both_sides_alike():
         close(found, pair(*(x.float() for x in half), 2), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*lru_cache")
+def test_dsm_pair_inside_a_compiled_step():
+    """n becomes symbolic from its second value on; the same numbers as without."""
+    compiled = torch.compile(losses.dsm_pair, backend="eager")
+    x, z = torch.randn(2, 3, 32, 64), torch.randn(2, 4, 8, 16)
+    for n in (0, 8, 10, 12, 8):
+        close(compiled(x, z, n), losses.dsm_pair(x, z, n))
+
+
 def test_eq_pair_scales_and_rotates_both_sides():
     """Whole latent cells, the image f times as large; a turn moves the same corner on both."""
     images, latents = torch.zeros(1, 3, 64, 96), torch.zeros(1, 4, 8, 12)
