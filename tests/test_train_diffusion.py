@@ -46,8 +46,10 @@ def fresh_weights(checkpoint):
 @pytest.mark.parametrize("model", ["SiT-tiny/4", "UViT-tiny/4"])
 def test_trains_samples_and_evaluates(model, material, offline, tmp_path, monkeypatch, capsys):
     """Class-conditional from the class folders; guidance works; gen writes grid, npz and folder."""
-    log, checkpoint = train(material, tmp_path, "--model", model, "--steps", 3,
-                            monkeypatch=monkeypatch)
+    monkeypatch.chdir(material)
+    log, checkpoint = train(material, tmp_path, "--model", model, "--steps", 3, "--ae",
+                            "ae/ckpt.pt", monkeypatch=monkeypatch)
+    monkeypatch.chdir(tmp_path)                            # the autoencoder is still found
     assert [line["step"] for line in log] == [0, 1, 2]
     assert all(np.isfinite(line["loss"]) for line in log)
     assert checkpoint["model_args"]["num_classes"] == 2
