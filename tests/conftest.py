@@ -1,8 +1,7 @@
-"""
-The tests import the flat modules from the folder above. Fixtures: a fixed seed, small material,
-planted Inception weights.
-"""
+"""What the tests share: runs of the scripts, here or in other processes, and small material."""
+import csv
 import importlib
+import json
 import multiprocessing
 import os
 import pathlib
@@ -37,13 +36,13 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-def run_main(module, *flags, monkeypatch):
+def run_main(module, *flags, monkeypatch=None):
     """module.main() in this process, with these flags on its command line."""
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
-    try:
-        module.main()
-    finally:
-        importlib.import_module("common.run").locks.close()     # as at the end of a process
+    with mock.patch.object(sys, "argv", [f"{module.__name__}.py", *map(str, flags)]):
+        try:
+            module.main()
+        finally:
+            importlib.import_module("common.run").locks.close()     # as at the end of a process
 
 
 def args_of(script, *flags):
@@ -80,13 +79,10 @@ def _child(module, argv, cwd, output, environment, largest_file, patch):
 
 def start(module, *flags, cwd, output, rank=0, world=1, port=None, largest_file=None, patch=None):
     """The process of module.main(), one of `world` under gloo if a port is given, now started."""
-    group = {}
-    if port:
-        group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    flags = [str(flag) for flag in flags]
-    process = SERVER.Process(target=_child,
-        args=(module, flags, str(cwd), str(output), group, largest_file, patch))
+    group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                 MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) if port else {}
+    process = SERVER.Process(target=_child, args=(
+        module, [*map(str, flags)], cwd, output, group, largest_file, patch))
     process.start()
     return process
 
@@ -106,6 +102,16 @@ def run_ranks(world, module, *flags, cwd, output, patch=None, timeout=120):
         process.kill()
     text = [pathlib.Path(f"{output}.{rank}").read_text() for rank in range(world)]
     assert exits == [0] * world, "".join(text)
+
+
+def read_lines(path):
+    """A file of JSON lines, such as log.jsonl, as a list."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def table(path):
+    """A CSV file as a list of dicts."""
+    return list(csv.DictReader(pathlib.Path(path).read_text().splitlines()))
 
 
 def same(a, b):
@@ -146,9 +152,8 @@ def material(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 26, 3), dtype=np.uint8)).save(path)
     flags = "--preset quick --model f2d4-tiny --image_size 16 --batch_size 4 --steps 2 --reg kl"
-    with pytest.MonkeyPatch.context() as patch:
-        run_main(train_ae, *flags.split(), "--device", "cpu", "--data", folder / "images",
-                 "--out", folder / "ae", monkeypatch=patch)
+    run_main(train_ae, *flags.split(), "--device", "cpu", "--data", folder / "images", "--out",
+             folder / "ae")
     return folder
 
 
@@ -159,6 +164,31 @@ def offline(tmp_path, monkeypatch):
     network = mock.Mock(side_effect=urllib.error.URLError("no network"))
     monkeypatch.setattr(torch.hub, "urlopen", network)
     return network
+
+
+@pytest.fixture
+def main(tmp_path, monkeypatch, offline):
+    """main(command, *flags) runs evaluate.py offline in tmp_path; returns its new results."""
+    import evaluate
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "results.jsonl"
+
+    def main(command, *flags):
+        device = [] if command == "curves" else ["--device", "cpu"]
+        results.unlink(missing_ok=True)
+        run_main(evaluate, command, *flags, *device)
+        return read_lines(results) if results.exists() else []
+    return main
+
+
+@pytest.fixture
+def handlers():
+    """Of signals, put back after the test."""
+    numbers = signal.SIGHUP, signal.SIGTERM, signal.SIGINT
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
 
 
 def plant_vgg(home, monkeypatch):
