@@ -23,14 +23,16 @@ TINY = ("--preset quick --image_size 32 --batch_size 4 --val_images 4 --workers 
 def train(tmp_path, monkeypatch):
     """train(script, flags), in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    return lambda script, flags: run_main(script, *flags.split(), monkeypatch=monkeypatch)
+    return lambda script, flags: run_main(script, *flags.split())
 
 
-def test_init_is_known_by_its_weights(train):
-    """Step 0 validates them, a moved copy resumes; others under the old path are refused."""
+def test_init_is_known_by_its_weights(train, capsys):
+    """So is its model. Step 0 validates them, a moved copy resumes; others there are refused."""
     tune = f"{TINY} --reg dsm --out tuned --resume"
-    train(train_ae, f"{TINY} --steps 2 --out first")
+    train(train_ae, f"{TINY} --steps 2 --model f2d4-tiny --out first")
     train(train_ae, f"{tune} --steps 1 --init first/ckpt.pt")
+    assert load_autoencoder("tuned").config == CONFIGS["f2d4-tiny"]
+    assert capsys.readouterr().out.count("f2d4-tiny: 167,959 parameters") == 2
     last, first = (json.loads(open(f"{out}/log.jsonl").readlines()[i])
                    for out, i in (("first", -1), ("tuned", 0)))
     assert last["val_psnr"] == first["val_psnr"]
@@ -43,14 +45,6 @@ def test_init_is_known_by_its_weights(train):
     torch.save(before, "first/ckpt.pt")
     with pytest.raises(ValueError, match="other flags: --init|--init .* other flags"):
         train(train_ae, f"{tune} --steps 3 --init first/ckpt.pt")
-
-
-def test_the_model_follows_from_the_file(train, capsys):
-    """Released weights know their architecture."""
-    train(train_ae, f"{TINY} --steps 0 --model f2d4-tiny --out a")
-    train(train_ae, f"{TINY} --steps 0 --init a/ckpt.pt --out b")
-    assert load_autoencoder("b").config == CONFIGS["f2d4-tiny"]
-    assert capsys.readouterr().out.count("f2d4-tiny: 167,959 parameters") == 2
 
 
 def test_slurms_local_rank_will_do(monkeypatch):
