@@ -38,7 +38,7 @@ BASE = {                                                   # flags before those 
     "evaluate recon": "--ae {ae} --workers 0 --device cpu",
     "evaluate gen": "--ckpt {run} --num_samples 2 --steps 2 --workers 0 --device cpu",
     "evaluate fid": "--device cpu",
-    "evaluate spectrum": "--ae {ae} --device cpu --out x.png",
+    "evaluate spectrum": "--device cpu --out x.png",
     "evaluate similarity": "--encoder_source random --image_size 28 --device cpu --out x.png",
     "common.data pack": "--workers 0 --size 16 --out x.zip",
 }
@@ -75,10 +75,13 @@ FLAGS = {
         "denoise --ckpt {run} --out {images}/a/0.png -> --out",
         "similarity --image {bad}/good.png --out {bad}/good.png -> --out good.png",
         "similarity --image_size 225", "similarity --token 4", "similarity --image {images}",
-        "curves nowhere -> nowhere"],
+        "curves nowhere -> nowhere", "curves x --seed 1", "gen --token 3", "fid x y --cfg 2",
+        "fid x -> required: b", "gen --ckpt {bad} --every -> {bad} --keep_every",
+        "spectrum --latents {bad}/flat.npy -> flat.npy: shape"],
     "common.data": [
         "pack --size 4", "pack --count 0", "pack --out x.tar", "pack --out {ae}/x.zip -> ckpt.pt",
-        "pack --out {bad}/cut.zip -> cut.zip --overwrite", "pack --data nowhere"],
+        "pack --out {bad}/cut.zip -> cut.zip --overwrite", "pack --data nowhere",
+        "pack --data {bad}/good.zip --out {bad}/good.zip --overwrite -> set itself"],
     "analysis.ideas": ["--plot x.png --size 60", "--plot x.png --image nowhere.png -> nowhere.png"],
 }
 ROWS = [f"{script} {row}" for script, rows in FLAGS.items() for row in rows]
@@ -143,6 +146,7 @@ SETS = {
     "deflate64.zip": zipped(TWO, 10, "<H", 9), "eps.zip": zipped({"a.png": EPS, "b.png": EPS}),
     "empty": pathlib.Path.mkdir, "texts/a.txt": b"", "x.tar": b"", "single/a.png": PNG,
     "beside/c/b.png": PNG, "beside/a.png": PNG, "pipes/a.png": os.mkfifo, "pipes/b.png": PNG,
+    "twins/a.png": PNG, "twins/a.jpg": PNG,                # only their suffix differs
     "loop/a.png": PNG, "loop/b.png": PNG, "loop/in": lambda path: path.symlink_to(path.parent),
     "table/0/a.png": PNG, "table/1/b.png": PNG, "table/dataset.json": b'{"labels": [["0/a',
     "labels/0/a.png": PNG, "labels/1/b.png": PNG,
@@ -233,7 +237,8 @@ def made(material, tmp_path_factory):
     other = spoilt(lambda part: {name: 2 * tensor for name, tensor in part.items()})
     states = dict(ae=trained, run=torch.load(paths["run"] / "ckpt.pt", weights_only=True))
     files = {"good.npz": npz(**MOMENTS), "good.png": PNG, "set/a.png": PNG, "set/b.png": PNG,
-        "pipe-run/ckpt.pt": os.mkfifo,
+        "pipe-run/ckpt.pt": os.mkfifo, "good.zip": zipped(TWO),
+        "flat.npy": written(lambda file: np.save(file, np.zeros((2, 3)))),
         "bin/gs": b"#!/bin/sh\ntouch executed\n", "other.pt": other(trained)}
     for name, content in (files | IMAGES | SETS | STATISTICS | WEIGHTS).items():
         put(paths["bad"] / name, content)
