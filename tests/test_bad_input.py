@@ -107,7 +107,7 @@ def encoded(pixels, kind="PNG", **options):
 
 
 npz = lambda **arrays: written(lambda file: np.savez(file, **arrays))
-saved = lambda state: written(lambda file: torch.save(state, file))
+saved = lambda state, **options: written(lambda file: torch.save(state, file, **options))
 half = lambda content: content[:len(content) // 2]
 link = lambda target: lambda path: path.symlink_to(target)
 
@@ -183,16 +183,15 @@ def spoilt(change):
 CHECKPOINTS = {                                            # fault: a good one's state -> bytes
     "empty": lambda state: b"", "cut": lambda state: half(saved(state)),
     "code": lambda state: saved(state | {"model": Code(), "ema": Code()}),
+    "legacy": lambda state: saved(state | {"model": Code()}, _use_new_zipfile_serialization=False),
     "pickle": lambda state: pickle.dumps(Code(), protocol=2),
     "stage": lambda state: saved(state | {"stage": "painting"}),
-    "missing": spoilt(lambda part: dict(list(part.items())[1:])),
-    "shape": spoilt(lambda part: {name: tensor[None] for name, tensor in part.items()}),
     "nan": spoilt(lambda part: {name: tensor * float("nan") for name, tensor in part.items()}),
 }
 ROWS.append("evaluate recon --ae {bad}/pipe-run -> pipe-run")
 ROWS += [f"{command}-{fault} -> {fault}/ckpt.pt" for fault in CHECKPOINTS
          for command in ("train_diffusion --ae {bad}/ae", "evaluate gen --ckpt {bad}/run")]
-ROWS += [f"{command}-{fault} -> {fault}/ckpt.pt" for fault in list(CHECKPOINTS)[:5]
+ROWS += [f"{command}-{fault} -> {fault}/ckpt.pt" for fault in list(CHECKPOINTS)[:6]
          for command in ("train_ae --resume --steps 3 --out {bad}/ae",
                          "train_diffusion --resume --steps 1 --out {bad}/run")]
 
