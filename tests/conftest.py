@@ -1,6 +1,7 @@
 """What the tests share: runs of the scripts, here or in other processes, and small material."""
 import csv
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import socket
 import sys
 import time
 import urllib.error
+import zipfile
 from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small work: threads would wait for one another
@@ -114,6 +116,25 @@ def table(path):
     return list(csv.DictReader(pathlib.Path(path).read_text().splitlines()))
 
 
+def noise(i, height=9, width=11):
+    """(height, width, 3) uint8, different for every i and not its own mirror image."""
+    return np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def pngs(path, names, *sides):
+    """A folder, or a zip if it is called so, of noise under these names; returns its path."""
+    for i, name in enumerate(names):
+        file = io.BytesIO()
+        Image.fromarray(noise(i, *sides)).save(file, "PNG")
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path, "a") as archive:
+                archive.writestr(name, file.getvalue())
+        else:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(file.getvalue())
+    return path
+
+
 def same(a, b):
     """Equality, bit for bit, of nested dicts and lists of tensors and plain values."""
     if isinstance(a, torch.Tensor):
@@ -208,17 +229,12 @@ def plant_vgg(home, monkeypatch):
 @pytest.fixture(scope="session")
 def inception_home(tmp_path_factory):
     """A TORCH_HOME with random Inception weights under the name that torch-fidelity looks for."""
-    from torch_fidelity.feature_extractor_inceptionv3 import (
-        URL_INCEPTION_V3,
-        FeatureExtractorInceptionV3,
-    )
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
     home = tmp_path_factory.mktemp("torch_home")
-    weights = home / "hub" / "checkpoints" / os.path.basename(URL_INCEPTION_V3)
+    weights = home / "hub" / "checkpoints" / os.path.basename(fidelity.URL_INCEPTION_V3)
     weights.parent.mkdir(parents=True)
-    torch.save({}, weights)
-    with pytest.MonkeyPatch.context() as patch:       # an instance, to learn the names and shapes
-        patch.setenv("TORCH_HOME", str(home))
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        state = FeatureExtractorInceptionV3("x", ["2048"]).state_dict()
-    torch.save(state, weights)
+    kind = fidelity.FeatureExtractorInceptionV3            # an instance knows the names and shapes
+    with mock.patch.object(fidelity, "load_state_dict_from_url"), mock.patch.object(
+            kind, "load_state_dict"):
+        torch.save(kind("x", ["2048"]).state_dict(), weights)
     return home

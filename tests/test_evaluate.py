@@ -18,7 +18,7 @@ from common import metrics, run
 from common.data import open_data
 from common.metrics import Moments, jpeg_round_trip, ssim, to_uint8
 from common.weights import load_autoencoder, load_diffusion
-from conftest import args_of, run_main, table
+from conftest import args_of, noise, pngs, run_main, table
 from test_train_diffusion import flags_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*UNTRAINED")
@@ -148,11 +148,8 @@ def test_recon_as_the_authors_measure(material, ae, main, inception, monkeypatch
 # ---- fid
 def write_images(folder, count, side=24):
     """`count` random images of side x side in a folder of PNGs and in folder.npz."""
-    images = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
-    folder.mkdir()
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{i:02}.png")
-    np.savez(f"{folder}.npz", arr_0=images)
+    pngs(folder, [f"{i}.png" for i in range(count)], side, side)
+    np.savez(f"{folder}.npz", arr_0=[noise(i, side, side) for i in range(count)])
 
 
 def test_fid_of_images_and_of_statistics(main, inception, tmp_path, monkeypatch):

@@ -1,26 +1,20 @@
 """
 The number of processes and of gradient-accumulation parts changes nothing: same global batch, same
-losses, for every method; tiny data neither hangs nor counts an image twice. Always 1 process
-against 2 with 2 parts each, for vf and dog, which have a second network; `--long` takes every
-method, and adds 2 and 4 processes.
+losses; tiny data neither hangs nor counts an image twice. 1 process against 2 with 2 parts each,
+for vf and dog, which have a second network; `--long`: every method, and also 2 and 4 processes.
 """
 import functools
 import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from conftest import run_ranks
+from conftest import pngs, read_lines, run_ranks
 
 TINY = ("--preset quick --batch_size 8 --device cpu --log_every 1 --eval_every 100 "
         "--warmup_steps 2 --steps 3 --encoder_source random").split()
 TINY_AE = [*TINY, *"--model f2d4-tiny --image_size 32 --val_images 5".split()]
 TINY_SIT = [*TINY, *"--model SiT-tiny/4 --sample_steps 2 --encode_batch 8 --repa_depth 1".split()]
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def assert_same_log(a, b, rel=2e-3):
@@ -100,10 +94,7 @@ def test_less_data_than_processes(tmp_path, request):
     """Three images, one of them held out, three processes: the numbers of one process."""
     if not request.config.getoption("--long"):
         pytest.skip("--long runs it")
-    (tmp_path / "three").mkdir()
-    for i in range(3):
-        pixels = np.random.default_rng(i).integers(0, 256, (40, 33, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "three" / f"{i}.png")
+    pngs(tmp_path / "three", ["0.png", "1.png", "2.png"], 40, 33)
     for world in (1, 3):
         places = dict(cwd=tmp_path, output=tmp_path / "output")
         run_ranks(world, "train_ae", *TINY_AE, "--reg", "esm", "--batch_size", 6, "--data", "three",
