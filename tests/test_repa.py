@@ -1,5 +1,4 @@
 """repa.py: filters, spectra, the loss, the projectors, torch.hub's real path."""
-
 import numpy as np
 import pytest
 import torch
