@@ -108,7 +108,6 @@ def encoded(pixels, kind="PNG", **options):
 npz = lambda **arrays: written(lambda file: np.savez(file, **arrays))
 saved = lambda state, **options: written(lambda file: torch.save(state, file, **options))
 half = lambda content: content[:len(content) // 2]
-link = lambda target: lambda path: path.symlink_to(target)
 
 
 def zipped(files, offset=0, form="", *values):
@@ -130,7 +129,8 @@ IMAGES = {
     "empty.png": b"", "page.jpg": b"<!doctype html><title>404</title>",
     "cut.png": half(encoded(NOISE)), "cut.jpg": half(encoded(NOISE, "JPEG")),
     "bomb.bmp": BMP[:18] + struct.pack("<ii", 50_000, 50_000) + BMP[26:],
-    "strip.png": encoded(np.zeros((10, 20_000), np.uint8)), "broken-link.png": link("nowhere.png"),
+    "strip.png": encoded(np.zeros((10, 20_000), np.uint8)),
+    "broken-link.png": lambda path: path.symlink_to("nowhere.png"),
     "pipe.png": os.mkfifo,                                 # reading one would block for ever
     "huge.png": lambda path: open(path, "wb").truncate(2 ** 40),
     "eps.png": EPS,                                        # PIL would hand it to Ghostscript
@@ -266,26 +266,24 @@ def start(made, tmp_path, monkeypatch, offline):
     return start
 
 
-def tree(*folders):
-    """{path: time of change} of every file below these folders."""
-    paths = [path for folder in folders for path in pathlib.Path(folder).rglob("*")]
-    return {path: path.lstat().st_mtime_ns for path in paths if not path.is_dir()}
-
-
 @pytest.fixture
 def refused(start, made, capsys):
     """refused(row) holds if the command is refused as the head of this file says."""
+    def times():
+        paths = [*pathlib.Path().rglob("*"), *made["bad"].rglob("*")]
+        return {path: path.lstat().st_mtime_ns for path in paths if not path.is_dir()}
+
     def refused(row):
         command, _, words = row.format(**made).partition(" -> ")
         words = words or "--" + command.rpartition("--")[2]
-        before = tree(".", made["bad"])
+        before = times()
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
             start(command)
         error = capsys.readouterr().err
         assert exit.value.code == 2 and error.count("\n") == 1, error
         assert [word for word in words.split() if word not in error] == [], error
-        assert tree(".", made["bad"]) == before
+        assert times() == before
     return refused
 
 
