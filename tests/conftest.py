@@ -33,6 +33,14 @@ def pytest_addoption(parser):
         help="the whole stress tests: every method, more kills, thousands of steps")
 
 
+LONG = pytest.mark.skipif("not config.getoption('--long')", reason="--long runs it")
+
+
+def long_but(names, *always):
+    """Values of a parameter, all but some of them for --long alone."""
+    return [name if name in always else pytest.param(name, marks=LONG) for name in names]
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)

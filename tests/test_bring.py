@@ -12,7 +12,7 @@ import train_diffusion
 from common import run, weights
 from common.data import open_data
 from common.weights import autoencoder_hash, load_autoencoder
-from conftest import run_main, same
+from conftest import LONG, run_main, same
 from vae import CONFIGS
 
 TINY = ("--preset quick --image_size 32 --batch_size 4 --val_images 4 --workers 0 --device cpu "
@@ -58,11 +58,10 @@ def test_slurms_local_rank_will_do(monkeypatch):
     assert os.environ["LOCAL_RANK"] == "0"
 
 
+@LONG
 @pytest.mark.filterwarnings("ignore:.*untrained")
-def test_one_gpu_preset_runs(train, monkeypatch, request):
+def test_one_gpu_preset_runs(train, monkeypatch):
     """--preset one-gpu in both training scripts, GAN included: two steps on the CPU."""
-    if not request.config.getoption("--long"):
-        pytest.skip("--long runs it")
     small = "--preset one-gpu --batch_size 2 --device cpu --workers 0 --log_every 1"
     train(train_ae, f"{small} --reg dsm --steps 2 --gan_start 0 --val_images 2 --lpips_weight 0 "
           "--out ae")

@@ -21,7 +21,7 @@ import torch
 import losses
 import train_ae
 from common import run
-from conftest import ROOT, equal_runs, read_lines, run_main, run_ranks, same, start
+from conftest import LONG, ROOT, equal_runs, long_but, read_lines, run_main, run_ranks, same, start
 
 TINY_AE = ("--preset quick --image_size 32 --batch_size 4 --val_images 4 --device cpu "
            "--model f2d4-tiny --log_every 2 --eval_every 3 --warmup_steps 2 --steps 12 "
@@ -64,17 +64,14 @@ def straight(material, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", long_but(METHODS, "kl", "diffusion with dog"))
 def test_killed_at_random_moments(method, material, straight, tmp_path, request):
     """SIGKILL, every second one in the middle of a checkpoint: the same as never being killed."""
-    long = request.config.getoption("--long")
-    if not long and method not in ("kl", "diffusion with dog"):
-        pytest.skip("--long runs every method")
     reference, seconds = straight(method)
     module, flags = command(method, material)
     out, output, rng = tmp_path / "run", tmp_path / "output", random.Random(method)
     flags = [*flags, "--out", out, "--resume"]
-    for kill in range(4 if long else 2):
+    for kill in range(4 if request.config.getoption("--long") else 2):
         process = start(module, *flags, cwd=tmp_path, output=output)
         begin = time.monotonic()
         moment = begin + rng.uniform(0.1, 0.9) * seconds
@@ -99,11 +96,9 @@ def forkserver_by_default(_):
     multiprocessing.set_start_method("forkserver", force=True)
 
 
-@pytest.mark.parametrize("method", ["kl", "diffusion with dog"])
-def test_signals_finish_the_step_and_save(method, material, straight, tmp_path, request):
+@pytest.mark.parametrize("method", long_but(["kl", "diffusion with dog"], "kl"))
+def test_signals_finish_the_step_and_save(method, material, straight, tmp_path):
     """Also the loader workers get them, and ignore them. Exit code 0; resuming changes nothing."""
-    if method != "kl" and not request.config.getoption("--long"):
-        pytest.skip("--long runs both stages")
     reference, _ = straight(method)
     module, flags = command(method, material)
     out, output = tmp_path / "run", tmp_path / "output"
@@ -238,11 +233,10 @@ def test_a_loss_without_a_finite_value_but_with_a_finite_gradient_is_skipped_too
     assert optimizer.state[weight]["step"] == 1
 
 
-# ---- long runs
-def test_three_thousand_steps_leak_nothing(tmp_path, request):
+# ---- long runs: five minutes
+@LONG
+def test_three_thousand_steps_leak_nothing(tmp_path):
     """Resident memory and file handles of a quick run: the second half's peak near the first's."""
-    if not request.config.getoption("--long"):
-        pytest.skip("--long runs it (five minutes)")
     curve = {}                                             # step: (MiB, file handles)
     process = start("train_ae", "--preset", "quick", "--reg", "esm", "--steps", 3000,
                     "--out", tmp_path / "run", cwd=tmp_path, output=tmp_path / "output")

@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from conftest import pngs, read_lines, run_ranks
+from conftest import LONG, long_but, pngs, read_lines, run_ranks
 
 TINY = ("--preset quick --batch_size 8 --device cpu --log_every 1 --eval_every 100 "
         "--warmup_steps 2 --steps 3 --encoder_source random").split()
@@ -36,14 +36,13 @@ def compare(folder, module, flags, long, rel=2e-3):
         assert_same_log(folder / "one" / "run", folder / name / "run", rel if more else 2e-3)
 
 
-@pytest.mark.parametrize("reg", ["none", "kl", "esm", "dsm", "se", "eq", "vf", "uae", "esm dsm"])
+@pytest.mark.parametrize("reg", long_but(
+    ["none", "kl", "esm", "dsm", "se", "eq", "vf", "uae", "esm dsm"], "vf"))
 def test_processes_and_accumulation_change_nothing(reg, tmp_path, request):
     """train_ae.py: 1 x 8, 2 x (2 + 2), 2 x 4 and 4 x 2 images: losses, gradients, validation."""
-    long = request.config.getoption("--long")
-    if reg != "vf" and not long:
-        pytest.skip("--long runs every method")
     # the adaptive weight of vf and uae is a ratio of gradients, part by part: equal in the mean
     rel = 0.1 if reg in ("vf", "uae") else 2e-3
+    long = request.config.getoption("--long")
     compare(tmp_path, "train_ae", [*TINY_AE, "--reg", *reg.split()], long, rel)
 
 
@@ -60,10 +59,8 @@ def diffusion(material, tmp_path_factory, request):
     return get
 
 
-@pytest.mark.parametrize("repa", ["none", "repa", "dog"])
-def test_diffusion_on_any_number_of_processes(repa, diffusion, request):
-    if repa != "dog" and not request.config.getoption("--long"):
-        pytest.skip("--long runs it")
+@pytest.mark.parametrize("repa", long_but(["none", "repa", "dog"], "dog"))
+def test_diffusion_on_any_number_of_processes(repa, diffusion):
     moments = [np.load(path / "cache" / "moments.npy") for path in diffusion(repa).iterdir()]
     for other in moments[1:]:
         np.testing.assert_allclose(moments[0], other, rtol=2e-2, atol=2e-3)           # float16
@@ -90,10 +87,9 @@ def test_evaluation_counts_every_image_once(material, diffusion, tmp_path):
     assert a.shape == (3, 16, 16, 3) and np.abs(a.astype(int) - b).max() <= 1
 
 
-def test_less_data_than_processes(tmp_path, request):
+@LONG
+def test_less_data_than_processes(tmp_path):
     """Three images, one of them held out, three processes: the numbers of one process."""
-    if not request.config.getoption("--long"):
-        pytest.skip("--long runs it")
     pngs(tmp_path / "three", ["0.png", "1.png", "2.png"], 40, 33)
     for world in (1, 3):
         places = dict(cwd=tmp_path, output=tmp_path / "output")

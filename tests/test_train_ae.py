@@ -11,7 +11,7 @@ import train_ae
 import train_diffusion
 from common import run
 from common.weights import load_autoencoder
-from conftest import args_of, copy_at, equal_runs, plant_vgg, read_lines, run_main
+from conftest import args_of, copy_at, equal_runs, long_but, plant_vgg, read_lines, run_main
 from vae import CONFIGS, AutoencoderKL
 
 TINY = ("--preset quick --image_size 32 --batch_size 4 --val_images 6 --workers 0 --device cpu "
@@ -202,11 +202,9 @@ def test_what_saves_memory_changes_no_number(tmp_path):
     assert all(torch.tensor(list(line.values())).isfinite().all() for line in half)
 
 
-@pytest.mark.parametrize("reg", ["kl", "uae"])
-def test_compiled_training_is_eager_training(reg, tmp_path, monkeypatch, request):
+@pytest.mark.parametrize("reg", long_but(["kl", "uae"]))
+def test_compiled_training_is_eager_training(reg, tmp_path, monkeypatch):
     """GAN from step 2, LPIPS, alignment; from a cold and a warm Inductor cache: eager's losses."""
-    if not request.config.getoption("--long"):
-        pytest.skip("--long compiles (about two minutes a method)")
     plant_vgg(tmp_path, monkeypatch)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     logs = {}
