@@ -1,8 +1,8 @@
-"""
-The tests import the flat modules from the folder above. Fixtures: a fixed seed, small material,
-planted Inception weights.
-"""
+"""What the tests share: runs of the scripts, here or in other processes, and small material."""
+import csv
 import importlib
+import io
+import json
 import multiprocessing
 import os
 import pathlib
@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 import urllib.error
+import zipfile
 from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small work: threads would wait for one another
@@ -32,18 +33,26 @@ def pytest_addoption(parser):
         help="the whole stress tests: every method, more kills, thousands of steps")
 
 
+LONG = pytest.mark.skipif("not config.getoption('--long')", reason="--long runs it")
+
+
+def long_but(names, *always):
+    """Values of a parameter, all but some of them for --long alone."""
+    return [name if name in always else pytest.param(name, marks=LONG) for name in names]
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
 
 
-def run_main(module, *flags, monkeypatch):
+def run_main(module, *flags, monkeypatch=None):
     """module.main() in this process, with these flags on its command line."""
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
-    try:
-        module.main()
-    finally:
-        importlib.import_module("common.run").locks.close()     # as at the end of a process
+    with mock.patch.object(sys, "argv", [f"{module.__name__}.py", *map(str, flags)]):
+        try:
+            module.main()
+        finally:
+            importlib.import_module("common.run").locks.close()     # as at the end of a process
 
 
 def args_of(script, *flags):
@@ -80,13 +89,10 @@ def _child(module, argv, cwd, output, environment, largest_file, patch):
 
 def start(module, *flags, cwd, output, rank=0, world=1, port=None, largest_file=None, patch=None):
     """The process of module.main(), one of `world` under gloo if a port is given, now started."""
-    group = {}
-    if port:
-        group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    flags = [str(flag) for flag in flags]
-    process = SERVER.Process(target=_child,
-        args=(module, flags, str(cwd), str(output), group, largest_file, patch))
+    group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                 MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) if port else {}
+    process = SERVER.Process(target=_child, args=(
+        module, [*map(str, flags)], cwd, output, group, largest_file, patch))
     process.start()
     return process
 
@@ -106,6 +112,35 @@ def run_ranks(world, module, *flags, cwd, output, patch=None, timeout=120):
         process.kill()
     text = [pathlib.Path(f"{output}.{rank}").read_text() for rank in range(world)]
     assert exits == [0] * world, "".join(text)
+
+
+def read_lines(path):
+    """A file of JSON lines, such as log.jsonl, as a list."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def table(path):
+    """A CSV file as a list of dicts."""
+    return list(csv.DictReader(pathlib.Path(path).read_text().splitlines()))
+
+
+def noise(i, height=9, width=11):
+    """(height, width, 3) uint8, different for every i and not its own mirror image."""
+    return np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def pngs(path, names, *sides):
+    """A folder, or a zip if it is called so, of noise under these names; returns its path."""
+    for i, name in enumerate(names):
+        file = io.BytesIO()
+        Image.fromarray(noise(i, *sides)).save(file, "PNG")
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path, "a") as archive:
+                archive.writestr(name, file.getvalue())
+        else:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(file.getvalue())
+    return path
 
 
 def same(a, b):
@@ -146,9 +181,8 @@ def material(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 26, 3), dtype=np.uint8)).save(path)
     flags = "--preset quick --model f2d4-tiny --image_size 16 --batch_size 4 --steps 2 --reg kl"
-    with pytest.MonkeyPatch.context() as patch:
-        run_main(train_ae, *flags.split(), "--device", "cpu", "--data", folder / "images",
-                 "--out", folder / "ae", monkeypatch=patch)
+    run_main(train_ae, *flags.split(), "--device", "cpu", "--data", folder / "images", "--out",
+             folder / "ae")
     return folder
 
 
@@ -159,6 +193,31 @@ def offline(tmp_path, monkeypatch):
     network = mock.Mock(side_effect=urllib.error.URLError("no network"))
     monkeypatch.setattr(torch.hub, "urlopen", network)
     return network
+
+
+@pytest.fixture
+def main(tmp_path, monkeypatch, offline):
+    """main(command, *flags) runs evaluate.py offline in tmp_path; returns its new results."""
+    import evaluate
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "results.jsonl"
+
+    def main(command, *flags):
+        device = [] if command == "curves" else ["--device", "cpu"]
+        results.unlink(missing_ok=True)
+        run_main(evaluate, command, *flags, *device)
+        return read_lines(results) if results.exists() else []
+    return main
+
+
+@pytest.fixture
+def handlers():
+    """Of signals, put back after the test."""
+    numbers = signal.SIGHUP, signal.SIGTERM, signal.SIGINT
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
 
 
 def plant_vgg(home, monkeypatch):
@@ -178,17 +237,12 @@ def plant_vgg(home, monkeypatch):
 @pytest.fixture(scope="session")
 def inception_home(tmp_path_factory):
     """A TORCH_HOME with random Inception weights under the name that torch-fidelity looks for."""
-    from torch_fidelity.feature_extractor_inceptionv3 import (
-        URL_INCEPTION_V3,
-        FeatureExtractorInceptionV3,
-    )
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
     home = tmp_path_factory.mktemp("torch_home")
-    weights = home / "hub" / "checkpoints" / os.path.basename(URL_INCEPTION_V3)
+    weights = home / "hub" / "checkpoints" / os.path.basename(fidelity.URL_INCEPTION_V3)
     weights.parent.mkdir(parents=True)
-    torch.save({}, weights)
-    with pytest.MonkeyPatch.context() as patch:       # an instance, to learn the names and shapes
-        patch.setenv("TORCH_HOME", str(home))
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        state = FeatureExtractorInceptionV3("x", ["2048"]).state_dict()
-    torch.save(state, weights)
+    kind = fidelity.FeatureExtractorInceptionV3            # an instance knows the names and shapes
+    with mock.patch.object(fidelity, "load_state_dict_from_url"), mock.patch.object(
+            kind, "load_state_dict"):
+        torch.save(kind("x", ["2048"]).state_dict(), weights)
     return home

@@ -6,10 +6,10 @@ import benchmark
 from conftest import run_main
 
 
-def test_the_last_line_is_json(monkeypatch, capsys):
+def test_the_last_line_is_json(capsys):
     """One autoencoder's steps with the GAN, one cheap section: rows with numbers above 0."""
     flags = "--quick --device cpu --section ae peers --model f2d4-tiny --reg esm --repeats 1"
-    run_main(benchmark, *flags.split(), monkeypatch=monkeypatch)
+    run_main(benchmark, *flags.split())
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {row.pop("name"): row for row in result["rows"]}
     assert result["device"] == "cpu" and len(rows) == 7

@@ -12,7 +12,7 @@ import train_diffusion
 from common import run, weights
 from common.data import open_data
 from common.weights import autoencoder_hash, load_autoencoder
-from conftest import run_main, same
+from conftest import LONG, run_main, same
 from vae import CONFIGS
 
 TINY = ("--preset quick --image_size 32 --batch_size 4 --val_images 4 --workers 0 --device cpu "
@@ -23,14 +23,16 @@ TINY = ("--preset quick --image_size 32 --batch_size 4 --val_images 4 --workers 
 def train(tmp_path, monkeypatch):
     """train(script, flags), in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    return lambda script, flags: run_main(script, *flags.split(), monkeypatch=monkeypatch)
+    return lambda script, flags: run_main(script, *flags.split())
 
 
-def test_init_is_known_by_its_weights(train):
-    """Step 0 validates them, a moved copy resumes; others under the old path are refused."""
+def test_init_is_known_by_its_weights(train, capsys):
+    """So is its model. Step 0 validates them, a moved copy resumes; others there are refused."""
     tune = f"{TINY} --reg dsm --out tuned --resume"
-    train(train_ae, f"{TINY} --steps 2 --out first")
+    train(train_ae, f"{TINY} --steps 2 --model f2d4-tiny --out first")
     train(train_ae, f"{tune} --steps 1 --init first/ckpt.pt")
+    assert load_autoencoder("tuned").config == CONFIGS["f2d4-tiny"]
+    assert capsys.readouterr().out.count("f2d4-tiny: 167,959 parameters") == 2
     last, first = (json.loads(open(f"{out}/log.jsonl").readlines()[i])
                    for out, i in (("first", -1), ("tuned", 0)))
     assert last["val_psnr"] == first["val_psnr"]
@@ -45,14 +47,6 @@ def test_init_is_known_by_its_weights(train):
         train(train_ae, f"{tune} --steps 3 --init first/ckpt.pt")
 
 
-def test_the_model_follows_from_the_file(train, capsys):
-    """Released weights know their architecture."""
-    train(train_ae, f"{TINY} --steps 0 --model f2d4-tiny --out a")
-    train(train_ae, f"{TINY} --steps 0 --init a/ckpt.pt --out b")
-    assert load_autoencoder("b").config == CONFIGS["f2d4-tiny"]
-    assert capsys.readouterr().out.count("f2d4-tiny: 167,959 parameters") == 2
-
-
 def test_slurms_local_rank_will_do(monkeypatch):
     """srun with RANK, WORLD_SIZE and the master given: SLURM_LOCALID is the local rank."""
     for name, value in dict(RANK=0, WORLD_SIZE=1, SLURM_LOCALID=0, MASTER_ADDR="127.0.0.1",
@@ -64,11 +58,10 @@ def test_slurms_local_rank_will_do(monkeypatch):
     assert os.environ["LOCAL_RANK"] == "0"
 
 
+@LONG
 @pytest.mark.filterwarnings("ignore:.*untrained")
-def test_one_gpu_preset_runs(train, monkeypatch, request):
+def test_one_gpu_preset_runs(train, monkeypatch):
     """--preset one-gpu in both training scripts, GAN included: two steps on the CPU."""
-    if not request.config.getoption("--long"):
-        pytest.skip("--long runs it")
     small = "--preset one-gpu --batch_size 2 --device cpu --workers 0 --log_every 1"
     train(train_ae, f"{small} --reg dsm --steps 2 --gan_start 0 --val_images 2 --lpips_weight 0 "
           "--out ae")

@@ -1,9 +1,7 @@
 """
-Nothing is lost: runs are killed at random moments, stopped by signals, put on full disks and fed
-with numbers that are not finite. `--long` kills every method, 36 times in all; without it one
-method per stage, twice.
+Nothing is lost: runs are killed at random moments, stopped by signals, on full disks, and numbers
+are not finite. `--long` kills every method, 36 times in all; without it one per stage, twice.
 """
-import contextlib
 import functools
 import json
 import multiprocessing
@@ -23,7 +21,7 @@ import torch
 import losses
 import train_ae
 from common import run
-from conftest import ROOT, equal_runs, run_main, run_ranks, same, start
+from conftest import LONG, ROOT, equal_runs, long_but, read_lines, run_main, run_ranks, same, start
 
 TINY_AE = ("--preset quick --image_size 32 --batch_size 4 --val_images 4 --device cpu "
            "--model f2d4-tiny --log_every 2 --eval_every 3 --warmup_steps 2 --steps 12 "
@@ -66,17 +64,14 @@ def straight(material, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", long_but(METHODS, "kl", "diffusion with dog"))
 def test_killed_at_random_moments(method, material, straight, tmp_path, request):
     """SIGKILL, every second one in the middle of a checkpoint: the same as never being killed."""
-    long = request.config.getoption("--long")
-    if not long and method not in ("kl", "diffusion with dog"):
-        pytest.skip("--long runs every method")
     reference, seconds = straight(method)
     module, flags = command(method, material)
     out, output, rng = tmp_path / "run", tmp_path / "output", random.Random(method)
     flags = [*flags, "--out", out, "--resume"]
-    for kill in range(4 if long else 2):
+    for kill in range(4 if request.config.getoption("--long") else 2):
         process = start(module, *flags, cwd=tmp_path, output=output)
         begin = time.monotonic()
         moment = begin + rng.uniform(0.1, 0.9) * seconds
@@ -96,28 +91,14 @@ def test_killed_at_random_moments(method, material, straight, tmp_path, request)
     assert not list(out.glob(".*.tmp"))
 
 
-def children_of(pid):
-    """Process ids of the living children of a process."""
-    parents = {}
-    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):                 # it has just ended
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    return [child for child, parent in parents.items() if parent == pid]
-
-
 def forkserver_by_default(_):
     """As from Python 3.14 on; a patch for start()."""
     multiprocessing.set_start_method("forkserver", force=True)
 
 
-@pytest.mark.parametrize("method", ["kl", "diffusion with dog"])
-def test_signals_finish_the_step_and_save(method, material, straight, tmp_path, request):
-    """
-    Ctrl-C, and SIGTERM to the loader workers, as from a terminal or a cluster: workers leave it to
-    the training process; exit code 0, a checkpoint of the very step, from which nothing differs.
-    """
-    if method != "kl" and not request.config.getoption("--long"):
-        pytest.skip("--long runs both stages")
+@pytest.mark.parametrize("method", long_but(["kl", "diffusion with dog"], "kl"))
+def test_signals_finish_the_step_and_save(method, material, straight, tmp_path):
+    """Also the loader workers get them, and ignore them. Exit code 0; resuming changes nothing."""
     reference, _ = straight(method)
     module, flags = command(method, material)
     out, output = tmp_path / "run", tmp_path / "output"
@@ -125,7 +106,8 @@ def test_signals_finish_the_step_and_save(method, material, straight, tmp_path, 
     process = start(module, *flags, cwd=tmp_path, output=output, patch=forkserver_by_default)
     while process.is_alive() and len(log_lines(out)) < 3:      # both workers have been heard of
         time.sleep(0.001)
-    workers, asked = children_of(process.pid), time.monotonic()
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers, asked = [*map(int, children.read_text().split())], time.monotonic()
     assert len(workers) == 2
     for pid in workers:
         os.kill(pid, signal.SIGINT)
@@ -207,19 +189,16 @@ FLAGS = [*TINY_AE, "--reg", "esm", "--gan_weight", 0, "--eval_every", 100]
 
 
 def test_steps_that_are_not_finite_change_nothing(tmp_path, monkeypatch):
-    """
-    esm is Inf in steps 3 and 4: weights, moments and counts stay, the log has a line for each with
-    the step, the terms and the count, in order, and its means are of the others.
-    """
-    run_main(train_ae, *FLAGS, "--steps", 3, "--out", tmp_path / "a", monkeypatch=monkeypatch)
+    """esm is Inf in steps 3 and 4: the log has a line for each, and means of the others."""
+    run_main(train_ae, *FLAGS, "--steps", 3, "--out", tmp_path / "a")
     spoil(monkeypatch, {3, 4}, float("inf"))
-    run_main(train_ae, *FLAGS, "--steps", 5, "--out", tmp_path / "b", monkeypatch=monkeypatch)
+    run_main(train_ae, *FLAGS, "--steps", 5, "--out", tmp_path / "b")
     a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in "ab")
     for checkpoint in (a, b):                              # measured anew by each validation
         del checkpoint["model"]["latent_mean"], checkpoint["model"]["latent_std"]
     assert b["step"] == 5 and same(a["model"], b["model"])
     assert same(a["optimizer"]["state"], b["optimizer"]["state"])
-    lines = [json.loads(line) for line in log_lines(tmp_path / "b")]
+    lines = read_lines(tmp_path / "b" / "log.jsonl")
     skipped = [line for line in lines if "not_finite" in line]
     assert [(line["step"], line["skipped"]) for line in skipped] == [(3, 1), (4, 2)]
     assert all(line["not_finite"] == ["esm", "grad_norm", "loss"] for line in skipped)
@@ -231,13 +210,12 @@ def test_steps_that_are_not_finite_change_nothing(tmp_path, monkeypatch):
 def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
     """Nine are survived, ten end the run with a line; the checkpoint from before is kept."""
     spoil(monkeypatch, range(1, 10))
-    run_main(train_ae, *FLAGS, "--steps", 12, "--out", tmp_path / "nine", monkeypatch=monkeypatch)
+    run_main(train_ae, *FLAGS, "--steps", 12, "--out", tmp_path / "nine")
     monkeypatch.undo()
     spoil(monkeypatch, range(1, 20))
     message = r"step 10: esm, grad_norm, loss not finite, 10 steps in a row.*--dtype fp32"
     with pytest.raises(ValueError, match=message):
-        run_main(train_ae, *FLAGS, "--steps", 20, "--out", tmp_path / "ten",
-                 monkeypatch=monkeypatch)
+        run_main(train_ae, *FLAGS, "--steps", 20, "--out", tmp_path / "ten")
     assert run.load_checkpoint(tmp_path / "ten" / "ckpt.pt", "ae")["step"] == 0
 
 
@@ -255,11 +233,10 @@ def test_a_loss_without_a_finite_value_but_with_a_finite_gradient_is_skipped_too
     assert optimizer.state[weight]["step"] == 1
 
 
-# ---- long runs
-def test_three_thousand_steps_leak_nothing(tmp_path, request):
+# ---- long runs: five minutes
+@LONG
+def test_three_thousand_steps_leak_nothing(tmp_path):
     """Resident memory and file handles of a quick run: the second half's peak near the first's."""
-    if not request.config.getoption("--long"):
-        pytest.skip("--long runs it (five minutes)")
     curve = {}                                             # step: (MiB, file handles)
     process = start("train_ae", "--preset", "quick", "--reg", "esm", "--steps", 3000,
                     "--out", tmp_path / "run", cwd=tmp_path, output=tmp_path / "output")

@@ -17,6 +17,7 @@ from common.data import images_hash, open_data, stream_entries, take
 from common.latents import LatentCache, build_cache
 from common.weights import autoencoder_hash
 from conftest import run_main, start
+from test_train_diffusion import flags_of
 from vae import AEConfig, AutoencoderKL, Posterior
 
 AE = AEConfig(ch=8, ch_mult=(1, 1), latent_channels=3, num_res_blocks=1, norm_groups=2)
@@ -64,14 +65,6 @@ def test_batches_follow_the_stream_of_data_py(tmp_path):
     assert np.array_equal(next(again)[2], stream_entries(7, 12, 16, seed=1)[0])
 
 
-def test_a_cache_of_something_else_is_refused(tmp_path):
-    """Another autoencoder, other images or another size: the difference is named."""
-    identity = build(tmp_path)[2]
-    for key, value in (("autoencoder", "0" * 16), ("images", "1" * 16), ("size", 32)):
-        with pytest.raises(ValueError, match=f"--cache .*{key}"):
-            LatentCache(tmp_path / "cache", dict(identity, **{key: value}))
-
-
 @pytest.mark.parametrize("name", ["cache.json", "labels.npy", "rows.npy", "moments.npy"])
 def test_one_flipped_bit_in_any_file_is_refused(tmp_path, name, monkeypatch):
     """Wherever it lies, also in the last block and in the array's header."""
@@ -96,16 +89,14 @@ def encode_slowly(script):
     script.build_cache = slow
 
 
-def test_two_processes_that_need_one_cache_read_the_same(material, tmp_path, monkeypatch):
+def test_two_processes_that_need_one_cache_read_the_same(material, tmp_path):
     """train_diffusion.py twice at once: one encodes, the other waits; the cache of one alone."""
-    flags = ["--ae", material / "ae" / "ckpt.pt", "--data", material / "images",
-             *("--preset quick --model SiT-tiny/4 --steps 0 --batch_size 4 --device cpu "
-               "--sample_steps 2 --encode_batch 4").split()]
+    def flags(out, cache):
+        return flags_of(material, out, "--cache", cache, "--steps", 0, "--encode_batch", 4)
     output = tmp_path / "output.txt"
-    processes = [start("train_diffusion", *flags, "--cache", "cache", "--out", name, cwd=tmp_path,
-                       output=output, patch=encode_slowly) for name in ("one", "two")]
-    run_main(train_diffusion, *flags, "--cache", tmp_path / "alone_cache",
-             "--out", tmp_path / "alone", monkeypatch=monkeypatch)
+    processes = [start("train_diffusion", *flags(name, "cache"), cwd=tmp_path, output=output,
+                       patch=encode_slowly) for name in ("one", "two")]
+    run_main(train_diffusion, *flags(tmp_path / "alone", tmp_path / "alone_cache"))
     for process in processes:
         process.join(90)
     assert [process.exitcode for process in processes] == [0, 0], output.read_text()

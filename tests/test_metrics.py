@@ -1,13 +1,12 @@
 """Metrics against closed forms and against scipy."""
 import math
-import urllib.error
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.functional import gaussian_blur
 
 from common import metrics
 from common.builtin import BuiltInImages
@@ -76,10 +75,7 @@ def test_equal_sets_are_at_exactly_zero(count):
     (lambda: metrics.load_inception("cpu"), ["https://github.com/toshas/torch-fidelity"]),
     (PerceptualLoss, ["https://download.pytorch.org/models/vgg16-397923af.pth",
                       "hub/checkpoints/vgg16-397923af.pth", "--lpips_weight 0"])])
-def test_without_network_one_line_says_where_the_file_belongs(load, words, tmp_path, monkeypatch):
-    offline = Mock(side_effect=urllib.error.URLError("no network"))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "urlopen", offline)
+def test_without_network_one_line_says_where_the_file_belongs(load, words, tmp_path, offline):
     with pytest.raises(FileNotFoundError) as error:
         load()
     for word in (str(tmp_path), *words):
@@ -87,15 +83,6 @@ def test_without_network_one_line_says_where_the_file_belongs(load, words, tmp_p
 
 
 # ---- metrics without weights
-def leaves(count, first=0):
-    images = BuiltInImages(64, count, seed=0, first=first)
-    return torch.stack([images[i][0] for i in range(count)]).float() / 127.5 - 1
-
-
-def blur(x):
-    return F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
-
-
 def test_laplacian_pyramid_adds_up():
     """Sides 64, 32, 16; expanding the coarse one and adding the fine ones gives the image back."""
     x = torch.randn(2, 3, 64, 96)
@@ -110,21 +97,18 @@ def test_laplacian_pyramid_adds_up():
     close(image, x, rtol=1e-4, atol=1e-5)
 
 
-def test_swd_is_zero_on_itself_and_grows_with_blur_and_noise():
-    """On the finest level; another draw of the same images is close."""
-    a, b = leaves(24), leaves(24, first=1000)
+def test_distances_are_zero_on_itself_and_grow_with_blur_and_noise():
+    """SWD on the finest level, and the KL; another draw of the same images is close."""
+    sets = (BuiltInImages(64, 24, first=first) for first in (0, 1000))
+    a, b = (torch.stack([images[i][0] for i in range(24)]) / 127.5 - 1 for images in sets)
+    blur = lambda x: gaussian_blur(x, 3)
+    assert metrics.spectral_kl(a, a) == pytest.approx(0, abs=1e-7)
+    assert metrics.spectral_kl(blur(b), a) > 10 * metrics.spectral_kl(b, a) > 0
     assert set(sliced_wasserstein(a, a).values()) == {0.0}
     noise = torch.randn_like(b)
     for worse in ([b, blur(b), blur(blur(blur(b)))], [b, b + 0.2 * noise, b + 0.6 * noise]):
         same, some, more = (sliced_wasserstein(x, a)[64] for x in worse)
         assert same < some < more
-
-
-def test_spectral_kl_is_zero_on_itself_and_sees_blur():
-    """Blur moves the radial spectrum; another draw of the same images does so much less."""
-    a, b = leaves(24), leaves(24, first=1000)
-    assert metrics.spectral_kl(a, a) == pytest.approx(0, abs=1e-7)
-    assert metrics.spectral_kl(blur(b), a) > 10 * metrics.spectral_kl(b, a) > 0
 
 
 def test_to_uint8_rounds_and_clips():

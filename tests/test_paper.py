@@ -55,10 +55,7 @@ def test_the_vp_schedule_is_the_vp_sde():
 
 @pytest.mark.parametrize("reg", ["eq", "vf"])
 def test_kl_beside_a_mean_is_the_authors_kl_beside_a_sum(reg):
-    """
-    EQ-VAE and VA-VAE: 1e-6 KL beside |x - x^| summed over the image. The default weight, beside the
-    mean: every gradient is the authors' over the 3 * H * W numbers of the image.
-    """
+    """EQ-VAE, VA-VAE: 1e-6 KL beside |x - x^| summed; here beside its mean: all / (3 * H * W)."""
     size = 16
     weight = args_of(train_ae, "--reg", reg, "--image_size", str(size)).kl_weight
     ae = AutoencoderKL(AEConfig((1, 2), 4, ch=8, num_res_blocks=1, norm_groups=4))
@@ -75,10 +72,7 @@ def test_kl_beside_a_mean_is_the_authors_kl_beside_a_sum(reg):
 
 
 def test_defaults_of_the_methods():
-    """
-    At 256 px eq and vf weigh KL 196,608 times less than kl does; a given weight stands. VA-VAE
-    aligns with DINOv2 ViT-L, UAE with ViT-B with registers, as their authors.
-    """
+    """At 256 px eq and vf weigh KL 196,608 times less than kl does; encoders are the authors'."""
     args = lambda *reg: args_of(train_ae, "--reg", *reg)
     assert args("kl").kl_weight == 1e-6 == args("kl", "eq").kl_weight
     assert args("eq").kl_weight * 196_608 == pytest.approx(1e-6)

@@ -1,26 +1,20 @@
 """
 The number of processes and of gradient-accumulation parts changes nothing: same global batch, same
-losses, for every method; tiny data neither hangs nor counts an image twice. Always 1 process
-against 2 with 2 parts each, for vf and dog, which have a second network; `--long` takes every
-method, and adds 2 and 4 processes.
+losses; tiny data neither hangs nor counts an image twice. 1 process against 2 with 2 parts each,
+for vf and dog, which have a second network; `--long`: every method, and also 2 and 4 processes.
 """
 import functools
 import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from conftest import run_ranks
+from conftest import LONG, long_but, pngs, read_lines, run_ranks
 
 TINY = ("--preset quick --batch_size 8 --device cpu --log_every 1 --eval_every 100 "
         "--warmup_steps 2 --steps 3 --encoder_source random").split()
 TINY_AE = [*TINY, *"--model f2d4-tiny --image_size 32 --val_images 5".split()]
 TINY_SIT = [*TINY, *"--model SiT-tiny/4 --sample_steps 2 --encode_batch 8 --repa_depth 1".split()]
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def assert_same_log(a, b, rel=2e-3):
@@ -42,14 +36,13 @@ def compare(folder, module, flags, long, rel=2e-3):
         assert_same_log(folder / "one" / "run", folder / name / "run", rel if more else 2e-3)
 
 
-@pytest.mark.parametrize("reg", ["none", "kl", "esm", "dsm", "se", "eq", "vf", "uae", "esm dsm"])
+@pytest.mark.parametrize("reg", long_but(
+    ["none", "kl", "esm", "dsm", "se", "eq", "vf", "uae", "esm dsm"], "vf"))
 def test_processes_and_accumulation_change_nothing(reg, tmp_path, request):
     """train_ae.py: 1 x 8, 2 x (2 + 2), 2 x 4 and 4 x 2 images: losses, gradients, validation."""
-    long = request.config.getoption("--long")
-    if reg != "vf" and not long:
-        pytest.skip("--long runs every method")
     # the adaptive weight of vf and uae is a ratio of gradients, part by part: equal in the mean
     rel = 0.1 if reg in ("vf", "uae") else 2e-3
+    long = request.config.getoption("--long")
     compare(tmp_path, "train_ae", [*TINY_AE, "--reg", *reg.split()], long, rel)
 
 
@@ -66,10 +59,8 @@ def diffusion(material, tmp_path_factory, request):
     return get
 
 
-@pytest.mark.parametrize("repa", ["none", "repa", "dog"])
-def test_diffusion_on_any_number_of_processes(repa, diffusion, request):
-    if repa != "dog" and not request.config.getoption("--long"):
-        pytest.skip("--long runs it")
+@pytest.mark.parametrize("repa", long_but(["none", "repa", "dog"], "dog"))
+def test_diffusion_on_any_number_of_processes(repa, diffusion):
     moments = [np.load(path / "cache" / "moments.npy") for path in diffusion(repa).iterdir()]
     for other in moments[1:]:
         np.testing.assert_allclose(moments[0], other, rtol=2e-2, atol=2e-3)           # float16
@@ -96,14 +87,10 @@ def test_evaluation_counts_every_image_once(material, diffusion, tmp_path):
     assert a.shape == (3, 16, 16, 3) and np.abs(a.astype(int) - b).max() <= 1
 
 
-def test_less_data_than_processes(tmp_path, request):
+@LONG
+def test_less_data_than_processes(tmp_path):
     """Three images, one of them held out, three processes: the numbers of one process."""
-    if not request.config.getoption("--long"):
-        pytest.skip("--long runs it")
-    (tmp_path / "three").mkdir()
-    for i in range(3):
-        pixels = np.random.default_rng(i).integers(0, 256, (40, 33, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "three" / f"{i}.png")
+    pngs(tmp_path / "three", ["0.png", "1.png", "2.png"], 40, 33)
     for world in (1, 3):
         places = dict(cwd=tmp_path, output=tmp_path / "output")
         run_ranks(world, "train_ae", *TINY_AE, "--reg", "esm", "--batch_size", 6, "--data", "three",

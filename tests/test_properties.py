@@ -1,7 +1,6 @@
 """
-What every function of spectral.py promises: finite float32 for what is finite, whatever the dtype
-and the memory layout; of odd and prime sides, one pixel, no item; of zeros, denormals, constants,
-outliers and magnitudes up to what the contract allows. And what it refuses.
+What every function of spectral.py promises: finite float32 for what is finite, whatever the dtype,
+layout, sides (odd, prime, 1), batch (of none), magnitude (up to the contract's). What it refuses.
 """
 import itertools
 import math

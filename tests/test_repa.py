@@ -1,5 +1,4 @@
 """repa.py: filters, spectra, the loss, the projectors, torch.hub's real path."""
-
 import numpy as np
 import pytest
 import torch
@@ -164,21 +163,13 @@ def test_random_encoder_is_always_the_same_and_says_that_it_teaches_nothing():
 
 # ---- torch.hub
 HUBCONF = """
-import torch
-import torch.nn.functional as F
-
-class Tiny(torch.nn.Linear):
-    patch_size = 14
-    embed_dim = property(lambda self: self.out_features)
-
-    def forward_features(self, x):
-        return {"x_norm_patchtokens": self(F.avg_pool2d(x, 14).flatten(2).transpose(1, 2))}
+from repa import RandomEncoder
 
 def dinov2_vitb14_reg(pretrained=True):
     assert not pretrained
-    return Tiny(3, 768)
+    return RandomEncoder()
 
-tiny = lambda: Tiny(3, 5)
+tiny = type("Tiny", (RandomEncoder,), dict(embed_dim=5))
 """
 FILE = "dinov2_vitb14_reg4_pretrain.pth"
 
@@ -196,12 +187,12 @@ def hub(tmp_path, offline):
 def test_torch_hub_with_a_clone_and_planted_weights(hub, offline):
     """Code from the clone or the hub's copy, weights from TORCH_HOME; or another hubconf.py."""
     checkpoints, clone = hub
-    weights = dict(weight=torch.randn(768, 3), bias=torch.randn(768))
+    weights = repa.RandomEncoder().state_dict()
     torch.save(weights, checkpoints / FILE)
     encoder, images = load_encoder("dinov2_vitb14_reg", str(clone)), torch.rand(2, 3, 32, 48)
-    assert torch.equal(encoder.network.weight, weights["weight"])
+    assert torch.equal(encoder.network.patches.weight, weights["patches.weight"])
     tokens = encoder(images, (4, 6))
-    assert tokens.shape == (2, 24, 768) and encoder.width == 768
+    assert tokens.shape == (2, 24, 64) and encoder.width == 64
     own = checkpoints.parent / repa.REPOSITORY.replace("/", "_").replace(":", "_")
     clone.rename(own)
     close(load_encoder("dinov2_vitb14_reg")(images, (4, 6)), tokens)

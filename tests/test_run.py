@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common import run
-from conftest import SERVER, run_ranks, same
+from conftest import SERVER, read_lines, run_ranks, same
 
 
 def test_step_seeds_are_distinct_and_repeatable():
@@ -18,34 +18,18 @@ def test_step_seeds_are_distinct_and_repeatable():
     assert len(seeds) == 4000 and run.step_seed(3, 5) == run.step_seed(3, 5)
 
 
-def test_one_flipped_bit_in_a_checkpoint_is_refused(tmp_path):
-    """Which torch.load reads over; other damage is in test_bad_input.py."""
-    path = tmp_path / "ckpt.pt"
-    run.save_checkpoint(path, dict(stage="ae", step=1, x=torch.randn(20_000)))
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    assert torch.load(path, weights_only=True)["step"] == 1
-    with pytest.raises(ValueError, match="ckpt.pt: not a complete file of weights.*checksum"):
-        run.load_checkpoint(path, "ae")
-
-
 def test_open_run_protects_what_is_there(tmp_path):
     """Continued or replaced only when asked; what differs is named; a --resume clears nothing."""
     flags = dict(out=str(tmp_path), resume=False, overwrite=False, steps=10, lr=1.0, seed=0)
-
-    def open_run(images="a", **other):
-        return run.open_run(argparse.Namespace(**flags | other), "ae", dict(images=images))
+    open_run = lambda **other: run.open_run(argparse.Namespace(**flags | other), "ae", {})
     assert open_run(resume=True) is None                   # nothing yet: a fresh start
-    run.save_checkpoint(tmp_path / "ckpt.pt", dict(stage="ae", step=5, args=flags, images="a"))
+    run.save_checkpoint(tmp_path / "ckpt.pt", dict(stage="ae", step=5, args=flags))
     with pytest.raises(ValueError, match="--resume continues it"):
         open_run()
     assert open_run(overwrite=True) is None
     assert open_run(resume=True, steps=20)["step"] == 5
     with pytest.raises(ValueError, match=r"--lr 2.0 \(was 1.0\), --seed 1 \(was 0\)"):
         open_run(resume=True, lr=2.0, seed=1)
-    with pytest.raises(ValueError, match="--resume: images: not what"):
-        open_run("b", resume=True)
     with pytest.raises(ValueError, match="--steps 4: .* 5 steps behind"):
         open_run(resume=True, steps=4)
     (tmp_path / "ckpt.pt").rename(tmp_path / "ckpt_5.pt")
@@ -60,25 +44,10 @@ def test_a_resumed_log_has_no_gaps_or_repeats(line, tmp_path):
     path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n{{"step": 3}}\n{{"ste')
     log = run.Log(path, start_step=3)
     log.write(3, a=1)
-    assert [json.loads(x)["step"] for x in path.read_text().splitlines()] == [0, 2, 3]
+    assert [line["step"] for line in read_lines(path)] == [0, 2, 3]
     path.unlink()
     log.write(4, a=2)
-    assert json.loads(path.read_text()) == dict(step=4, a=2)
-
-
-def test_a_run_resumed_at_step_0_keeps_its_checkpoints(tmp_path):
-    (tmp_path / "ckpt_5.pt").touch()
-    run.Log(tmp_path / "log.jsonl", 0, dict(sums={}, bad={}, skipped=0))
-    assert (tmp_path / "ckpt_5.pt").exists()
-    run.Log(tmp_path / "log.jsonl")                        # a fresh start, after --overwrite
-    assert not (tmp_path / "ckpt_5.pt").exists()
-
-
-def test_nodes_with_other_images_are_refused(monkeypatch):
-    monkeypatch.setattr(run, "all_gather", lambda value: [value, None, "b"])
-    assert run.same_on_all_nodes("--data", lambda: "b") == "b"
-    with pytest.raises(ValueError, match="--data: differs between the nodes"):
-        run.same_on_all_nodes("--data", lambda: "a")
+    assert read_lines(path) == [dict(step=4, a=2)]
 
 
 def test_ema_arithmetic():
@@ -117,8 +86,8 @@ def weights(seed):
     return torch.nn.Sequential(torch.nn.Linear(2, 1))
 
 
-def check_two_processes():
-    """What each of two processes sees of gradients, log and refusals."""
+def main():
+    """What each of two processes sees of weights, gradients (local until the last), log, nodes."""
     network = weights(0)
     assert run.ddp(network) is network                     # no process group yet
     rank, world, _ = run.init_distributed("cpu")
@@ -138,27 +107,22 @@ def check_two_processes():
     log.add(1, dict(a=torch.tensor(rank + 2)))
     assert log.finite(1) and log.write(1) == dict(a=1.5, b=1.0)
     run.need_one_node("samples")
+    assert run.same_on_all_nodes("set", run.get_rank) == 0         # of each node's first process
     run.platform.node = lambda: f"node{rank}"              # which reads its own disk
+    os.environ["LOCAL_RANK"] = "0"
     if rank == 0:
         run.save_checkpoint("run0/ckpt.pt", dict(stage="ae", step=5, args={}))
     args = argparse.Namespace(out=f"run{rank}", resume=True, overwrite=False, steps=9)
     for words, refused in (("samples: .*--nnodes=1", lambda: run.need_one_node("samples")),
+                           ("set: differs", lambda: run.same_on_all_nodes("set", run.get_rank)),
                            ("at steps .5, 0.", lambda: run.open_run(args, "ae", {}))):
         with pytest.raises(ValueError, match=words):
             refused()
 
 
-def as_main(script):
-    script.main = check_two_processes
-
-
 def test_two_processes(tmp_path):
-    """
-    Rank 0's first weights are everybody's, under bare names; gradients are averaged, or kept local
-    and added up until the last micro-batch. The log's means are over both, and what is not finite
-    on one is skipped by both. Two nodes write no file together, nor resume from different steps.
-    """
-    run_ranks(2, "train_ae", cwd=tmp_path, output=tmp_path / "output", patch=as_main)
+    """They share first weights, mean gradients, means, skipped steps; two nodes write no file."""
+    run_ranks(2, "test_run", cwd=tmp_path, output=tmp_path / "output")
 
 
 def test_library_errors_keep_their_traceback():
@@ -168,10 +132,7 @@ def test_library_errors_keep_their_traceback():
 
 
 def test_the_log_goes_on_with_its_counts(tmp_path):
-    """
-    Means since the last line; bad steps between two lines are reported before the checkpoint, and
-    counts continue after it: a stopped and resumed log is byte for byte a straight one.
-    """
+    """Bad steps are reported before a checkpoint: a resumed log is byte for byte a straight one."""
     def steps(name, *range_, state=None):
         log = run.Log(tmp_path / name / "log.jsonl", range_[0], state)
         for step in range(*range_):
@@ -188,14 +149,16 @@ def test_the_log_goes_on_with_its_counts(tmp_path):
     assert steps("stopped", 5, 9, state=state) == whole
     texts = [(tmp_path / name / "log.jsonl").read_text() for name in ("straight", "stopped")]
     assert texts[0] == texts[1] and texts[0].count("not_finite") == 2
-    lines = [json.loads(line) for line in texts[0].splitlines()]
-    assert lines[-1] == dict(step=6, loss=pytest.approx((4 + 5 + 6) / 3 + 0.15))
+    last = json.loads(texts[0].splitlines()[-1])           # the means since the line before
+    assert last == dict(step=6, loss=pytest.approx((4 + 5 + 6) / 3 + 0.15))
 
 
 def test_a_fresh_run_removes_the_old_runs_checkpoints_alone(tmp_path):
     """--overwrite: ckpt.pt and ckpt_<step>.pt go; a copy under another name is the user's."""
     for name in ("ckpt.pt", "ckpt_5.pt", "ckpt-old.pt", "ckpt.best.pt"):
-        (tmp_path / name).write_bytes(b"x")
+        (tmp_path / name).touch()
+    run.Log(tmp_path / "log.jsonl", 0, dict(sums={}, bad={}, skipped=0))   # resumed at step 0: none
+    assert len([*tmp_path.glob("*.pt")]) == 4
     run.Log(tmp_path / "log.jsonl")
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["ckpt-old.pt", "ckpt.best.pt"]
 
@@ -219,16 +182,6 @@ def test_what_differs_between_cpu_and_gpu_is_decided_in_one_place(monkeypatch, c
     monkeypatch.setattr(run.shutil, "which", lambda name: None)
     assert choose("cpu", compile="on")[1] == "off"
     assert "no C++ compiler" in capsys.readouterr().out
-
-
-@pytest.fixture
-def handlers():
-    """Of signals, put back after the test."""
-    numbers = signal.SIGHUP, signal.SIGTERM, signal.SIGINT
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before):
-        signal.signal(number, handler)
 
 
 def test_processes_ask_one_another_at_every_tenth_step(monkeypatch, handlers):

@@ -1,6 +1,4 @@
 """theory.py against closed forms: Gaussian latents, whose best denoiser is the Wiener filter."""
-import csv
-import json
 import math
 from types import SimpleNamespace
 
@@ -8,13 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import evaluate
 import train_diffusion
 from analysis import figures, theory
 from common.data import open_data
 from common.metrics import frechet_distance, frechet_parts
 from common.weights import load_diffusion
-from conftest import run_main
+from conftest import run_main, table
 from dit import DDPM, Interpolant, NoiseStream
 from spectral import dct2, idct2, radial_profile, wiener_gain
 from test_train_diffusion import flags_of
@@ -187,43 +184,30 @@ def runs(material, tmp_path_factory):
     """Folders of two short runs: SiT with classes, U-ViT."""
     out = tmp_path_factory.mktemp("diffusion")
     for name, model in (("sit", "SiT-tiny/4"), ("uvit", "UViT-tiny/2")):
-        flags = flags_of(material, out / name, "--steps", 2, "--model", model)
-        with pytest.MonkeyPatch.context() as patch:
-            run_main(train_diffusion, *flags, monkeypatch=patch)
+        run_main(train_diffusion, *flags_of(material, out / name, "--steps", 2, "--model", model))
     return [out / "sit", out / "uvit"]
 
 
-@pytest.fixture
-def evaluated(tmp_path, monkeypatch):
-    """A function that runs a command: its lines of results.jsonl, and those of its CSV."""
-    def lines(command, *more):
-        out, results = tmp_path / f"{command}.png", tmp_path / "results.jsonl"
-        flags = [] if command == "diffusability" else ["--out", out]
-        run_main(evaluate, command, *more, *flags, "--device", "cpu", "--results", results,
-                 monkeypatch=monkeypatch)
-        rows = list(csv.DictReader(out.with_suffix(".csv").open())) if flags else []
-        return [json.loads(line) for line in results.open()], rows
-    return lines
-
-
-def test_commands_write_figure_and_table(material, runs, evaluated, monkeypatch):
+def test_commands_write_figure_and_table(material, runs, main, monkeypatch):
     """One result per run, one row per run, time and ring; of trajectory the samples, too."""
     drawn, save = [], figures.save_figure
     monkeypatch.setattr(figures, "save_figure", lambda *args: (drawn.append(args[0]), save(*args)))
-    results, rows = evaluated("denoise", "--ckpt", *runs, "--val_images", 3)
+    results = main("denoise", "--ckpt", *runs, "--val_images", 3)
+    rows = table("out/denoise.csv")
     assert [line["model"] for line in results] == ["SiT-tiny/4", "UViT-tiny/2"]
     assert len(rows) == 2 * len(theory.TIMES) * len(results[0]["by_ring"].split())
     assert [len(ax.lines) for ax in drawn[0].axes] == [4] * 8              # and each has a name
     assert len(drawn[0].legends[0].get_texts()) == 4
-    lines, rows = evaluated("trajectory", "--ckpt", *runs, "--num_samples", 3, "--steps", 5)
-    assert [line["sampler"] for line in lines[2:]] == ["em", "ddim"]
-    assert all(math.isfinite(line["slope"]) for line in lines[2:])
+    lines = main("trajectory", "--ckpt", *runs, "--num_samples", 3, "--steps", 5)
+    rows = table("out/trajectory.csv")
+    assert [line["sampler"] for line in lines] == ["em", "ddim"]
+    assert all(math.isfinite(line["slope"]) for line in lines)
     assert {row["run"] for row in rows} == {"sit", "uvit"}
     assert len(rows) == 8 * (6 + 6)                        # rings; steps and the sample itself
     assert {float(row["t"]) for row in rows} >= {0.0, 1.0}
-    ae = ["--ae", material / "ae" / "ckpt.pt", "--image_size", 32]
-    *_, line = evaluated("diffusability", *ae)[0]
-    assert line["n"] == 1 and line.keys() >= {"esm", "esm_shape", "alpha", "neighbours", "dsm"}
+    line, = main("diffusability", "--ae", material / "ae" / "ckpt.pt", "--image_size", 32)
+    assert line["n"] == 1                                  # one of twelve is held out
+    assert {"esm", "esm_shape", "alpha", "neighbours", "high_band", "dsm"} <= line.keys()
 
 
 def test_held_out_latents_are_normalised_and_have_their_labels(runs):
@@ -245,12 +229,6 @@ def test_held_out_latents_are_normalised_and_have_their_labels(runs):
     with pytest.raises(ValueError, match="--data: has 0 classes"):
         held_out(data="discs")
 
-
-def test_diffusability_has_a_row_for_each_autoencoder(material, evaluated):
-    ae = material / "ae" / "ckpt.pt"
-    results, _ = evaluated("diffusability", "--ae", ae, "--image_size", 32)
-    assert [line["n"] for line in results] == [1]          # one of twelve is held out
-    assert set(results[0]) >= {"esm", "esm_shape", "alpha", "neighbours", "high_band", "dsm"}
 
 def test_halfway_to_the_nearest_neighbour():
     """On the sphere of their common length, the same angle from both; nobody is his neighbour."""

@@ -1,10 +1,6 @@
-"""
-The first training script end to end, on small images: the loss is the sum of its terms, the
-gradients are those of the plain loss, resuming is invisible, warm-up counts updates.
-"""
+"""The first training script end to end: the loss is the sum of its terms, resuming is invisible."""
 import collections
 import functools
-import json
 
 import pytest
 import torch
@@ -15,7 +11,7 @@ import train_ae
 import train_diffusion
 from common import run
 from common.weights import load_autoencoder
-from conftest import args_of, copy_at, equal_runs, plant_vgg, run_main
+from conftest import args_of, copy_at, equal_runs, long_but, plant_vgg, read_lines, run_main
 from vae import CONFIGS, AutoencoderKL
 
 TINY = ("--preset quick --image_size 32 --batch_size 4 --val_images 6 --workers 0 --device cpu "
@@ -24,14 +20,10 @@ TINY = ("--preset quick --image_size 32 --batch_size 4 --val_images 6 --workers 
 pytestmark = pytest.mark.filterwarnings("ignore:.*UNTRAINED")
 
 
-def train(out, *flags, monkeypatch):
+def train(out, *flags):
     """Run train_ae.main in this process; returns log.jsonl as a list of dicts."""
-    run_main(train_ae, *TINY, "--out", out, *flags, monkeypatch=monkeypatch)
-    return read_log(out)
-
-
-def read_log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    run_main(train_ae, *TINY, "--out", out, *flags)
+    return read_lines(out / "log.jsonl")
 
 
 def test_forward_is_fig_1():
@@ -50,13 +42,6 @@ def test_forward_is_fig_1():
     assert not torch.equal(target, images) and not torch.equal(masked, z)
 
 
-class SmallPerceptual(torch.nn.Module):
-    """In place of LPIPS, whose weights are a download."""
-
-    def forward(self, a, b):
-        return (a.float() - b).square().mean()
-
-
 @pytest.fixture
 def small_networks(monkeypatch):
     """A list of the networks that main builds, all of them small: [ae, disc if any, lpips]."""
@@ -67,7 +52,7 @@ def small_networks(monkeypatch):
             built.append(make(*args))
             return built[-1]
         monkeypatch.setattr(train_ae, name, build)
-    spy("PerceptualLoss", SmallPerceptual)
+    spy("PerceptualLoss", torch.nn.MSELoss)                # LPIPS' weights are a download
     spy("PatchDiscriminator", functools.partial(losses.PatchDiscriminator, channels=8))
     spy("AutoencoderKL", AutoencoderKL)
     return built
@@ -81,11 +66,10 @@ for term, weight in WEIGHTS.items():
 
 
 @pytest.mark.parametrize("align", ["vf", "uae"])
-def test_a_terms_weight_and_value_are_stated_once(align, small_networks, tmp_path, monkeypatch):
+def test_a_terms_weight_and_value_are_stated_once(align, small_networks, tmp_path):
     """The logged loss is the sum of the logged terms, times their flags' and logged weights."""
-    lines = train(tmp_path, *EVERYTHING, "--reg", "esm", "kl", "dsm", align,
-                  monkeypatch=monkeypatch)
-    lines = [line for line in lines if "loss" in line]
+    log = train(tmp_path, *EVERYTHING, "--reg", "esm", "kl", "dsm", align)
+    lines = [line for line in log if "loss" in line]
     weights = dict(l1=1.0, align=WEIGHTS[align], **{k: WEIGHTS[k] for k in ("lpips", "esm", "kl")})
     ratios = {"align_weight"} if align == "vf" else set()
     for step, line in enumerate(lines):
@@ -131,10 +115,7 @@ def plain_loss(ae, disc, perceptual, encoder, projection, images, noise, pair, r
     ["--reg", "esm", "kl", "dsm", "vf"],
     ["--reg", "esm", "kl", "eq", "uae", "--gan_weight", 0, "--image_size", 64]])
 def test_gradients_are_those_of_the_plain_loss(flags, small_networks, tmp_path, monkeypatch):
-    """
-    However a step arranges its backward passes, each network gets the gradient of the sum of all
-    terms, each ratio held constant, and the two micro-batches add up to their mean.
-    """
+    """Of the sum of all terms, each ratio held constant; micro-batches add up to their mean."""
     calls, aligned, checked = collections.deque(maxlen=2), [], []      # of two micro-batches
     step, build = run.optimizer_step, train_ae.alignment_networks
 
@@ -160,16 +141,16 @@ def test_gradients_are_those_of_the_plain_loss(flags, small_networks, tmp_path, 
     monkeypatch.setattr(train_ae, "alignment_networks",
                         lambda *a: aligned.append(build(*a)) or aligned[0])
     monkeypatch.setattr(run, "optimizer_step", compared)
-    train(tmp_path, *EVERYTHING, *flags, "--grad_accum", 2, monkeypatch=monkeypatch)
+    train(tmp_path, *EVERYTHING, *flags, "--grad_accum", 2)
     assert len(checked) == (3 if "--gan_weight" in flags else 5)
 
 
 @pytest.mark.parametrize("reg, term", [
     ("none", None), ("kl", "kl"), ("dsm", None), ("se", None), ("eq", "kl"), ("esm dsm", "esm"),
     ("vf", "kl align align_weight"), ("uae", "align")])
-def test_every_method_trains_and_computes_only_its_terms(reg, term, tmp_path, monkeypatch):
+def test_every_method_trains_and_computes_only_its_terms(reg, term, tmp_path):
     """Finite losses, the terms that belong to a --reg and no others, a checkpoint, a figure."""
-    log = train(tmp_path, "--reg", *reg.split(), "--steps", 2, monkeypatch=monkeypatch)
+    log = train(tmp_path, "--reg", *reg.split(), "--steps", 2)
     lines = [line for line in log if "loss" in line]
     assert len(lines) == 2
     names = {"step", "l1", "loss", "grad_norm"} | set((term or "").split())
@@ -180,13 +161,13 @@ def test_every_method_trains_and_computes_only_its_terms(reg, term, tmp_path, mo
     assert (tmp_path / "reconstructions.png").stat().st_size > 1000
 
 
-def test_resuming_equals_never_stopping(tmp_path, monkeypatch):
+def test_resuming_equals_never_stopping(tmp_path):
     """5 steps straight, and 3 + 2 after a resume: networks, optimisers and log are equal."""
     flags = ["--reg", "dsm", "vf", "--gan_weight", 0.5, "--gan_start", 1, "--steps", 5,
              "--eval_every", 3, "--keep_every", 3, "--log_every", 4]
-    train(tmp_path / "a", *flags, monkeypatch=monkeypatch)
+    train(tmp_path / "a", *flags)
     copy_at(3, tmp_path / "a", tmp_path / "b")
-    train(tmp_path / "b", *flags, "--resume", monkeypatch=monkeypatch)
+    train(tmp_path / "b", *flags, "--resume")
     checkpoint = equal_runs(tmp_path / "a", tmp_path / "b")
     assert checkpoint.keys() >= {"projection", "disc", "disc_optimizer"} and checkpoint["step"] == 5
 
@@ -204,28 +185,26 @@ def test_the_warm_up_counts_the_updates_of_a_network(flags, expected, tmp_path, 
         return step(optimizer, lr, *rest)
     monkeypatch.setattr(run, "optimizer_step", spy)
     train(tmp_path, "--reg", "none", "--gan_weight", 0.5, "--gan_start", 2, "--steps", 6,
-          "--warmup_steps", 4, "--lr", 0.004, *flags, monkeypatch=monkeypatch)
+          "--warmup_steps", 4, "--lr", 0.004, *flags)
     for name, updates in expected.items():
         found = [lr for network, lr in rates if network == name]
         assert found == pytest.approx([0.001 * min(4, k + 1) for k in updates if k is not None])
 
 
-def test_what_saves_memory_changes_no_number(tmp_path, monkeypatch):
+def test_what_saves_memory_changes_no_number(tmp_path):
     """Blocks computed twice: the log of the plain run; bf16: finite, its first loss to 2 digits."""
     flags = ["--reg", "esm", "--gan_weight", 0.5, "--gan_start", 1, "--steps", 3]
-    plain = train(tmp_path / "a", *flags, monkeypatch=monkeypatch)
-    assert train(tmp_path / "b", *flags, "--grad_checkpoint", monkeypatch=monkeypatch) == plain
-    half = train(tmp_path / "c", *flags, "--dtype", "bf16", monkeypatch=monkeypatch)
+    plain = train(tmp_path / "a", *flags)
+    assert train(tmp_path / "b", *flags, "--grad_checkpoint") == plain
+    half = train(tmp_path / "c", *flags, "--dtype", "bf16")
     first = [next(line["loss"] for line in log if "loss" in line) for log in (plain, half)]
     assert first[1] == pytest.approx(first[0], rel=2e-2) and first[0] != first[1]
     assert all(torch.tensor(list(line.values())).isfinite().all() for line in half)
 
 
-@pytest.mark.parametrize("reg", ["kl", "uae"])
-def test_compiled_training_is_eager_training(reg, tmp_path, monkeypatch, request):
+@pytest.mark.parametrize("reg", long_but(["kl", "uae"]))
+def test_compiled_training_is_eager_training(reg, tmp_path, monkeypatch):
     """GAN from step 2, LPIPS, alignment; from a cold and a warm Inductor cache: eager's losses."""
-    if not request.config.getoption("--long"):
-        pytest.skip("--long compiles (about two minutes a method)")
     plant_vgg(tmp_path, monkeypatch)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     logs = {}
@@ -233,7 +212,7 @@ def test_compiled_training_is_eager_training(reg, tmp_path, monkeypatch, request
         torch.compiler.reset()
         logs[name] = train(tmp_path / name, "--reg", reg, "--gan_weight", 0.5, "--gan_start", 2,
                            "--lpips_weight", 0.5, "--lr", 1e-6, "--steps", 6, "--eval_every", 3,
-                           "--compile", compile, monkeypatch=monkeypatch)
+                           "--compile", compile)
     assert logs["cold"] == logs["warm"]
     for eager, cold in zip(logs["eager"], logs["cold"], strict=True):
         assert eager == pytest.approx(cold, rel=5e-4, abs=1e-5)    # of the ratios, too
@@ -247,11 +226,11 @@ def test_what_would_compile_again_and_again_is_not_compiled_by_default():
 
 
 @pytest.mark.parametrize("script", [train_ae, train_diffusion])
-def test_help_shows_every_default(script, monkeypatch, capsys):
+def test_help_shows_every_default(script, capsys):
     """Each flag has a sentence and its default; --preset NAME --help shows that preset's."""
     def shown(*flags):
         with pytest.raises(SystemExit):
-            run_main(script, *flags, "--help", monkeypatch=monkeypatch)
+            run_main(script, *flags, "--help")
         options = capsys.readouterr().out.split("options:")[1]
         return [" ".join(entry.split()) for entry in options.split("\n  --")[1:]]
     for entry in shown():

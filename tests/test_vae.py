@@ -1,5 +1,4 @@
 """The autoencoder: its arithmetic against formulas, its names against released models."""
-
 import pytest
 import torch
 import torch.nn.functional as F
