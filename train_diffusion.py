@@ -257,8 +257,8 @@ def main():
         """Networks, optimiser, flags: one dict, from which --resume continues bit for bit."""
         state = dict(origin, stage="diffusion", step=step, args=vars(args), model_name=args.model,
                      model_args=model_args, projector=None, means=log.state(),
-                     ae=os.path.relpath(args.ae, args.out), latent_mean=cache.mean,
-                     latent_std=cache.std, classes_seen=seen, **identity)
+                     ae=os.path.abspath(args.ae), ae_from_run=os.path.relpath(args.ae, args.out),
+                     latent_mean=cache.mean, latent_std=cache.std, classes_seen=seen, **identity)
         state |= {name: part.state_dict() for name, part in parts.items()}
         if rank == 0:
             run.save_checkpoint(f"{args.out}/ckpt.pt", state, args.keep_every)

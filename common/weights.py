@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import warnings
 from pathlib import Path
@@ -307,9 +308,9 @@ def load_diffusion(path, ae_path, device):
     model = MODELS[checkpoint["model_name"]](**checkpoint["model_args"])
     fill(model, path, checkpoint["ema"])
     process = DDPM(checkpoint["args"]["schedule"]) if isinstance(model, UViT) else Interpolant()
-    if not ae_path:                                     # relative to the run, or in older ones not
-        beside = Path(path).parent / checkpoint["ae"]
-        ae_path = beside if beside.exists() else checkpoint["ae"]
+    stored = checkpoint["ae"]                           # or, if the whole project was moved:
+    moved = Path(path).parent / checkpoint.get("ae_from_run", stored)
+    ae_path = ae_path or next(filter(os.path.exists, (stored, moved)), stored)
     ae = load_autoencoder(ae_path)
     run.need(autoencoder_hash(ae) == checkpoint["autoencoder"],
              f"--ae {ae_path}: not the autoencoder on whose latents {path} was trained")
