@@ -7,6 +7,7 @@ import signal
 import time
 import zipfile
 from itertools import islice
+from posixpath import splitext
 from unittest.mock import Mock
 
 import numpy as np
@@ -195,24 +196,11 @@ def test_classes_are_the_sorted_folders(tmp_path, form, wrapper, separator):
             np.testing.assert_array_equal(image.permute(1, 2, 0), np.asarray(expected))
 
 
-@pytest.mark.parametrize("inside", ["", "images/"])
-def test_labels_come_from_dataset_json(tmp_path, inside):
-    """As StyleGAN, EDM and REPA prepare their sets: folders are shards. Packing keeps it."""
-    labels = {f"{i // 5:05d}/img{i:08d}.png": 3 * i % 7 for i in range(11)}
-    tables = {inside: labels} | ({"vae-sd": None} if inside else {})       # REPA's latents
-    folder = label(pngs(tmp_path / "set", [inside + name for name in labels]), tables)
-    pack(folder, 8, tmp_path / "x.zip")
-    for a, b in zip(open_data(folder, 8), open_data(tmp_path / "x.zip", 8)):
-        assert a.classes == b.classes == ["0", "1", "2", "3", "4", "5", "6"]
-        assert [name.replace(".png", ".bmp") for name in names_of(a)] == names_of(b)
-        expected = [labels[name.removeprefix(inside)] for name in names_of(a)]
-        assert a.labels.tolist() == b.labels.tolist() == expected
-
-
 IMAGENET = [f"ILSVRC/Data/CLS-LOC/train/{c}/{c}_{i}.JPEG" for c in ("n02", "n01") for i in (0, 1)]
 IMAGENET += [f"ILSVRC/Data/CLS-LOC/{split}/{i}.JPEG" for split in ("val", "test") for i in (0, 1)]
 TRAIN = [f"train/{c}/{i}.png" for c in "cab" for i in (0, 1)]
 SHARDS = [f"{i // 5:05d}/img{i:08d}.png" for i in range(11)]
+LABELS = [3 * i % 7 for i in range(11)]
 
 
 @pytest.mark.parametrize("names, tables, classes, labels", [
@@ -220,6 +208,9 @@ SHARDS = [f"{i // 5:05d}/img{i:08d}.png" for i in range(11)]
     ([*TRAIN, "test/d/0.png", "test/c/0.png"], {}, [*"abc"], [2, 2, 0, 0, 1, 1, -1, -1]),
     ([*TRAIN, "test/b/0.png", "test/c/0.png"], {}, [*"abc"], [2, 2, 0, 0, 1, 1, 1, 2]),
     ([*TRAIN, "test/b/0.png", "test/b/1.png"], {}, [*"abc"], [2, 2, 0, 0, 1, 1, 1, 1]),
+    (SHARDS, {"": dict(zip(SHARDS, LABELS))}, [*"0123456"], LABELS),
+    ([f"images/{name}" for name in SHARDS],                # with a folder of latents beside them
+     {"images": dict(zip(SHARDS, LABELS)), "vae-sd": None}, [*"0123456"], LABELS),
     (SHARDS, {"": None}, [], 11 * [0]),
     (SHARDS[:4], {"": {name: 2 for name in SHARDS}}, ["0", "1", "2"], 4 * [2]),  # one shard; spare
     (SHARDS, {"": {name.replace("/", "\\"): 1 for name in SHARDS}}, ["0", "1"], 11 * [1]),
@@ -227,14 +218,17 @@ SHARDS = [f"{i // 5:05d}/img{i:08d}.png" for i in range(11)]
     (["train/0/a.png", "train/1/b.png", "val/0/c.png"],
      {"train": {"0/a.png": 1, "1/b.png": 1}, "val": {"0/c.png": 0}}, ["0", "1"], [1, 1, 0]),
     (["train/a.png", "val/b.png"], {"": {"train/a.png": 1, "val/b.png": 9}}, ["0", "1"], [1, -1]),
-], ids=["imagenet", "unknown class", "fewer classes", "one class", "null", "one shard", "windows",
-        "beside folders", "splits", "above splits"])
+], ids=["imagenet", "unknown class", "fewer classes", "one class", "EDM", "REPA", "null",
+        "one shard", "windows", "beside folders", "splits", "above splits"])
 def test_where_labels_are_found(tmp_path, names, tables, classes, labels):
-    """Held-out images have training classes, or all -1; names count from dataset.json's folder."""
-    sets = open_data(label(pngs(tmp_path, names), tables), 8)
-    assert [part.classes for part in sets] == [classes, classes]
-    found = {name: k for part in sets for name, k in zip(names_of(part), part.labels.tolist())}
-    assert found == {name: k for name, k in zip(names, labels) if k is not None}
+    """Held-out images have training classes, or all -1; of tables as EDM writes them; packed."""
+    folder, packed = label(pngs(tmp_path / "set", names), tables), tmp_path / "x.zip"
+    pack(folder, 8, packed)
+    expected = {splitext(name)[0]: k for name, k in zip(names, labels) if k is not None}
+    for sets in (open_data(folder, 8), open_data(packed, 8)):
+        assert [part.classes for part in sets] == [classes, classes]
+        found = [pair for part in sets for pair in zip(names_of(part), part.labels.tolist())]
+        assert {splitext(name)[0]: k for name, k in found} == expected
 
 
 # ---- what --data names ---------------------------------------------------------------------------

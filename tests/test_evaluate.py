@@ -119,12 +119,11 @@ def test_recon_counts_every_image(material, ae, main, inception, tmp_path, capsy
     assert "LPIPS needs" in printed and "--lpips_weight" not in printed
 
 
-def test_recon_as_the_authors_measure(material, ae, main, inception, monkeypatch):
+def test_recon_as_the_authors_measure(material, ae, main, inception):
     """Training images, a posterior sample of (seed, index), JPEG: whatever the batch."""
     common = ["recon", *ae, "--protocol", "authors", "--seed", 3, "--workers", 0]
     a, = main(*common, "--batch_size", 4)
-    monkeypatch.setattr(metrics, "load_or_none", lambda *args: None)
-    b, = main(*common, "--batch_size", 5)
+    b, = main(*common, "--batch_size", 5, "--networks", "off")
     assert "rFID@11" in a and (a["split"], a["posterior"], a["seed"]) == ("train", "sample", 3)
     assert a["psnr"] == pytest.approx(b["psnr"], rel=1e-5)
     model = load_autoencoder(ae[1]).requires_grad_(False)
@@ -304,9 +303,8 @@ def test_every_kept_checkpoint_is_scored(gen, diffusion, capsys):
 
 
 # ---- nothing silently wrong
-def test_a_set_that_changed_is_named(material, ae, main, changed, monkeypatch, capsys):
+def test_a_set_that_changed_is_named(material, ae, main, changed, capsys):
     """One training image is gone: the commands say so, and measure; other --data is no change."""
-    monkeypatch.setattr(metrics, "load_or_none", lambda *args: None)
     shutil.copytree(material / "images", "set")
     autoencoder = changed("ae.pt", ae[1], dict(data="set"))
     run, few = changed("run.pt", data="set"), ["--val_images", 1]

@@ -1,7 +1,4 @@
-"""
-Nothing is lost: runs are killed at random moments, stopped by signals, on full disks, and numbers
-are not finite. `--long` kills every method, 36 times in all; without it one per stage, twice.
-"""
+"""Nothing is lost of runs that are killed, stopped, on full disks, not finite; --long: all runs."""
 import functools
 import json
 import multiprocessing

@@ -1,8 +1,4 @@
-"""
-The number of processes and of gradient-accumulation parts changes nothing: same global batch, same
-losses; tiny data neither hangs nor counts an image twice. 1 process against 2 with 2 parts each,
-for vf and dog, which have a second network; `--long`: every method, and also 2 and 4 processes.
-"""
+"""Processes and micro-batches change nothing: vf and dog (two networks); all methods if --long."""
 import functools
 import json
 
