@@ -248,7 +248,6 @@ def test_cifar10_keeps_torchvisions_split_and_labels(monkeypatch):
     for image_set, offset in ((train, 100), (held_out, 0)):
         items = {int(image_set[i][0][0, 5, 7]) - offset: image_set[i][1] for i in range(6)}
         assert items == {0: 1, 1: 0, 2: 1, 3: 0, 4: 0, 5: 0}       # sorted: airplane 0, cat 1
-
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Mock(side_effect=OSError("no network")))
     with pytest.raises(ValueError, match="--data cifar10: no network; unpack .* into data/"):
         open_data("cifar10", 16)
@@ -285,8 +284,7 @@ def test_every_epoch_holds_every_index_once():
         np.testing.assert_array_equal(found, [indices[part], mirrored[part]])
     assert (stream_entries(n, 0, n, seed=4)[0] != epochs[0]).any()
     assert not stream_entries(n, 0, n, seed=3, mirror=False)[1].any()
-    # the order of all published runs
-    assert indices[:8].tolist() == [9, 17, 12, 18, 0, 15, 3, 20]
+    assert indices[:8].tolist() == [9, 17, 12, 18, 0, 15, 3, 20]           # as all published runs
     assert mirrored[:8].tolist() == [1, 1, 1, 0, 0, 0, 0, 1]
 
 
