@@ -9,7 +9,6 @@ import pathlib
 import resource
 import shutil
 import signal
-import socket
 import sys
 import time
 import urllib.error
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torchvision.models import VGG16_Weights, vgg16
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -61,8 +61,7 @@ def args_of(script, *flags):
         return script.get_args()
 
 
-# A script in a process of its own, forked from a server that has imported everything: it starts
-# in a second and can be killed.
+# Processes that can be killed, forked in a second from a server that has imported everything
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["conftest", "train_ae", "train_diffusion", "evaluate"])
 
@@ -70,8 +69,7 @@ SERVER.set_forkserver_preload(["conftest", "train_ae", "train_diffusion", "evalu
 def _child(module, argv, cwd, output, environment, largest_file, patch):
     os.environ.update(environment)
     os.chdir(cwd)
-    # open to the end: a traceback belongs there, too
-    sys.stdout = sys.stderr = open(output, "a", buffering=1)
+    sys.stdout = sys.stderr = open(output, "a", buffering=1)       # to the end, with tracebacks
     os.dup2(sys.stdout.fileno(), 1)
     os.dup2(sys.stdout.fileno(), 2)
     torch.set_num_threads(1)
@@ -99,9 +97,7 @@ def start(module, *flags, cwd, output, rank=0, world=1, port=None, largest_file=
 
 def run_ranks(world, module, *flags, cwd, output, patch=None, timeout=120):
     """The same on `world` processes; AssertionError with their output unless all exit with 0."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1] if world > 1 else None
+    port = get_free_port() if world > 1 else None
     ranks = [start(module, *flags, cwd=cwd, output=f"{output}.{rank}", rank=rank, world=world,
         port=port, patch=patch) for rank in range(world)]
     stop = time.monotonic() + timeout
@@ -115,8 +111,8 @@ def run_ranks(world, module, *flags, cwd, output, patch=None, timeout=120):
 
 
 def read_lines(path):
-    """A file of JSON lines, such as log.jsonl, as a list."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """A file of JSON lines, such as log.jsonl, as a list, which is empty before there is one."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def table(path):
@@ -175,11 +171,7 @@ def material(tmp_path_factory):
     """A folder of 12 images in two classes, and an autoencoder that saw it for two steps."""
     import train_ae
     folder = tmp_path_factory.mktemp("material")
-    rng = np.random.default_rng(0)
-    for i in range(12):
-        path = folder / "images" / "ab"[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (20, 26, 3), dtype=np.uint8)).save(path)
+    pngs(folder / "images", [f"{'ab'[i % 2]}/{i}.png" for i in range(12)], 20, 26)
     flags = "--preset quick --model f2d4-tiny --image_size 16 --batch_size 4 --steps 2 --reg kl"
     run_main(train_ae, *flags.split(), "--device", "cpu", "--data", folder / "images", "--out",
              folder / "ae")
@@ -206,7 +198,7 @@ def main(tmp_path, monkeypatch, offline):
         device = [] if command == "curves" else ["--device", "cpu"]
         results.unlink(missing_ok=True)
         run_main(evaluate, command, *flags, *device)
-        return read_lines(results) if results.exists() else []
+        return read_lines(results)
     return main
 
 

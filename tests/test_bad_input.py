@@ -1,8 +1,7 @@
 """
-A table of bad input: one row per flag and per kind of file that people bring wrong. Every row is
-refused: exit code 2, one line on stderr that names the flag or the file, and all files as they
-were, so nothing is half-written and no code in a file was run. A row is `command -> words of that
-line`; without words, the command's last flag and its value. Paths of the material are in braces.
+Rows of bad input, one per flag and per kind of file that people bring wrong: exit code 2, one line
+on stderr that names it, all files as they were, no code in a file was run. A row is `command ->
+words of that line`; without words, the command's last flag and its value. {Paths} are in `made`.
 """
 import io
 import json
@@ -30,6 +29,7 @@ from common import run
 from common.data import open_data
 from conftest import ROOT, run_main
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*untrained", "ignore:.*found in sys.modules")
 TINY = "--preset quick --batch_size 4 --device cpu --steps 0 --data {images}"
 BASE = {                                                   # flags before those of a row, which win
     "train_ae": f"{TINY} --model f2d4-tiny --image_size 16 --reg kl --out out",
@@ -44,7 +44,6 @@ BASE = {                                                   # flags before those 
 }
 
 # ---- flags ---------------------------------------------------------------------------------------
-
 FLAGS = {
     "train_ae": [
         "--reg se --image_size 36 -> --reg se", "--reg eq --image_size 64 --gan_weight 1 -> gan",
@@ -86,10 +85,8 @@ FLAGS = {
 ROWS = [f"{script} {row}" for script, rows in FLAGS.items() for row in rows]
 
 # ---- files: {name: content, or what makes it at a path} ------------------------------------------
-
 class Code:
     """An object whose unpickling creates the file `executed` in the working folder."""
-
     def __reduce__(self):
         return open, ("executed", "w")
 
@@ -101,10 +98,8 @@ def written(write):
     return file.getvalue()
 
 
-def encoded(pixels, kind="PNG", **options):
-    return written(lambda file: Image.fromarray(pixels).save(file, kind, **options))
-
-
+encoded = lambda pixels, kind="PNG", **options: written(
+    lambda file: Image.fromarray(pixels).save(file, kind, **options))
 npz = lambda **arrays: written(lambda file: np.savez(file, **arrays))
 saved = lambda state, **options: written(lambda file: torch.save(state, file, **options))
 half = lambda content: content[:len(content) // 2]
@@ -171,12 +166,10 @@ VGG = os.path.basename(VGG16_Weights.IMAGENET1K_V1.url)
 INCEPTION = os.path.basename(URL_INCEPTION_V3)
 
 
-def spoilt(change):
-    """A checkpoint whose weights {name: tensor} went through `change`."""
-    def spoil(state):
-        parts = state.keys() & {"model", "ema"}
-        return saved(state | {part: change(state[part]) for part in parts})
-    return spoil
+def multiplied(state, factor):
+    """A checkpoint with other weights."""
+    return saved(state | {part: {name: factor * tensor for name, tensor in state[part].items()}
+                          for part in state.keys() & {"model", "ema"}})
 
 
 CHECKPOINTS = {                                            # fault: a good one's state -> bytes
@@ -185,7 +178,7 @@ CHECKPOINTS = {                                            # fault: a good one's
     "legacy": lambda state: saved(state | {"x": Code()}, _use_new_zipfile_serialization=False),
     "pickle": lambda state: pickle.dumps(Code(), protocol=2),
     "stage": lambda state: saved(state | {"stage": "painting"}),
-    "nan": spoilt(lambda part: {name: tensor * float("nan") for name, tensor in part.items()}),
+    "nan": lambda state: multiplied(state, float("nan")),
 }
 ROWS.append("evaluate recon --ae {bad}/pipe-run -> pipe-run")
 ROWS += [f"{command}-{fault} -> {fault}/ckpt.pt" for fault in CHECKPOINTS
@@ -195,17 +188,13 @@ ROWS += [f"{command}-{fault} -> {fault}/ckpt.pt" for fault in list(CHECKPOINTS)[
                          "train_diffusion --resume --steps 1 --out {bad}/run")]
 
 
-def edit(name, change):
-    return lambda cache: np.save(cache / name, change(np.load(cache / name)), allow_pickle=True)
-
-
 CACHES = {                                                 # fault: change of a copy
     "cut": lambda cache: os.truncate(cache / "moments.npy", 1000),
     "cut-json": lambda cache: os.truncate(cache / "cache.json", 100),
     "deep": lambda cache: (cache / "cache.json").write_text("[" * 200_000),
     "piped": lambda cache: ((cache / "labels.npy").unlink(), os.mkfifo(cache / "labels.npy")),
-    "code": edit("labels.npy", lambda labels: np.array([Code()])),
-    "nan": edit("moments.npy", lambda moments: moments * np.float16("nan")),
+    "code": lambda cache: np.save(cache / "labels.npy", np.array([Code()]), allow_pickle=True),
+    "nan": lambda cache: np.save(cache / "moments.npy", np.nan * np.load(cache / "moments.npy")),
 }
 ROWS += [f"train_diffusion --cache {{bad}}/{name}-cache" for name in CACHES]
 
@@ -229,15 +218,13 @@ def made(material, tmp_path_factory):
     paths = {name: folder / name for name in ("cache", "run", "bad")}
     paths |= dict(images=material / "images", ae=folder / "ckpt.pt")
     trained = torch.load(material / "ae" / "ckpt.pt", weights_only=True)
-    light = {key: part for key, part in trained.items() if key != "optimizer"}   # loads faster
-    torch.save(light, paths["ae"])
+    torch.save({key: part for key, part in trained.items() if key != "optimizer"}, paths["ae"])
     run_main(train_diffusion, *f"{BASE['train_diffusion']} --out {{run}}".format(**paths).split())
-    other = spoilt(lambda part: {name: 2 * tensor for name, tensor in part.items()})
     states = dict(ae=trained, run=torch.load(paths["run"] / "ckpt.pt", weights_only=True))
     files = {"good.npz": npz(**MOMENTS), "good.png": PNG, "set/a.png": PNG, "set/b.png": PNG,
         "pipe-run/ckpt.pt": os.mkfifo, "good.zip": zipped(TWO),
         "flat.npy": written(lambda file: np.save(file, np.zeros((2, 3)))),
-        "bin/gs": b"#!/bin/sh\ntouch executed\n", "other.pt": other(trained)}
+        "bin/gs": b"#!/bin/sh\ntouch executed\n", "other.pt": multiplied(trained, 2)}
     for name, content in (files | IMAGES | SETS | STATISTICS | WEIGHTS).items():
         put(paths["bad"] / name, content)
     (paths["bad"] / "bin" / "gs").chmod(0o755)
@@ -285,9 +272,6 @@ def refused(start, made, capsys):
         assert [word for word in words.split() if word not in error] == [], error
         assert times() == before
     return refused
-
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*untrained", "ignore:.*found in sys.modules")
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -1,7 +1,4 @@
-"""
-What comments and pages cite of the paper (arXiv:2603.14645 v1) exists there. An equation of
-somebody else is told by author and year in the same brackets: (Song et al. 2021, Eq. 12).
-"""
+"""What comments and pages cite of the paper (arXiv:2603.14645 v1) exists there."""
 import re
 
 import pytest
@@ -20,6 +17,7 @@ GAP = r"[\s#]+"                                            # a list may go on in
 NUMBER = r"(?:A\.\d+|\d+(?:\.\d+)?)"
 LIST = rf"{NUMBER}(?:(?:,{GAP}|{GAP}(?:and|to){GAP}|-){NUMBER})*"
 CITATION = re.compile(rf"\b({KIND}){GAP}({LIST})|\b(A\.\d+)")
+# of somebody else: by author and year in the same brackets, (Song et al. 2021, Eq. 12)
 FOREIGN = re.compile(r"\([^()]*[A-Z][\w-]+( et al\.?| and [A-Z][\w-]+)?,? (19|20)\d\d[^()]*\)")
 
 

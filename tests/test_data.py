@@ -212,6 +212,7 @@ LABELS = [3 * i % 7 for i in range(11)]
     ([f"images/{name}" for name in SHARDS],                # with a folder of latents beside them
      {"images": dict(zip(SHARDS, LABELS)), "vae-sd": None}, [*"0123456"], LABELS),
     (SHARDS, {"": None}, [], 11 * [0]),
+    (["train/a.png", "val/b.png"], {}, [], [0, 0]),
     (SHARDS[:4], {"": {name: 2 for name in SHARDS}}, ["0", "1", "2"], 4 * [2]),  # one shard; spare
     (SHARDS, {"": {name.replace("/", "\\"): 1 for name in SHARDS}}, ["0", "1"], 11 * [1]),
     (["a/0.png", "1.png"], {"": {"a/0.png": 1, "1.png": 1}}, ["0", "1"], [1, 1]),
@@ -219,7 +220,7 @@ LABELS = [3 * i % 7 for i in range(11)]
      {"train": {"0/a.png": 1, "1/b.png": 1}, "val": {"0/c.png": 0}}, ["0", "1"], [1, 1, 0]),
     (["train/a.png", "val/b.png"], {"": {"train/a.png": 1, "val/b.png": 9}}, ["0", "1"], [1, -1]),
 ], ids=["imagenet", "unknown class", "fewer classes", "one class", "EDM", "REPA", "null",
-        "one shard", "windows", "beside folders", "splits", "above splits"])
+        "no class", "one shard", "windows", "beside folders", "splits", "above splits"])
 def test_where_labels_are_found(tmp_path, names, tables, classes, labels):
     """Held-out images have training classes, or all -1; of tables as EDM writes them; packed."""
     folder, packed = label(pngs(tmp_path / "set", names), tables), tmp_path / "x.zip"
@@ -248,7 +249,6 @@ def test_cifar10_keeps_torchvisions_split_and_labels(monkeypatch):
     for image_set, offset in ((train, 100), (held_out, 0)):
         items = {int(image_set[i][0][0, 5, 7]) - offset: image_set[i][1] for i in range(6)}
         assert items == {0: 1, 1: 0, 2: 1, 3: 0, 4: 0, 5: 0}       # sorted: airplane 0, cat 1
-
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Mock(side_effect=OSError("no network")))
     with pytest.raises(ValueError, match="--data cifar10: no network; unpack .* into data/"):
         open_data("cifar10", 16)
@@ -285,8 +285,7 @@ def test_every_epoch_holds_every_index_once():
         np.testing.assert_array_equal(found, [indices[part], mirrored[part]])
     assert (stream_entries(n, 0, n, seed=4)[0] != epochs[0]).any()
     assert not stream_entries(n, 0, n, seed=3, mirror=False)[1].any()
-    # the order of all published runs
-    assert indices[:8].tolist() == [9, 17, 12, 18, 0, 15, 3, 20]
+    assert indices[:8].tolist() == [9, 17, 12, 18, 0, 15, 3, 20]           # as all published runs
     assert mirrored[:8].tolist() == [1, 1, 1, 0, 0, 0, 0, 1]
 
 

@@ -8,8 +8,7 @@ from torch import nn
 
 from dit import DDPM, MODELS, Interpolant, NoiseStream, SiT, UViT, sincos_positions, sinusoid
 
-# of SiT and UViT; 6 x 10 latents give 3 x 5 tokens
-TINY = dict(depth=3, dim=32, heads=2, patch_size=2)
+TINY = dict(depth=3, dim=32, heads=2, patch_size=2)        # 6 x 10 latents give 3 x 5 tokens
 
 
 def tiny(kind, num_classes=7, seed=0, input_size=(6, 10), in_channels=3, **changes):

@@ -118,7 +118,6 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
 # ---- --device mps: no float64 there --------------------------------------------------------------
 class NoFloat64(TorchDispatchMode):
     """The meta device in the place of an Apple GPU: float64 there is an error, a copy is zeros."""
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         on_device = args and getattr(args[0], "is_meta", False)

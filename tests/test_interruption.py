@@ -1,6 +1,5 @@
 """Nothing is lost of runs that are killed, stopped, on full disks, not finite; --long: all runs."""
 import functools
-import json
 import multiprocessing
 import os
 import pathlib
@@ -43,12 +42,6 @@ def command(method, material):
     return module, flags
 
 
-def log_lines(out):
-    """What log.jsonl holds by now."""
-    log = out / "log.jsonl"
-    return log.read_text().splitlines() if log.exists() else []
-
-
 @pytest.fixture(scope="module")
 def straight(material, tmp_path_factory):
     """straight(method) -> (folder of an uninterrupted run, seconds it took)."""
@@ -79,8 +72,7 @@ def test_killed_at_random_moments(method, material, straight, tmp_path, request)
             time.sleep(0.0005)
         process.kill()
         process.join()
-        for line in log_lines(out):
-            json.loads(line)                               # parseable at any time
+        read_lines(out / "log.jsonl")                      # parseable at any time
         if (out / "ckpt.pt").exists():
             torch.load(out / "ckpt.pt", weights_only=True)
     run_ranks(1, module, *flags, cwd=tmp_path, output=output)
@@ -101,7 +93,7 @@ def test_signals_finish_the_step_and_save(method, material, straight, tmp_path):
     out, output = tmp_path / "run", tmp_path / "output"
     flags = [*flags, "--out", out, "--workers", 2]
     process = start(module, *flags, cwd=tmp_path, output=output, patch=forkserver_by_default)
-    while process.is_alive() and len(log_lines(out)) < 3:      # both workers have been heard of
+    while process.is_alive() and len(read_lines(out / "log.jsonl")) < 3:   # both workers are up
         time.sleep(0.001)
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
     workers, asked = [*map(int, children.read_text().split())], time.monotonic()
@@ -131,7 +123,7 @@ def test_torchrun_passes_the_signal_on(tmp_path):
                 "--eval_every", "50000", "--gan_weight", "0", "--out", str(out)]
     process = subprocess.Popen(torchrun, cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)
-    while process.poll() is None and len(log_lines(out)) < 4:
+    while process.poll() is None and len(read_lines(out / "log.jsonl")) < 4:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -239,11 +231,11 @@ def test_three_thousand_steps_leak_nothing(tmp_path):
                     "--out", tmp_path / "run", cwd=tmp_path, output=tmp_path / "output")
     while process.is_alive():
         time.sleep(0.2)
-        lines = log_lines(tmp_path / "run")
+        lines = read_lines(tmp_path / "run" / "log.jsonl")
         if process.is_alive() and lines:
             pages = int(pathlib.Path(f"/proc/{process.pid}/statm").read_text().split()[1])
             handles = len(os.listdir(f"/proc/{process.pid}/fd"))
-            curve[json.loads(lines[-1])["step"]] = (pages * resource.getpagesize(), handles)
+            curve[lines[-1]["step"]] = (pages * resource.getpagesize(), handles)
     assert process.exitcode == 0 and len(curve) >= 10
     first = [entry for step, entry in curve.items() if step <= 1500]
     second = [entry for step, entry in curve.items() if step > 1500]

@@ -1,7 +1,4 @@
-"""
-What every function of spectral.py promises: finite float32 for what is finite, whatever the dtype,
-layout, sides (odd, prime, 1), batch (of none), magnitude (up to the contract's). What it refuses.
-"""
+"""Functions of spectral.py: finite float32 of all that is finite, in any layout; and refusals."""
 import itertools
 import math
 

@@ -85,8 +85,7 @@ def test_gradient_goes_to_the_projection_only():
     """The encoder's tokens carry no graph, and a target that does gets no gradient."""
     encoder, images = load_encoder(source="random"), torch.rand(2, 3, 32, 48, requires_grad=True)
     raw = encoder(images, (4, 6))
-    # an inference tensor cannot be saved for backward
-    assert not raw.requires_grad and not raw.is_inference()
+    assert not raw.requires_grad and not raw.is_inference()    # which backward could not save
     projected, target = (torch.randn(2, 24, 64, requires_grad=True) for _ in range(2))
     (alignment_loss(projected, raw) + alignment_loss(projected, target)).backward()
     assert projected.grad.abs().sum() > 0 and target.grad is None

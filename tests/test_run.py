@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -212,7 +213,6 @@ def test_sighup_counts_unless_it_is_ignored(handlers):
 
 
 # ---- nothing silently wrong
-
 def hold(path):
     """Hold the lock until killed."""
     run.locks.enter_context(run.file_lock(path, wait=False))
@@ -248,13 +248,10 @@ def test_what_is_not_finite_takes_no_checkpoints_place(tmp_path, capsys):
 
 def test_a_batch_that_cannot_be_had_saves_first():
     """A killed loader worker ends a run with its line, and nothing is lost."""
-    def batches():
-        yield 0
-        yield 1
-        raise ValueError("a loader's worker was killed")
+    batches = iter(Mock(side_effect=[0, 1, ValueError("a loader's worker was killed")]), None)
     saved, seen = [], []
     with pytest.raises(ValueError, match="worker was killed"):
-        for batch in run.save_on_error(batches(), 5, saved.append):
+        for batch in run.save_on_error(batches, 5, saved.append):
             seen.append(batch)
     assert seen == [0, 1] and saved == [7]
 
