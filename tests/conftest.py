@@ -46,7 +46,7 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-def run_main(module, *flags, monkeypatch=None):
+def run_main(module, *flags):
     """module.main() in this process, with these flags on its command line."""
     with mock.patch.object(sys, "argv", [f"{module.__name__}.py", *map(str, flags)]):
         try:

@@ -182,11 +182,11 @@ def test_mps_is_float32_and_not_compiled():
 
 
 # ---- Knobs of research ---------------------------------------------------------------------------
-def test_alignment_ends_at_repa_until(material, tmp_path, monkeypatch):
+def test_alignment_ends_at_repa_until(material, tmp_path):
     """Its term and its projector's updates end there; until then the run is the aligned one."""
     train = lambda name, steps, *flags: test_train_diffusion.train(
         material, tmp_path / name, "--repa", "dog", "--encoder_source", "random", "--steps", steps,
-        *flags, monkeypatch=monkeypatch)
+        *flags)
     log, ended = train("a", 4, "--repa_until", 2)
     assert ["align" in line for line in log] == [True, True, False, False]
     _, aligned = train("b", 2)

@@ -14,14 +14,14 @@ from conftest import ROOT
 
 # Lines. The aim of DESIGN.md is 5,200 in all (spectral 370, losses 280, vae 320, dit 480, repa 230;
 # train_ae 400, train_diffusion 350, evaluate 400; run 330, data 400, builtin 145, latents 180,
-# weights 280, metrics 190; analysis 850; tests 6,500), which is not reached: these limits keep what
-# is, and only go down.
+# weights 280, metrics 190; analysis 850; tests 6,500), of which only the last is reached: these
+# limits keep what is.
 BUDGETS = {
     "spectral.py": 374, "losses.py": 282, "vae.py": 320, "dit.py": 481, "repa.py": 230,
     "train_ae.py": 464, "train_diffusion.py": 333, "evaluate.py": 357,
     "common/run.py": 758, "common/data.py": 523, "common/builtin.py": 143,
     "common/latents.py": 194, "common/weights.py": 335, "common/metrics.py": 213}
-ROOMS = {"product": 6177, "analysis": 1170, "experiments": 797, "tests": 6555,
+ROOMS = {"product": 6177, "analysis": 1170, "experiments": 797, "tests": 6500,
          "tests/benchmark.py": 300}
 IDEAS, TRAINERS = list(BUDGETS)[:5], list(BUDGETS)[5:7]
 length = lambda node: node.end_lineno - node.lineno + 1

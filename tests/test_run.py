@@ -246,16 +246,6 @@ def test_what_is_not_finite_takes_no_checkpoints_place(tmp_path, capsys):
     assert capsys.readouterr().err.count("step 2: weights or moments are not finite") == 2
 
 
-def test_a_batch_that_cannot_be_had_saves_first():
-    """A killed loader worker ends a run with its line, and nothing is lost."""
-    batches = iter(Mock(side_effect=[0, 1, ValueError("a loader's worker was killed")]), None)
-    saved, seen = [], []
-    with pytest.raises(ValueError, match="worker was killed"):
-        for batch in run.save_on_error(batches, 5, saved.append):
-            seen.append(batch)
-    assert seen == [0, 1] and saved == [7]
-
-
 def test_the_reason_of_an_error():
     """Without torch's advice to unpickle; a folder named weights is no such advice."""
     assert "plain data" in run.reason(RuntimeError("re-running `torch.load` with `weights_only` "))

@@ -30,9 +30,9 @@ def flags_of(material, out, *flags):
             "--cache", str(material / "cache"), "--out", str(out), *map(str, flags)]
 
 
-def train(material, out, *flags, monkeypatch):
+def train(material, out, *flags):
     """train_diffusion.main in this process; returns log.jsonl and the checkpoint."""
-    run_main(train_diffusion, *flags_of(material, out, *flags), monkeypatch=monkeypatch)
+    run_main(train_diffusion, *flags_of(material, out, *flags))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return log, run.load_checkpoint(out / "ckpt.pt", "diffusion")
 
@@ -48,7 +48,7 @@ def test_trains_samples_and_evaluates(model, material, offline, tmp_path, monkey
     """Class-conditional from the class folders; guidance works; gen writes grid, npz and folder."""
     monkeypatch.chdir(material)
     log, checkpoint = train(material, tmp_path, "--model", model, "--steps", 3, "--ae",
-                            "ae/ckpt.pt", monkeypatch=monkeypatch)
+                            "ae/ckpt.pt")
     monkeypatch.chdir(tmp_path)                            # the autoencoder is still found
     assert [line["step"] for line in log] == [0, 1, 2]
     assert all(np.isfinite(line["loss"]) for line in log)
@@ -56,7 +56,7 @@ def test_trains_samples_and_evaluates(model, material, offline, tmp_path, monkey
     assert (tmp_path / "samples.png").stat().st_size > 500
     run_main(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--num_samples", 5, "--steps", 3,
              "--cfg", 1.5, "--batch_size", 2, "--folder", "--workers", 0, "--device", "cpu",
-             "--results", tmp_path / "results.jsonl", monkeypatch=monkeypatch)
+             "--results", tmp_path / "results.jsonl")
     result = json.loads((tmp_path / "results.jsonl").read_text())
     assert result["n"] == 5 and result["cfg"] == 1.5 and "SWD_16px" in result
     assert not any(key.startswith("FID") for key in result)
@@ -66,12 +66,12 @@ def test_trains_samples_and_evaluates(model, material, offline, tmp_path, monkey
     assert (tmp_path / "samples" / "images" / "000004.png").exists()
 
 
-def test_resuming_equals_never_stopping(material, tmp_path, monkeypatch):
+def test_resuming_equals_never_stopping(material, tmp_path):
     """6 steps straight, and 3 + 3 after a resume: model, average, optimiser and log are equal."""
     flags = ["--steps", 6, "--eval_every", 3, "--keep_every", 3, "--log_every", 4]
-    train(material, tmp_path / "a", *flags, monkeypatch=monkeypatch)
+    train(material, tmp_path / "a", *flags)
     copy_at(3, tmp_path / "a", tmp_path / "b")
-    train(material, tmp_path / "b", *flags, "--resume", monkeypatch=monkeypatch)
+    train(material, tmp_path / "b", *flags, "--resume")
     assert equal_runs(tmp_path / "a", tmp_path / "b").keys() >= {"model", "ema", "optimizer"}
 
 
@@ -84,8 +84,7 @@ def test_alignment_trains_the_blocks_below_it_and_no_others(kind, material, tmp_
         loss, tokens = diffusion_loss(*args)
         return loss * 0, tokens
     monkeypatch.setattr(dit.Interpolant, "loss", alignment_only)
-    log, checkpoint = train(material, tmp_path, "--steps", 3, "--lr", 0.01, *ALIGNED, kind,
-                            monkeypatch=monkeypatch)
+    log, checkpoint = train(material, tmp_path, "--steps", 3, "--lr", 0.01, *ALIGNED, kind)
     fresh = fresh_weights(checkpoint)
     moved = lambda name: not torch.equal(fresh[name], checkpoint["model"][name])
     assert moved("blocks.0.mlp.fc1.weight") or moved("blocks.0.adaLN_modulation.1.weight")
@@ -111,7 +110,7 @@ def test_images_and_latents_share_crop_and_mirror(material, tmp_path, monkeypatc
             yield item
     monkeypatch.setattr(train_diffusion, "load_encoder", spy_encoder)
     monkeypatch.setattr(train_diffusion.LatentCache, "batches", spy_batches)
-    train(material, tmp_path, "--steps", 4, *ALIGNED, "dog", monkeypatch=monkeypatch)
+    train(material, tmp_path, "--steps", 4, *ALIGNED, "dog")
     ae = load_autoencoder(material / "ae" / "ckpt.pt")
     shown = shown[1:]                                      # the first call is the check of the grid
     assert len(shown) == 4 and np.concatenate([mirrored for _, mirrored in cached]).any()
@@ -135,7 +134,7 @@ def test_an_image_lost_since_it_was_encoded_saves_first(material, tmp_path, monk
     monkeypatch.setattr(train_diffusion, "train_batches", spoilt)
     with pytest.raises(ValueError, match="could be read before"):
         train(material, tmp_path / "run", "--data", tmp_path / "set", "--steps", 9, *ALIGNED, "dog",
-              "--cache", tmp_path / "cache", monkeypatch=monkeypatch)
+              "--cache", tmp_path / "cache")
     assert run.load_checkpoint(tmp_path / "run" / "ckpt.pt", "diffusion")["step"] == 2
 
 
@@ -150,29 +149,28 @@ def test_nothing_is_chosen_or_written_in_silence(material, tmp_path, monkeypatch
         args_of(train_diffusion, "--preset", "quick", "--resume")
     with pytest.raises(ValueError, match="--out .*run: lies in"):
         run_main(train_diffusion, *TINY, "--ae", material / "ae" / "ckpt.pt", "--out",
-                 material / "images" / "run", monkeypatch=monkeypatch)
+                 material / "images" / "run")
 
 
-def test_labels_are_dropped_and_average_is_sampled(material, tmp_path, monkeypatch):
+def test_labels_are_dropped_and_average_is_sampled(material, tmp_path):
     """--label_dropout 1 trains the null label's row alone. The checkpoint carries the average."""
     _, checkpoint = train(material, tmp_path, "--steps", 3, "--label_dropout", 1,
-                          "--weight_decay", 0, "--lr", 0.01, monkeypatch=monkeypatch)
+                          "--weight_decay", 0, "--lr", 0.01)
     table = "y_embedder.embedding_table.weight"
     moved = (checkpoint["model"][table] - fresh_weights(checkpoint)[table]).abs().amax(1)
     assert moved[2] > 0 and moved[:2].max() == 0
     assert not same(checkpoint["model"], checkpoint["ema"])
 
 
-def test_the_checkpoint_knows_which_classes_had_an_image(material, tmp_path, monkeypatch, capsys):
+def test_the_checkpoint_knows_which_classes_had_an_image(material, tmp_path, capsys):
     """--num_classes 5 with two class folders; a set that changed since is said in one line."""
     flags = ["--steps", 1, "--num_classes", 5]
-    _, checkpoint = train(material, tmp_path / "run", *flags, monkeypatch=monkeypatch)
+    _, checkpoint = train(material, tmp_path / "run", *flags)
     assert checkpoint["classes_seen"] == [0, 1]
     assert "has changed since" not in capsys.readouterr().out
     trained = torch.load(material / "ae" / "ckpt.pt", weights_only=True)
     torch.save(trained | dict(images="others"), tmp_path / "ckpt.pt")
-    train(material, tmp_path / "run", *flags, "--ae", tmp_path / "ckpt.pt", "--overwrite",
-          monkeypatch=monkeypatch)
+    train(material, tmp_path / "run", *flags, "--ae", tmp_path / "ckpt.pt", "--overwrite")
     assert "has changed since" in capsys.readouterr().out
 
 
@@ -181,9 +179,7 @@ def test_alignment_on_built_in_images(material, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "open_data", lambda *args, **options: (
         BuiltInImages(16, 6, kind="discs"), None))
     run_main(train_diffusion, *TINY, "--ae", material / "ae" / "ckpt.pt", "--image_size", 16,
-             "--steps", 1, *ALIGNED, "dog", "--cache", tmp_path / "cache", "--out", tmp_path,
-             monkeypatch=monkeypatch)
+             "--steps", 1, *ALIGNED, "dog", "--cache", tmp_path / "cache", "--out", tmp_path)
     assert '"align"' in (tmp_path / "log.jsonl").read_text()
     with pytest.raises(ValueError, match="--cfg 2.0: .* no null class"):
-        run_main(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--cfg", 2, "--device", "cpu",
-                 monkeypatch=monkeypatch)
+        run_main(evaluate, "gen", "--ckpt", tmp_path / "ckpt.pt", "--cfg", 2, "--device", "cpu")
