@@ -21,7 +21,7 @@ BUDGETS = {
     "train_ae.py": 464, "train_diffusion.py": 333, "evaluate.py": 357,
     "common/run.py": 758, "common/data.py": 523, "common/builtin.py": 143,
     "common/latents.py": 194, "common/weights.py": 335, "common/metrics.py": 213}
-ROOMS = {"product": 6177, "analysis": 1170, "experiments": 797, "tests": 6500,
+ROOMS = {"product": 6177, "analysis": 1170, "experiments": 797, "tests": 6499,
          "tests/benchmark.py": 300}
 IDEAS, TRAINERS = list(BUDGETS)[:5], list(BUDGETS)[5:7]
 length = lambda node: node.end_lineno - node.lineno + 1

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import time
-from unittest.mock import Mock
 
 import pytest
 import torch
