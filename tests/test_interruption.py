@@ -97,13 +97,15 @@ def test_signals_finish_the_step_and_save(method, material, straight, tmp_path):
         time.sleep(0.001)
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
     workers, asked = [*map(int, children.read_text().split())], time.monotonic()
+    os.kill(process.pid, signal.SIGSTOP)                   # else it may reach its end meanwhile
     assert len(workers) == 2
     for pid in workers:
         os.kill(pid, signal.SIGINT)
         os.kill(pid, signal.SIGTERM)
         time.sleep(0.1)
-        assert os.path.exists(f"/proc/{pid}"), output.read_text()
+        assert ") Z " not in pathlib.Path(f"/proc/{pid}/stat").read_text()  # no zombie
     os.kill(process.pid, signal.SIGINT)                    # SIGTERM: see torchrun's test below
+    os.kill(process.pid, signal.SIGCONT)
     process.join(60)
     assert process.exitcode == 0 and time.monotonic() - asked < 20, output.read_text()
     assert "SIGINT: stopped before step" in output.read_text()

@@ -336,5 +336,3 @@ def test_labelnets_file_is_not_overwritten():
     """Distances in the features of another network are other numbers."""
     with pytest.raises(ValueError, match="labelnet.pt: is there"):
         miniature.train_labelnet("leaves")
-
-
