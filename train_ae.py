@@ -6,9 +6,9 @@ Stage 1: train an autoencoder with a shaped latent spectrum.
 
 The loop in main() is the method: the forward pass of Fig. 1, the losses of Eqs. 2 to 4 term by
 term, one backward pass. The defaults are those of Table 5 for CelebA 256 (f16d16) and the masks of
-Table 8; warm-up, clipping and betas are not in the paper. A run writes
-ckpt.pt, log.jsonl and reconstructions.png to --out. The batch size is the GLOBAL batch over all
-processes; the learning rate is never rescaled. Numbering as in arXiv:2603.14645 v1.
+Table 8; warm-up, clipping and betas are not in the paper. A run writes ckpt.pt, log.jsonl and
+reconstructions.png to --out. The batch size is the GLOBAL batch over all processes; the learning
+rate is never rescaled. Numbering as in arXiv:2603.14645 v1.
 """
 import argparse
 import dataclasses
