@@ -258,7 +258,7 @@ def get_args():
         description=inspect.getdoc(function) if function else __doc__,
         formatter_class=run.Help)
     parser.add_argument("command", choices=COMMANDS, metavar=command or "COMMAND",
-                        help=argparse.SUPPRESS)
+                        help=argparse.SUPPRESS if command else "one of the above")
 
     def add(flag, default=None, **options):
         name = flag.strip("-")
@@ -292,7 +292,7 @@ def get_args():
     add("--num_samples", 50_000, type=int, help="images to sample")
     add("--steps", 100, type=int, help="network calls per sample")
     add("--sampler", "em", choices=("em", "ode"), help="SiT: Euler-Maruyama or Euler ODE")
-    add("--cfg", 1.0, type=float, help="guidance scale; 1 = off (paper: 1.8 on ImageNet)")
+    add("--cfg", 1.0, type=float, help="guidance scale; 1 = off (Table 4: 1.8)")
     add("--cfg_interval", (0.0, 1.0), type=float, nargs=2, help="times with guidance, 0 = data")
     add("--labels", "turn", choices=("turn", "random"), help="classes in turn, or at random")
     add("--jpeg", False, action="store_true", help="compress the samples as JPEG, quality 75")
@@ -305,7 +305,7 @@ def get_args():
         "instead of --ae; compared with images only if --data is given")
     add("--published", choices=figures.CURVES, help="add the authors' curves; yours in their form")
     add("--encoder", help="DINOv2 model")
-    add("--encoder_source", help="a local clone of facebookresearch/dinov2, or random (for tests)")
+    add("--encoder_source", help="a folder with hubconf.py, or random (for tests)")
     add("--image", help="image file (default: the first --val_images held-out images of --data)")
     add("--token", type=int, help="token index in row-major order, from 0 (default: the centre)")
     add("--out", f"out/{command}.png", help="figure; for gen a folder (default: next to --ckpt)")

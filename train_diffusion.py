@@ -62,7 +62,8 @@ def get_args():
     # data and latents
     add("--ae", help="ckpt.pt of train_ae.py, or released weights that common/weights.py reads "
         "(default: the newest out/ae/<preset>-*/ckpt.pt)")
-    add("--data", help="folder, .zip, or cifar10 (default: the autoencoder's training data)")
+    add("--data", help="folder, .zip, cifar10, or built-in leaves or discs (default: the "
+        "autoencoder's training data)")
     add("--image_size", type=int, help="pixels per side (default: as for the autoencoder, or 256)")
     add("--cache", help="folder of the latent cache (default: "
         "out/latents/<autoencoder>-<images>-<size>)")

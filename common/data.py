@@ -499,10 +499,12 @@ def pack(spec, size, out, count=10_000, workers=0, overwrite=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=pack.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m common.data", formatter_class=run.Help,
+        description="Crop a set into a zip of BMPs, keeping names and dataset.json.")
     add = parser.add_argument
     add("command", choices=["pack"])
-    add("--data", default="leaves", help="folder, .zip or 'cifar10'; leaves or discs: built in")
+    add("--data", default="leaves", help="folder, .zip, cifar10, or built-in leaves or discs")
     add("--size", type=int, default=256, help="image side in pixels")
     add("--out", required=True, help="the .zip to write")
     add("--count", type=int, default=10_000, help="number of built-in images")

@@ -645,7 +645,7 @@ def add_run_flags(parser):
     add("--device", choices=DEVICES, help="mps: an Apple GPU (default: cuda if there is one)")
     add("--dtype", choices=("fp32", "bf16"), help="(default: bf16 on cuda, else fp32)")
     add("--compile", choices=("on", "off"), help="torch.compile the networks (default: on for "
-        "cuda, except with --reg eq, se or vf; else off)")
+        "cuda, except in train_ae.py with --reg eq, se or vf; else off)")
     add("--grad_checkpoint", action="store_true", help="recompute activations to save memory")
     add("--grad_accum", type=int, default=1, help="micro-batches per step, to save memory")
     add("--workers", type=int, default=8, help="loader processes per training process")

@@ -321,7 +321,9 @@ def load_diffusion(path, ae_path, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=export_diffusers.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m common.weights", formatter_class=run.Help,
+        description="Write an autoencoder to a folder in diffusers' layout.")
     parser.add_argument("command", choices=["export"])
     parser.add_argument("--ae", required=True, help="ckpt.pt of train_ae.py, or released weights")
     parser.add_argument("--out", required=True, help="the folder to write")
