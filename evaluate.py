@@ -143,7 +143,7 @@ def evaluate_gen(args, device):
     best checkpoint is printed at the end; the paper found the steps of Table 2 in this way.
     """
     run.need_one_node("gen: samples.npz")
-    args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    args.dtype = args.dtype or run.default_dtype(device)
     load = lambda: metrics.load_or_none(lambda: metrics.load_inception(device), args)
     inception = cache(load)                            # called once flags and checkpoint are valid
     checkpoints, results = figures.named_checkpoints(args), []
@@ -152,6 +152,7 @@ def evaluate_gen(args, device):
         if len(checkpoints) > 1:
             out = out / name if args.out else out.with_name(f"samples-{Path(file).stem}")
         model, process, ae, checkpoint = load_diffusion(file, args.ae, device)
+        run.same_on_all_ranks("--ckpt", (file, checkpoint["step"]))
         null_class = model.num_classes and checkpoint["args"].get("label_dropout") != 0
         run.need(args.cfg == 1 or null_class, f"--cfg {args.cfg}: {file} was trained without "
                  "classes or with --label_dropout 0, so there is no null class; leave --cfg at 1")
@@ -296,7 +297,8 @@ def get_args():
     add("--cfg_interval", (0.0, 1.0), type=float, nargs=2, help="times with guidance, 0 = data")
     add("--labels", "turn", choices=("turn", "random"), help="classes in turn, or at random")
     add("--jpeg", False, action="store_true", help="compress the samples as JPEG, quality 75")
-    add("--dtype", choices=("fp32", "bf16"), help="transformer's dtype (default: bf16 on cuda)")
+    add("--dtype", choices=("fp32", "bf16"), help="of the transformer (default: bf16 on GPUs "
+        "that compute in it, else fp32)")
     add("--reference_images", 0, type=int, help="training images to compare with; 0 = all")
     add("--folder", False, action="store_true", help="also write every sample as a PNG")
     # spectrum and similarity

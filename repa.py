@@ -75,8 +75,9 @@ class Encoder(nn.Module):
                 x = (x * 0.5 + 0.5 - self.mean) / self.std
             x = F.interpolate(x, (self.patch * h, self.patch * w), mode=self.resize,
                               align_corners=False)
-        # bf16 on CUDA, float32 elsewhere
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        # bf16 on a GPU that supports it (Ampere or newer), else float32
+        bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             tokens = self.network.forward_features(x)["x_norm_patchtokens"].float()
         if tokens.shape[1:] != (h * w, self.width):
             raise ValueError(f"the encoder returned tokens of shape {tuple(tokens.shape[1:])}; its "

@@ -202,7 +202,7 @@ def main():
              f"reduction of {args.ae}")
     origin = dict(data=data, data_seed=ae.trained.get("seed", 0), image_size=size)
     run.need_outside(args.out, data)
-    identity = dict(autoencoder=run.same_on_all_nodes("--ae", lambda: autoencoder_hash(ae)),
+    identity = dict(autoencoder=run.same_on_all_ranks("--ae", autoencoder_hash(ae)),
                     images=run.same_on_all_nodes("--data", lambda: images_hash(train_set)))
     checkpoint = run.open_run(args, "diffusion", identity)
     start_step = checkpoint["step"] if checkpoint else 0

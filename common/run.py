@@ -119,12 +119,18 @@ def broadcast_from_rank0(function):
     return all_gather(function() if get_rank() == 0 else None)[0]
 
 
-def same_on_all_nodes(what, function):
-    """function() on each node's first process, its value on all; ValueError if nodes differ."""
-    first = not dist.is_initialized() or int(os.environ["LOCAL_RANK"]) == 0
-    values = set(all_gather(function() if first else None)) - {None}
-    need(len(values) == 1, f"{what}: differs between the nodes; give each the same files")
+def same_on_all_ranks(what, value):
+    """The value that all processes have; those with None get it. ValueError if they differ."""
+    values = set(all_gather(value)) - {None}
+    need(len(values) == 1, f"{what}: differs between the processes; give each node the same files, "
+         "and replace none while they are read")
     return values.pop()
+
+
+def same_on_all_nodes(what, function):
+    """function() called once per node, its value on all processes; ValueError if nodes differ."""
+    first = not dist.is_initialized() or int(os.environ["LOCAL_RANK"]) == 0
+    return same_on_all_ranks(what, function() if first else None)
 
 
 def all_sum(tensor):
@@ -189,6 +195,12 @@ class Interrupt:
 # --------------------------------------------------------------------------------------------------
 # Device choices, random numbers, one optimiser step
 
+def default_dtype(device):
+    """bf16 on GPUs that compute in it (NVIDIA: Ampere or newer), else fp32."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if bf16 else "fp32"
+
+
 def device_choices(args, device, fixed_size=True):
     """
     Settings that depend on the device: defaults of --dtype and --compile, cuDNN's modes. Fills in
@@ -198,7 +210,7 @@ def device_choices(args, device, fixed_size=True):
     cuda = device.type == "cuda"
     need(device.type != "mps" or args.dtype != "bf16" and args.compile != "on",
          "--device mps: supports neither --dtype bf16 nor --compile on")
-    args.dtype = args.dtype or ("bf16" if cuda else "fp32")
+    args.dtype = args.dtype or default_dtype(device)
     args.compile = args.compile or ("on" if cuda else "off")
     if args.compile == "on" and not shutil.which(os.environ.get("CXX", "g++")):
         args.compile = "off"
@@ -643,7 +655,8 @@ def add_run_flags(parser):
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--seed", type=int, default=0, help="seed of initial weights and all random draws, >= 0")
     add("--device", choices=DEVICES, help="mps: an Apple GPU (default: cuda if there is one)")
-    add("--dtype", choices=("fp32", "bf16"), help="(default: bf16 on cuda, else fp32)")
+    add("--dtype", choices=("fp32", "bf16"), help="(default: bf16 on GPUs that compute "
+        "in it, else fp32)")
     add("--compile", choices=("on", "off"), help="torch.compile the networks (default: on for "
         "cuda, except in train_ae.py with --reg eq, se or vf; else off)")
     add("--grad_checkpoint", action="store_true", help="recompute activations to save memory")

@@ -108,6 +108,8 @@ def main():
     assert log.finite(1) and log.write(1) == dict(a=1.5, b=1.0)
     run.need_one_node("samples")
     assert run.same_on_all_nodes("set", run.get_rank) == 0         # of each node's first process
+    with pytest.raises(ValueError, match="--ae: differs"):     # replaced between two ranks' reads
+        run.same_on_all_ranks("--ae", rank)
     run.platform.node = lambda: f"node{rank}"              # which reads its own disk
     os.environ["LOCAL_RANK"] = "0"
     if rank == 0:
@@ -174,6 +176,9 @@ def test_what_differs_between_cpu_and_gpu_is_decided_in_one_place(monkeypatch, c
         autocast = run.device_choices(args, torch.device(device), fixed_size)
         return args.dtype, args.compile, backend.benchmark, backend.allow_tf32, autocast._enabled
     assert choose("cpu") == ("fp32", "off", False, False, False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: ampere)
+    for ampere, dtype in ((True, "bf16"), (False, "fp32")):        # emulated bf16 does not count
+        assert choose("cuda", compile="off")[0] == dtype
     assert choose("cuda", dtype="fp32", compile="off") == ("fp32", "off", True, False, False)
     assert choose("cpu", dtype="bf16")[-1]
     assert "--compile off" not in capsys.readouterr().out
