@@ -84,8 +84,8 @@ def _encode(folder, ae, batches, moments, labels, readable, progress):
 def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, workers=0,
                 device="cpu", progress=lambda n: None):
     """
-    Encode a dataset outside autocast and write the cache, all ranks together. If another run is already
-    writing it, wait for that one instead.
+    Encode a dataset outside autocast and write the cache, all ranks together. If another run is
+    already writing it, wait for that one instead.
     identity    dict of plain values that LatentCache will compare
     batch_size  images per encoder call, summed over ranks
     progress    called on every rank with the number of images in each batch

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 import train_ae
 import train_diffusion
@@ -50,9 +51,10 @@ def test_init_is_known_by_its_weights(train, capsys):
 def test_slurms_local_rank_will_do(monkeypatch):
     """srun with RANK, WORLD_SIZE and the master given: SLURM_LOCALID is the local rank."""
     for name, value in dict(RANK=0, WORLD_SIZE=1, SLURM_LOCALID=0, MASTER_ADDR="127.0.0.1",
-                            MASTER_PORT=29563).items():
+                            MASTER_PORT=get_free_port()).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "")                   # which is removed afterwards
+    monkeypatch.delenv("LOCAL_RANK")
     assert run.init_distributed("cpu")[:2] == (0, 1)
     run.dist.destroy_process_group()
     assert os.environ["LOCAL_RANK"] == "0"

@@ -370,7 +370,7 @@ def test_a_killed_worker_is_one_line_where_the_next_batch_is_asked_for(flat):
     for _ in range(1000):                                  # a signal's handler would raise here
         time.sleep(1e-4)
     with pytest.raises(ValueError, match="^--workers 1: "):
-        list(batches)
+        [next(batches) for _ in range(20)]
 
 
 # ---- packing -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from common import metrics, run
 from common.data import open_data
 from common.metrics import Moments, jpeg_round_trip, ssim, to_uint8
 from common.weights import load_autoencoder, load_diffusion
-from conftest import args_of, noise, pngs, run_main, table
+from conftest import args_of, noise, plant_vgg, pngs, run_main, table
+from losses import PerceptualLoss
 from test_train_diffusion import flags_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*UNTRAINED")
@@ -119,8 +121,10 @@ def test_recon_counts_every_image(material, ae, main, inception, tmp_path, capsy
     assert "LPIPS needs" in printed and "--lpips_weight" not in printed
 
 
-def test_recon_as_the_authors_measure(material, ae, main, inception):
+def test_recon_as_the_authors_measure(material, ae, main, inception, tmp_path, monkeypatch):
     """Training images, a posterior sample of (seed, index), JPEG: whatever the batch."""
+    plant_vgg(tmp_path / "home", monkeypatch)
+    lpips = PerceptualLoss()
     common = ["recon", *ae, "--protocol", "authors", "--seed", 3, "--workers", 0]
     a, = main(*common, "--batch_size", 4)
     b, = main(*common, "--batch_size", 5, "--networks", "off")
@@ -128,7 +132,7 @@ def test_recon_as_the_authors_measure(material, ae, main, inception):
     assert a["psnr"] == pytest.approx(b["psnr"], rel=1e-5)
     model = load_autoencoder(ae[1]).requires_grad_(False)
     train_set, _ = open_data(material / "images", 16)
-    scores = []
+    scores, pixels = [], []                                # pixels: 8 features of both sides
     for i in range(len(train_set)):
         image = train_set[i][0][None].float() / 127.5 - 1
         posterior = model.encode(image)
@@ -138,9 +142,15 @@ def test_recon_as_the_authors_measure(material, ae, main, inception):
             Image.fromarray(to_uint8(x)[0].permute(1, 2, 0).numpy()).save("x.jpg")
             files.append(np.asarray(Image.open("x.jpg")).astype(float))
         psnr = 10 * np.log10(255 ** 2 / np.square(files[0] - files[1]).mean())
-        scores.append((psnr, float(ssim(recon.clamp(-1, 1), image)), float(ssim(recon, image))))
-    psnr, clamped, unclamped = np.mean(scores, 0)
+        clamped = recon.clamp(-1, 1)
+        scores.append([psnr, *map(float, (
+            lpips(clamped, image), ssim(clamped, image), ssim(recon, image)))])
+        pixels.append([file[0, :8, 0] for file in files])
+    psnr, perceptual, clamped, unclamped = np.mean(scores, 0)
     assert a["psnr"] == pytest.approx(psnr, rel=1e-4)
+    assert a["lpips"] == pytest.approx(perceptual, rel=1e-3)
+    of_both = [(x.mean(0), np.cov(x, rowvar=False)) for x in np.moveaxis(np.array(pixels), 1, 0)]
+    assert a["rFID@11"] == pytest.approx(metrics.frechet_distance(*of_both[0], *of_both[1]))
     assert a["ssim"] == pytest.approx(clamped, rel=1e-4) != pytest.approx(unclamped, rel=1e-4)
 
 
@@ -230,6 +240,41 @@ def test_gen_with_inception_weights(gen, inception_home, tmp_path, monkeypatch):
     np.savez(reference, **dict(stored, how=json.dumps(how)))
     with pytest.raises(ValueError, match="remove the file"):
         gen()
+
+
+def test_precision_is_of_the_samples_and_recall_of_the_images(inception):
+    """Samples of one mode of many: precise, and few images are near any. FID by hand."""
+    rng = np.random.default_rng(0)
+    real = rng.integers(0, 256, (200, 2, 2, 3), dtype=np.uint8)
+    fake = np.clip(real[:1] + rng.integers(-2, 3, (40, 2, 2, 3)), 0, 255).astype(np.uint8)
+    f, r = (x.transpose(0, 3, 1, 2).reshape(len(x), -1)[:, :8].astype(np.float32)
+            for x in (fake, real))
+    moments = lambda x: (x.mean(0), np.cov(x, rowvar=False))
+    reference = dict(zip(("mu", "sigma"), moments(r)), features=r)
+    found = fid.inception_metrics(metrics.load_inception("cpu"), fake, reference,
+                                  SimpleNamespace(batch_size=7), "cpu")
+    assert found["precision"] > 0.9 and found["recall"] < 0.1
+    by_hand = metrics.frechet_distance(*moments(f), *moments(r))
+    assert found["FID@40"] == pytest.approx(by_hand, rel=1e-4)
+
+
+@pytest.mark.parametrize("flags, options", [
+    ("--steps 3", dict(steps=3)), ("--steps 4 --cfg 3", dict(steps=4, cfg=3.0)),
+    ("--steps 4 --sampler ode --cfg 3 --cfg_interval 0.3 0.6",
+     dict(steps=4, sampler="ode", cfg=3.0, cfg_interval=(0.3, 0.6)))])
+def test_gen_is_the_sampler_it_names(flags, options, diffusion, main, changed):
+    """On random weights, where guidance, steps and sampler change images, unlike on a new run."""
+    ema = torch.load(diffusion / "ckpt.pt", weights_only=True)["ema"]
+    wild = {name: weight if name == "pos_embed" else 0.1 * torch.randn(weight.shape)
+            for name, weight in ema.items()}
+    flag, file = changed("wild.pt", ema=wild)
+    main("gen", flag, file, *GEN, "--seed", 7, *flags.split())
+    model, process, ae, checkpoint = load_diffusion(file, None, torch.device("cpu"))
+    z = process.sample(model, (3, 4, 8, 8), y=torch.tensor([0, 1, 0]),
+                       noise=dit.NoiseStream(7, range(3)), **options)
+    z = z * checkpoint["latent_std"][:, None, None] + checkpoint["latent_mean"][:, None, None]
+    expected = to_uint8(ae.decode(z)).movedim(1, -1).numpy().astype(int)
+    assert np.abs(saved() - expected).max() <= 1
 
 
 def test_a_folder_holds_one_sampling(gen, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -165,6 +166,15 @@ def test_a_fresh_run_removes_the_old_runs_checkpoints_alone(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["ckpt-old.pt", "ckpt.best.pt"]
 
 
+@pytest.mark.parametrize("clip, moved", [(0.5, 0.5), (0.0, 6.0), (9.0, 6.0)])     # 0 is off
+def test_the_gradient_is_clipped_to_its_norm(clip, moved):
+    w = torch.nn.Parameter(torch.zeros(4))
+    w.grad = torch.full((4,), 3.0)
+    optimizer = torch.optim.SGD([w], 1.0, fused=True)
+    assert run.optimizer_step(optimizer, 1.0, clip, torch.tensor(True)) == 6
+    assert w.detach().norm() == pytest.approx(moved, rel=1e-4)
+
+
 def test_what_differs_between_cpu_and_gpu_is_decided_in_one_place(monkeypatch, capsys):
     """run.device_choices: both devices' defaults; flags win; a line where something compiles."""
     backend = torch.backends.cudnn
@@ -176,8 +186,8 @@ def test_what_differs_between_cpu_and_gpu_is_decided_in_one_place(monkeypatch, c
         autocast = run.device_choices(args, torch.device(device), fixed_size)
         return args.dtype, args.compile, backend.benchmark, backend.allow_tf32, autocast._enabled
     assert choose("cpu") == ("fp32", "off", False, False, False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: ampere)
     for ampere, dtype in ((True, "bf16"), (False, "fp32")):        # emulated bf16 does not count
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", Mock(return_value=ampere))
         assert choose("cuda", compile="off")[0] == dtype
     assert choose("cuda", dtype="fp32", compile="off") == ("fp32", "off", True, False, False)
     assert choose("cpu", dtype="bf16")[-1]

@@ -1,6 +1,10 @@
 """The first training script end to end: the loss is the sum of its terms, resuming is invisible."""
 import collections
+import contextlib
 import functools
+import random
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,8 +14,10 @@ import losses
 import train_ae
 import train_diffusion
 from common import run
+from common.metrics import psnr, ssim
 from common.weights import load_autoencoder
 from conftest import args_of, copy_at, equal_runs, long_but, plant_vgg, read_lines, run_main
+from spectral import fit_power_law, match_resolution, power_spectrum, radial_profile
 from vae import CONFIGS, AutoencoderKL
 
 TINY = ("--preset quick --image_size 32 --batch_size 4 --val_images 6 --workers 0 --device cpu "
@@ -145,6 +151,55 @@ def test_gradients_are_those_of_the_plain_loss(flags, small_networks, tmp_path, 
     assert len(checked) == (3 if "--gan_weight" in flags else 5)
 
 
+@torch.no_grad()
+def test_validation_by_hand():
+    """Reconstructions of the mode, spectra and statistics of samples, seeded by image; H != W."""
+    ae, args = AutoencoderKL(CONFIGS["f2d4-tiny"]), SimpleNamespace(seed=3, gamma=0.6)
+    ae.quant_conv.bias[4:] += 5                            # else the noise hardly counts
+    images = torch.rand(3, 3, 32, 48) * 2 - 1
+    batches = [(images[:2], None, torch.tensor([5, 6])), (images[2:], None, torch.tensor([7]))]
+    found = train_ae.validate(ae, batches, args, contextlib.nullcontext())
+    q, seeded = ae.encode(images), lambda i: torch.Generator().manual_seed(run.step_seed(3, i))
+    eps = torch.stack([torch.randn(4, 16, 24, generator=seeded(i)) for i in (5, 6, 7)])
+    z, recon = q.mean + (q.logvar / 2).exp() * eps, ae.decode(q.mean)
+    alpha = lambda x: fit_power_law(radial_profile(power_spectrum(x)).mean(0))
+    std = z.movedim(1, 0).flatten(1).std(1, correction=0)
+    expected = dict(
+        val_psnr=psnr(recon, images).mean(), val_ssim=ssim(recon, images).mean(),
+        val_l1=(recon - images).abs().mean(), val_esm=losses.esm_loss(images, z, 0.6),
+        val_alpha=alpha(z), val_alpha_image=alpha(match_resolution(images, (16, 24))),
+        val_latent_std=std.square().mean().sqrt())
+    assert found == pytest.approx({name: float(x) for name, x in expected.items()}, rel=1e-3)
+    torch.testing.assert_close(ae.latent_mean, z.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ae.latent_std, std, rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_step_draws():
+    """The distributions of Alg. 2, of Scale Equivariance and of EQ-VAE, over 4,000 steps."""
+    rng, drawn = random.Random(0), {}
+    for reg in ("dsm", "se", "eq"):
+        args = args_of(train_ae, "--reg", reg)
+        drawn[reg] = [train_ae.draw_pair(args, rng) for _ in range(4000)]
+    for reg, name, values in (("dsm", "n", losses.DSM_MASKS), ("se", "k", losses.SCALES)):
+        found = collections.Counter(pair.keywords[name] for _, pair in drawn[reg])
+        assert found.keys() == {*values}
+        assert min(found.values()) > 0.9 * 4000 / len(values)
+    pairs = [p.keywords for _, p in drawn["eq"] if getattr(p, "func", None) is losses.eq_pair]
+    small = [scale for scale, _ in drawn["eq"] if scale < 1]
+    assert len(pairs) == pytest.approx(2000, abs=100) and len(small) == pytest.approx(500, abs=60)
+    assert {pair["rot"] for pair in pairs} == {1, 2, 3}
+    for scales in ([pair["scale"] for pair in pairs], small):
+        assert {32 * scale for scale in scales} == {*range(8, 32)}
+
+
+@pytest.mark.parametrize("reg, resize, imagenet", [("vf", "bilinear", False),
+                                                   ("uae", "bicubic", True)])
+def test_the_teacher_sees_images_as_in_the_methods_code(reg, resize, imagenet):
+    args = args_of(train_ae, "--reg", reg, "--encoder_source", "random")
+    teacher, projection = train_ae.alignment_networks(args, 4, "cpu")
+    assert (teacher.resize, teacher.imagenet) == (resize, imagenet) and projection.bias is None
+
+
 @pytest.mark.parametrize("reg, term", [
     ("none", None), ("kl", "kl"), ("dsm", None), ("se", None), ("eq", "kl"), ("esm dsm", "esm"),
     ("vf", "kl align align_weight"), ("uae", "align")])
@@ -164,12 +219,15 @@ def test_every_method_trains_and_computes_only_its_terms(reg, term, tmp_path):
 def test_resuming_equals_never_stopping(tmp_path):
     """5 steps straight, and 3 + 2 after a resume: networks, optimisers and log are equal."""
     flags = ["--reg", "dsm", "vf", "--gan_weight", 0.5, "--gan_start", 1, "--steps", 5,
-             "--eval_every", 3, "--keep_every", 3, "--log_every", 4]
+             "--weight_decay", 0.03, "--eval_every", 3, "--keep_every", 3, "--log_every", 4]
     train(tmp_path / "a", *flags)
     copy_at(3, tmp_path / "a", tmp_path / "b")
     train(tmp_path / "b", *flags, "--resume")
     checkpoint = equal_runs(tmp_path / "a", tmp_path / "b")
     assert checkpoint.keys() >= {"projection", "disc", "disc_optimizer"} and checkpoint["step"] == 5
+    for name in ("optimizer", "disc_optimizer"):
+        group, = checkpoint[name]["param_groups"]
+        assert (group["betas"], group["weight_decay"]) == ((0.9, 0.999), 0.03)
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -191,11 +249,14 @@ def test_the_warm_up_counts_the_updates_of_a_network(flags, expected, tmp_path, 
         assert found == pytest.approx([0.001 * min(4, k + 1) for k in updates if k is not None])
 
 
-def test_what_saves_memory_changes_no_number(tmp_path):
+def test_what_saves_memory_changes_no_number(tmp_path, monkeypatch):
     """Blocks computed twice: the log of the plain run; bf16: finite, its first loss to 2 digits."""
     flags = ["--reg", "esm", "--gan_weight", 0.5, "--gan_start", 1, "--steps", 3]
+    recomputed = Mock(side_effect=torch.utils.checkpoint.checkpoint)
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", recomputed)
     plain = train(tmp_path / "a", *flags)
-    assert train(tmp_path / "b", *flags, "--grad_checkpoint") == plain
+    assert not recomputed.called
+    assert train(tmp_path / "b", *flags, "--grad_checkpoint") == plain and recomputed.called
     half = train(tmp_path / "c", *flags, "--dtype", "bf16")
     first = [next(line["loss"] for line in log if "loss" in line) for log in (plain, half)]
     assert first[1] == pytest.approx(first[0], rel=2e-2) and first[0] != first[1]

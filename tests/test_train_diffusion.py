@@ -15,7 +15,8 @@ import evaluate
 import train_diffusion
 from common import run, weights
 from common.builtin import BuiltInImages
-from common.data import stream_entries
+from common.data import open_data, stream_entries
+from common.latents import LatentCache
 from common.weights import load_autoencoder
 from conftest import args_of, copy_at, equal_runs, run_main, same
 
@@ -64,6 +65,77 @@ def test_trains_samples_and_evaluates(model, material, offline, tmp_path, monkey
     images = np.load(tmp_path / "samples" / "samples.npz")["arr_0"]
     assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8
     assert (tmp_path / "samples" / "images" / "000004.png").exists()
+
+
+def test_a_training_step_by_hand(material, tmp_path, monkeypatch):
+    """What the loss is given, rate, clipping, average, and whose samples are drawn."""
+    seen, steps, drawn = [], [], []
+    loss, step, sample = dit.Interpolant.loss, run.optimizer_step, dit.Interpolant.sample
+
+    def spy_loss(self, model, *inputs):
+        seen.append(inputs[:5])
+        return loss(self, model, *inputs)
+
+    def spy_step(optimizer, lr, clip_grad, finite):
+        norm = step(optimizer, lr, clip_grad, finite)
+        bias = optimizer.param_groups[0]["params"][-3]     # of final_layer.linear
+        steps.append((lr, clip_grad, bias.detach().clone()))
+        return norm
+
+    def spy_sample(self, model, *args, **options):
+        drawn.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return sample(self, model, *args, **options)
+    monkeypatch.setattr(dit.Interpolant, "loss", spy_loss)
+    monkeypatch.setattr(dit.Interpolant, "sample", spy_sample)
+    monkeypatch.setattr(run, "optimizer_step", spy_step)
+    _, checkpoint = train(
+        material, tmp_path, "--steps", 4, "--mirror", "off", "--lr", 0.01, "--warmup_steps", 3,
+        "--clip_grad", 0.5, "--ema", 0.7, "--ema_warmup", "off", "--label_dropout", 0.5,
+        "--beta2", 0.97)
+    ae, (images, _) = load_autoencoder(material / "ae"), open_data(material / "images", 16)
+    cache = LatentCache(material / "cache", {})
+    for k, (x, t, eps, y, drop) in enumerate(seen):
+        rng = torch.Generator().manual_seed(run.step_seed(0, k))
+        rows, _ = stream_entries(len(images), 4 * k, 4 * k + 4)
+        q = ae.encode(torch.stack([images[i][0] for i in rows]) / 127.5 - 1)
+        z = q.sample(torch.randn(q.mean.shape, generator=rng))
+        z = (z - cache.mean[:, None, None]) / cache.std[:, None, None]
+        torch.testing.assert_close(x, z.detach(), rtol=2e-2, atol=2e-2)    # the cache is float16
+        assert torch.equal(t, torch.rand(4, generator=rng))
+        assert torch.equal(eps, torch.randn(x.shape, generator=rng))
+        assert torch.equal(drop, torch.rand(4, generator=rng) < 0.5)
+        assert y.tolist() == [images[i][1] for i in rows]
+    assert [lr for lr, *_ in steps] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01, 0.01])
+    assert {clip for _, clip, _ in steps} == {0.5}
+    name = "final_layer.linear.bias"
+    average = fresh_weights(checkpoint)[name]
+    for *_, weight in steps:
+        average = 0.7 * average + 0.3 * weight
+    torch.testing.assert_close(checkpoint["ema"][name], average)
+    assert same(drawn[-1], checkpoint["ema"])              # samples.png is the average's
+    assert checkpoint["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.97)
+
+
+@pytest.mark.parametrize("model", ["SiT-tiny/4", "UViT-tiny/4"])
+def test_flags_of_alignment_and_of_noise_levels(model, material, tmp_path, monkeypatch):
+    """They reach target and process; weight 0 is no alignment; --grad_checkpoint, no change."""
+    targets, levels = [], []
+    filter_target, ddpm = train_diffusion.filter_target, train_diffusion.DDPM
+    monkeypatch.setattr(train_diffusion, "filter_target",
+                        lambda *args: targets.append(args[1:]) or filter_target(*args))
+    monkeypatch.setattr(train_diffusion, "DDPM",
+                        lambda schedule: levels.append(schedule) or ddpm(schedule))
+    flags = ["--model", model, "--steps", 3, "--schedule", "vp", "--lr", 0.01]
+    aligned = [*flags, *ALIGNED, "dog", "--dog_sigma1", 0.5, "--dog_sigma2", 1.5, "--norm_std", 0.8]
+    runs = [train(material, tmp_path / name, *more)[1]["model"] for name, more in dict(
+        plain=flags, zero=[*aligned, "--repa_weight", 0], half=[*aligned, "--repa_weight", 0.5],
+        memory=[*aligned, "--repa_weight", 0.5, "--grad_checkpoint"]).items()]
+    assert {*targets} == {("dog", (2, 2), 0.5, 1.5, 0.8)}
+    assert levels == ["vp"] * 4 * model.startswith("UViT")
+    plain, zero, half, memory = runs
+    assert same(half, memory)
+    difference = lambda other: max((plain[name] - other[name]).abs().max() for name in plain)
+    assert difference(zero) < 1e-4 < 1e-3 < difference(half)           # by rounding alone
 
 
 def test_resuming_equals_never_stopping(material, tmp_path):
@@ -152,14 +224,13 @@ def test_nothing_is_chosen_or_written_in_silence(material, tmp_path, monkeypatch
                  material / "images" / "run")
 
 
-def test_labels_are_dropped_and_average_is_sampled(material, tmp_path):
-    """--label_dropout 1 trains the null label's row alone. The checkpoint carries the average."""
+def test_labels_are_dropped(material, tmp_path):
+    """--label_dropout 1 trains the null label's row alone."""
     _, checkpoint = train(material, tmp_path, "--steps", 3, "--label_dropout", 1,
                           "--weight_decay", 0, "--lr", 0.01)
     table = "y_embedder.embedding_table.weight"
     moved = (checkpoint["model"][table] - fresh_weights(checkpoint)[table]).abs().amax(1)
     assert moved[2] > 0 and moved[:2].max() == 0
-    assert not same(checkpoint["model"], checkpoint["ema"])
 
 
 def test_the_checkpoint_knows_which_classes_had_an_image(material, tmp_path, capsys):
