@@ -391,16 +391,12 @@ class Interpolant:
                  step; a NoiseStream makes each sample reproducible
         watch    None, or a callback watch(t, predicted clean latent in float64) for every step
         returns  (B, C, h, w) float32 on the model's device
-        raises   ValueError for an unknown sampler, too few steps, guidance without labels
+        raises   KeyError for an unknown sampler, ValueError for guidance without labels
         """
-        sde = sampler == "em"
-        if sampler not in ("em", "ode") or steps < (2 if sde else 1):
-            raise ValueError(f"sampler={sampler!r} with steps={steps}: use 'em' with at least 2 "
-                             "steps or 'ode' with at least 1")
         predict, device = guided(model, shape, y, cfg, cfg_interval)
-        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-        if sde:
-            times = torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist() + [0.0]
+        times = {"em": [*torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist(), 0.0],
+                 "ode": torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()}[sampler]
+        sde = sampler == "em"
         x = to_state(noise(shape), device)
         for t, t_next in zip(times, times[1:]):
             drift = predict(x, t, t)
@@ -457,25 +453,23 @@ class DDPM:
         x_n = signal * x + noise * eps
         return regress(model, x_n, n.float(), eps, y, drop, return_hidden)
 
-    def step(self, x, eps, n, m):
-        """DDIM (Song et al. 2021, Eq. 12, sigma = 0): x (B, C, h, w) from any level n to any m."""
-        return self.noisy(self.clean(x, eps, n / 1000), eps, m / 1000)
-
     @torch.no_grad()
     def sample(self, model, shape, steps=100, y=None, cfg=1.0, cfg_interval=(0.0, 1.0),
                noise=torch.randn, watch=None):
         """
-        DDIM in `steps` (1 .. 1000) equal steps from n = 1000 to 0; cfg_interval is in t = n / 1000;
-        other arguments as in Interpolant.sample.
+        DDIM (Song et al. 2021, Eq. 12, sigma = 0) in `steps` (1 .. 1000) equal steps from n = 1000
+        to 0; cfg_interval is in t = n / 1000; other arguments as in Interpolant.sample.
         """
         if not 1 <= steps <= 1000:
             raise ValueError(f"steps={steps}: DDPM has 1000 noise levels; use 1 .. 1000")
         predict, device = guided(model, shape, y, cfg, cfg_interval)
-        levels = torch.linspace(1000, 0, steps + 1, dtype=torch.float64).round().int().tolist()
+        levels = torch.linspace(1000, 0, steps + 1, dtype=torch.float64).round()
+        times = (levels / 1000).tolist()
         x = to_state(noise(shape), device)
-        for n, m in zip(levels, levels[1:]):
-            eps = predict(x, n / 1000, n)
+        for t, t_next in zip(times, times[1:]):
+            eps = predict(x, t, self.time(t))
+            clean = self.clean(x, eps, t)
             if watch:
-                watch(n / 1000, self.clean(x, eps, n / 1000))
-            x = self.step(x, eps, n, m)
+                watch(t, clean)
+            x = self.noisy(clean, eps, t_next)
         return x.float()

@@ -351,7 +351,6 @@ def main():
     function, _ = COMMANDS[args.command]
     for values, settings in function(args, device):
         report(values, settings | getattr(args, "read", {}), args.results, device)
-    run.barrier()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ the other.
     reconstruction       L1 + 0.5 LPIPS(decode(z), x) + 0.5 * adaptive weight * PatchGAN (Table 5)
 
 Images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), sampled from the posterior, not normalised.
-Losses are float32 scalars, batch means; 0 for an empty batch. Numbering as in arXiv:2603.14645 v1.
+Losses are float32 scalars, batch means. Numbering as in arXiv:2603.14645 v1.
 """
 import os
 import warnings
@@ -26,10 +26,6 @@ from spectral import dct2, lowpass, match_resolution, spectrum_distribution, zig
 
 DSM_MASKS = (0, 8, 10, 12)  # anti-diagonals removed (the best set of Table 8)
 SCALES = (1, 2, 4)          # downsampling factors of Scale Equivariance
-
-
-def _mean(x):
-    return x.mean() if x.numel() else x.sum()  # empty batch: 0 with a gradient, not NaN
 
 
 def _check_same_shape(function, a, b):
@@ -49,7 +45,7 @@ def kl_loss(mean, logvar):
     _check_same_shape("kl_loss", mean, logvar)
     mean, logvar = mean.float(), logvar.float()
     kl = 0.5 * (mean.square() + logvar.expm1() - logvar)  # expm1: no cancellation near 0
-    return _mean(kl.flatten(1).sum(1))
+    return kl.flatten(1).sum(1).mean()
 
 
 def esm_loss(images, latents, gamma=1.0, n_bins=16):
@@ -69,7 +65,7 @@ def esm_loss(images, latents, gamma=1.0, n_bins=16):
     with torch.no_grad():
         small = match_resolution(images.float(), latents.shape[-2:])
         target = spectrum_distribution(small, n_bins, gamma)  # (B, n_bins)
-    return _mean((target * (target.log() - P.log())).sum(1))
+    return (target * (target.log() - P.log())).sum(1).mean()
 
 
 def vf_loss(projected, features, cos_margin=0.5, dist_margin=0.25):
@@ -88,7 +84,7 @@ def vf_loss(projected, features, cos_margin=0.5, dist_margin=0.25):
         f = F.normalize(features.detach().float(), dim=-1)
         point = F.relu(1 - cos_margin - (p * f).sum(-1))
         gap = (p @ p.transpose(1, 2) - f @ f.transpose(1, 2)).abs()
-        return _mean(point) + _mean(F.relu(gap - dist_margin))
+        return point.mean() + F.relu(gap - dist_margin).mean()
 
 
 def low_freq_align_loss(projected, features, grid, coefficients=64):
@@ -106,7 +102,7 @@ def low_freq_align_loss(projected, features, grid, coefficients=64):
     difference = projected.float() - features.detach().float()      # the DCT is linear
     spectrum = dct2(difference.transpose(1, 2).unflatten(2, grid))  # (B, D, h, w)
     low = spectrum.flatten(2)[..., zigzag(*grid, spectrum.device)[:coefficients]]
-    return _mean(low.square())
+    return low.square().mean()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -133,7 +129,7 @@ def scale_pair(images, latents, k):
     h, w = latents.shape[-2:]
     if h % k or w % k:
         raise ValueError(f"scale_pair: a latent of {h}x{w} cannot be downsampled by {k}")
-    return _resize_pair(images, latents, (h // k, w // k))
+    return _scale_both(images, latents, 1 / k)
 
 
 def eq_pair(images, latents, scale, rot):
@@ -144,12 +140,18 @@ def eq_pair(images, latents, scale, rot):
     rot      number of counter-clockwise quarter turns, 0..3
     returns  the pair; height and width swap when rot is odd
     """
-    h, w = latents.shape[-2:]
-    size = (max(1, round(h * scale)), max(1, round(w * scale)))
-    images, latents = _resize_pair(images, latents, size)
+    both = _scale_both(images, latents, scale)
     # contiguous: the strides of a rotated tensor would trigger a recompilation
-    images, latents = (torch.rot90(x, rot, (2, 3)).contiguous() for x in (images, latents))
+    images, latents = (torch.rot90(x, rot, (2, 3)).contiguous() for x in both)
     return images, latents
+
+
+def _scale_both(images, latents, scale):
+    (H, W), (h, w) = images.shape[-2:], latents.shape[-2:]
+    f = H // h
+    if (H, W) != (f * h, f * w):
+        raise ValueError(f"an image of {H}x{W} is not f times a latent of {h}x{w}")
+    return scale_images(images, scale, f), scale_images(latents, scale, 1)
 
 
 def scale_images(images, scale, f):
@@ -157,23 +159,10 @@ def scale_images(images, scale, f):
     Images (B, 3, H, W) scaled by scale in (0, 1], bilinear, to whole latent cells, float32:
     H -> f * round(H / f * scale), W likewise. EQ-VAE encodes some batches at reduced size.
     """
-    return _bilinear(images, [f * max(1, round(side // f * scale)) for side in images.shape[-2:]])
-
-
-def _bilinear(x, size):
-    if tuple(size) == x.shape[-2:]:
-        return x.float()
-    return F.interpolate(x.float(), size=size, mode="bilinear", align_corners=False)
-
-
-def _resize_pair(images, latents, size):
-    """Resize latents to size (rows, columns), images to f times that."""
-    h, w = latents.shape[-2:]
-    H, W = images.shape[-2:]
-    f = H // h
-    if (H, W) != (f * h, f * w):
-        raise ValueError(f"an image of {H}x{W} is not f times a latent of {h}x{w}")
-    return _bilinear(images, (size[0] * f, size[1] * f)), _bilinear(latents, size)
+    size = [f * max(1, round(side // f * scale)) for side in images.shape[-2:]]
+    if size == [*images.shape[-2:]]:
+        return images.float()
+    return F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -224,12 +213,11 @@ class PatchDiscriminator(nn.Module):
     authors' code draws N(0, 0.2).
     """
 
-    def __init__(self, in_channels=3, channels=64, n_layers=3):
+    def __init__(self, channels=64):
         super().__init__()
-        layers = [nn.Conv2d(in_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2, True)]
-        for i in range(1, n_layers + 1):
-            inner, outer = channels * min(2 ** (i - 1), 8), channels * min(2 ** i, 8)
-            stride = 2 if i < n_layers else 1  # the last layer keeps the resolution
+        layers = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2, True)]
+        for inner, stride in ((channels, 2), (2 * channels, 2), (4 * channels, 1)):
+            outer = 2 * inner
             layers += [nn.Conv2d(inner, outer, 4, stride=stride, padding=1, bias=False),
                        # no running statistics: never used, and one NaN would stay in them
                        nn.BatchNorm2d(outer, track_running_stats=False), nn.LeakyReLU(0.2, True)]
@@ -241,23 +229,18 @@ class PatchDiscriminator(nn.Module):
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
-    def load_state_dict(self, state, **options):
-        """Ignores the running statistics of older checkpoints."""
-        known = self.state_dict().keys() & state.keys()
-        return super().load_state_dict({name: state[name] for name in known}, **options)
-
     def forward(self, images):
         return self.main(images)
 
 
 def hinge_d_loss(real, fake):
     """Discriminator: mean relu(1 - real) + mean relu(1 + fake) of logits; about 2 at the start."""
-    return _mean(F.relu(1 - real.float())) + _mean(F.relu(1 + fake.float()))
+    return F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()
 
 
 def hinge_g_loss(fake):
     """Generator: -mean(fake logits)."""
-    return -_mean(fake.float())
+    return -fake.float().mean()
 
 
 def adaptive_weight(recon, rec_grad, gan_grad, last_layer, average=lambda gradient: gradient,

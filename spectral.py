@@ -76,28 +76,21 @@ def idct2(x):
     return dct_matrix(H, x.device, x.dtype).T @ x @ dct_matrix(W, x.device, x.dtype)
 
 
-def _tiles(function, x, block):  # (B, C, H, W) -> (B, C, H/b, W/b, b, b)
-    B, C, H, W = check_shape(function, x, "BCHW")
-    if block < 1 or H % block or W % block:
-        raise ValueError(f"{function}: {H}x{W} does not tile into {block}x{block} DCT blocks")
-    return x.reshape(B, C, H // block, block, W // block, block).transpose(3, 4)
-
-
-def _untile(tiles):              # (B, C, H/b, W/b, b, b) -> (B, C, H, W)
-    B, C, rows, columns, block, _ = tiles.shape
-    return tiles.transpose(3, 4).reshape(B, C, rows * block, columns * block)
-
-
 @full_precision
 def block_dct2(x, block=8):
     """DCT of each tile, as in JPEG: (B, C, H, W) -> (B, C, H/block, W/block, block, block)."""
-    return dct2(_tiles("block_dct2", x, block))
+    B, C, H, W = check_shape("block_dct2", x, "BCHW")
+    if block < 1 or H % block or W % block:
+        raise ValueError(f"block_dct2: {H}x{W} does not tile into {block}x{block} DCT blocks")
+    return dct2(x.reshape(B, C, H // block, block, W // block, block).transpose(3, 4))
 
 
 @full_precision
 def block_idct2(coefficients):
     """Inverse of block_dct2: (B, C, H/block, W/block, block, block) -> (B, C, H, W)."""
-    return _untile(idct2(coefficients))
+    B, C, rows, columns, block, _ = coefficients.shape
+    tiles = idct2(coefficients).transpose(3, 4)
+    return tiles.reshape(B, C, rows * block, columns * block)
 
 
 @cached_matrix
@@ -115,25 +108,16 @@ def zigzag(h, w, device="cpu"):
 # --------------------------------------------------------------------------------------------------
 # Low-pass masks (DSM) and downsampling (Scale Equivariance): both remove high frequencies
 
-def triangle_mask(n, block=8):
+def triangle_mask(n, block=8, device=None):
     """
     The mask of Fig. 10 (A.7), which removes the last n anti-diagonals of a DCT block.
     n        0 .. 2*block-1: 0 keeps everything, 2*block-2 only DC, 2*block-1 nothing
     returns  (block, block) bool, True = kept: u + v < 2*block - 1 - n
     """
-    if n not in range(2 * block):
+    if not 0 <= n < 2 * block:
         raise ValueError(f"triangle_mask: n={n} is outside 0..{2 * block - 1}")
-    u = torch.arange(block)
+    u = torch.arange(block, device=device)
     return u[:, None] + u[None, :] < 2 * block - 1 - n
-
-
-@cached_matrix
-def _lowpass_matrices(block, device, dtype):
-    """(2*b, b*b, b*b): for each n, DCT, mask and inverse DCT of a flattened tile in one."""
-    D = dct_matrix(block, "cpu", torch.float64)
-    basis = torch.kron(D, D)                                     # (b*b, b*b), orthonormal rows
-    masks = [triangle_mask(n, block).flatten().to("cpu") for n in range(2 * block)]
-    return torch.stack([basis[mask].T @ basis[mask] for mask in masks]).to(device, dtype)
 
 
 @full_precision
@@ -145,16 +129,9 @@ def lowpass(x, n, block=8):
     returns  (B, C, H, W) float32, a projection: a second pass changes nothing; may leave [-1, 1]
     raises   ValueError if a side is not a multiple of block
     """
-    tiles = _tiles("lowpass", x, block)  # (B, C, H/b, W/b, b, b)
-    if not 0 <= n < 2 * block:
-        raise ValueError(f"lowpass: n={n} is outside 0..{2 * block - 1}")
-    if n == 0:                           # keeps everything: nothing to compute
+    if n == 0:                           # keeps everything, exactly
         return x
-    if block > 16:                       # the matrix has block^4 entries: 34 GB for block 256
-        return _untile(idct2(dct2(tiles) * triangle_mask(n, block).to(x.device)))
-    # n may be symbolic under torch.compile, so it selects a matrix and is no key of the cache
-    projection = _lowpass_matrices(block, x.device, x.dtype)[n]
-    return _untile((tiles.flatten(-2) @ projection).view(tiles.shape))
+    return block_idct2(block_dct2(x, block) * triangle_mask(n, block, x.device))
 
 
 @full_precision
@@ -224,19 +201,19 @@ def spectrum_distribution(x, n_bins=16, gamma=0.0, remove_dc=True):
     return S / S.sum(dim=1, keepdim=True)
 
 
-def _blur_matrix(n, sigma, radius, reflect):
+@cached_matrix
+def _blur_matrix(n, sigma, radius, reflect, device="cpu", dtype=torch.float64):
     """(n, n) blur, a normalised Gaussian of 2*radius+1 taps; reflect (abc|ba) or zero padding."""
     offset = torch.arange(-radius, radius + 1)
     taps = torch.exp(-0.5 * (offset.double() / sigma) ** 2)
     source = torch.arange(n)[:, None] + offset[None, :]  # (n, taps), may lie outside 0..n-1
     weight = (taps / taps.sum()).expand(n, -1)
-    if reflect:
-        period = max(2 * (n - 1), 1)
-        source = (source % period + period) % period
-        source = torch.where(source < n, source, period - source)  # any number of reflections
+    if reflect:                          # a triangle wave: any number of reflections
+        source = n - 1 - (source % max(2 * n - 2, 1) - (n - 1)).abs()
     else:
         weight = weight * ((source >= 0) & (source < n))
-    return torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, source.clamp(0, n - 1), weight)
+    rows = torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, source.clamp(0, n - 1), weight)
+    return rows.to(device, dtype)
 
 
 @cached_matrix
@@ -332,12 +309,6 @@ def directional_energy(tokens):
     return (dct_matrix(T, x.device, x.dtype) @ x).square().sum(-1)
 
 
-@cached_matrix
-def _reflect_blur(n, sigma, device, dtype):
-    radius = max(1, math.ceil(4 * sigma))
-    return _blur_matrix(n, sigma, radius, reflect=True).to(device, dtype)
-
-
 @full_precision
 def gaussian_blur(x, sigma):
     """
@@ -348,8 +319,9 @@ def gaussian_blur(x, sigma):
     H, W = check_shape("gaussian_blur", x, "BCHW")[-2:]
     if sigma == 0:
         return x
-    columns = _reflect_blur(W, sigma, x.device, x.dtype).T
-    return _reflect_blur(H, sigma, x.device, x.dtype) @ x @ columns
+    radius = max(1, math.ceil(4 * sigma))
+    rows, columns = (_blur_matrix(n, sigma, radius, True, x.device, x.dtype) for n in (H, W))
+    return rows @ x @ columns.T
 
 
 def dog(x, sigma1, sigma2):

@@ -13,7 +13,7 @@ per level. Reduction f = 2^(levels - 1).
     f16d16      128 x (1, 1, 2, 2, 4)  16  16   64,352,723   64.4M in Table 5
     f16d32      128 x (1, 1, 2, 2, 4)  16  32   69,836,067   VA-VAE's; attention at the last level
     f4d4         64 x (1, 2, 2)         4   4    5,120,039   for 64x64 images on one GPU
-    f4d4-tiny    16 x (1, 2, 2)         4   4      242,327   for 64x64 images on a laptop CPU
+    f4d4-tiny    16 x (1, 2, 2)         4   4      242,327   for 32x32 images on a laptop CPU
     f2d4-tiny    16 x (1, 2)            2   4      167,959   for 32x32 images on a laptop CPU
     f2d2-tiny    16 x (1, 2)            2   2      166,161   the same with twice the compression
 

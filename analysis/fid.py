@@ -155,10 +155,7 @@ def training_images(file, checkpoint, args):
 
 
 def reference_statistics(images, load_inception, args, device):
-    """
-    mu, sigma and features of a set, cached in out/reference under a name made from its content;
-    computed if not there. None without Inception's weights.
-    """
+    """mu, sigma and features of a set, cached by its content; None without Inception's weights."""
     identity = run.broadcast_from_rank0(lambda: images_hash(images))
     file = Path("out/reference") / f"{identity}-{images.size}.npz"
     how = json.dumps(dict(images=identity, size=images.size, n=len(images),
@@ -231,14 +228,13 @@ def open_set(spec):
     spec; n; images (an ImageSet without a size) or moments (mu, sigma); an npz's size if known.
     """
     found = SimpleNamespace(spec=spec, n=None, images=None, moments=None, size=None)
-    npz = spec.lower().endswith(".npz") and Path(spec).is_file()       # a pipe would block
-    stored = read_npz(spec) if npz else {}
-    if {"mu", "sigma"} <= stored.keys():
-        found.moments = stored["mu"], stored["sigma"]
-        run.need(all(np.isfinite(x).all() for x in found.moments), f"{spec}: is not finite")
-        found.size = json.loads(str(stored.get("how", "{}"))).get("size")  # files of out/reference
-        return found
-    if npz:
+    if spec.lower().endswith(".npz") and Path(spec).is_file():         # a pipe would block
+        stored = read_npz(spec)
+        if {"mu", "sigma"} <= stored.keys():
+            found.moments = stored["mu"], stored["sigma"]
+            run.need(all(np.isfinite(x).all() for x in found.moments), f"{spec}: is not finite")
+            found.size = json.loads(str(stored.get("how", "{}"))).get("size")  # of out/reference
+            return found
         pixels = stored.get("arr_0", np.empty(0))
         run.need(pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[-1] == 3,
                  f"{spec}: holds neither mu and sigma nor arr_0 (N, H, W, 3) uint8")

@@ -201,22 +201,21 @@ def psd_exponent(x, rings=16):
     return spectral.fit_power_law(power).item()
 
 
-def draw_curve(axes, rows, name, batches, gamma=0.0, descriptor=True, remove_dc=True, **style):
+def draw_curve(axes, rows, name, x, gamma=0.0, remove_dc=True, **style):
     """
-    Draw batches (b, C, h, w) as a curve: radial power on axes[0], ESM's spectrum on axes[1] (not if
-    descriptor=False: values of arbitrary scale). Appends 16 rows; returns the mean spectrum (16,).
+    Draw images or latents (B, C, h, w) as a curve: radial power on axes[0], ESM's spectrum on
+    axes[1]. Appends 16 rows; returns the mean spectrum (16,).
     """
-    x, rings = torch.cat(list(batches)), range(1, 17)
+    rings = range(1, 17)
     P = spectral.power_spectrum(x - x.mean((-2, -1), keepdim=True))
     power = spectral.radial_profile(P).mean(0).cpu() * torch.tensor(rings) ** gamma
     shares = spectral.spectrum_distribution(x, gamma=gamma, remove_dc=remove_dc).mean(0).cpu()
-    relative, last = power / power.sum(), shares.tolist() if descriptor else 16 * [""]
-    rows.extend(zip(16 * [name], rings, power.tolist(), relative.tolist(), last))
+    relative = power / power.sum()
+    rows.extend(zip(16 * [name], rings, power.tolist(), relative.tolist(), shares.tolist()))
     visible = lambda curve: curve.where(curve > 1e-6, float("nan"))    # ring 1 may hold only DC
     label = f"{name}: $f^{{-{spectral.fit_power_law(power):.2f}}}$"
     axes[0].loglog(rings, visible(relative), marker="o", ms=3, label=label, **style)
-    if descriptor:
-        axes[1].plot(rings, visible(shares), marker="o", ms=3, **style)
+    axes[1].plot(rings, visible(shares), marker="o", ms=3, **style)
     return shares
 
 
@@ -233,11 +232,10 @@ def saved_latents(args, device):
 def spectrum_figure(args, device):
     """
     Figs. 4, 5, 7, 8: radial power of the images (resized to the latents' size), of ESM's flattened
-    target and of each autoencoder's latents, as a figure and a CSV. --encoder adds DINOv2 features,
-    normalised to unit length per token. --published overlays the authors' curves and draws all as
-    they do: DC kept, features not normalised. Both work without an autoencoder. --latents reads the
-    first --val_images latents of any autoencoder from .npy files (N, C, h, w); images and target
-    are then drawn only if --data is given.
+    target and of each autoencoder's latents, as a figure and a CSV. --encoder adds DINOv2 features.
+    --published overlays the authors' curves and draws all as they do, with DC. Both work without an
+    autoencoder. --latents reads the first --val_images latents of any autoencoder from .npy files
+    (N, C, h, w); images and target are then drawn only if --data is given.
     """
     run.need(args.encoder or not args.encoder_source,
              f"--encoder_source {args.encoder_source}: needs --encoder NAME")
@@ -248,8 +246,7 @@ def spectrum_figure(args, device):
         encoder = repa.load_encoder(args.encoder, args.encoder_source).to(device)
     if args.latents:
         sources = saved_latents(args, device)
-    elif args.ae or not (args.encoder or published) or list(
-            pathlib.Path().glob(f"out/ae/{args.preset}-*/ckpt.pt")):
+    elif args.ae or not (args.encoder or published):
         sources = ((label, images, encode_all(ae, images, args.batch_size, args.seed))
                    for label, ae, images in autoencoders(args, device))
     elif args.encoder:                                 # features only, at the size of f16 latents
@@ -273,19 +270,16 @@ def spectrum_figure(args, device):
         if images is not None:
             small = spectral.match_resolution(images, grid)
         if images is not None and grid not in targets:
-            draw(f"images{at}", [small], color="black", lw=2)
+            draw(f"images{at}", small, color="black", lw=2)
             target = f"target, gamma {args.gamma:g}{at}"
-            targets[grid] = draw(target, [small], args.gamma, color="gray", lw=2)
+            targets[grid] = draw(target, small, args.gamma, color="gray", lw=2)
             if args.encoder:
                 tokens = torch.cat([encoder(x, grid) for x in images.split(args.batch_size)])
-                features = tokens.mT.unflatten(2, grid)                   # (N, D, h, w)
-                if not published:
-                    features = F.normalize(features, dim=1)
-                name = encoder_name(args) + at
-                curves[name] = draw(name, [features], descriptor=bool(published), color="C6")
+                name, features = encoder_name(args) + at, tokens.mT.unflatten(2, grid)
+                curves[name] = draw(name, features, color="C6")           # (N, D, h, w)
         if latents is not None:
             names.append(label)
-            curves[label] = draw(label, [latents], color=run_colors(names)[-1])
+            curves[label] = draw(label, latents, color=run_colors(names)[-1])
         settings = dict(gamma=args.gamma, n=n, seed=args.seed)
         if published and images is not None:
             for name, curve in curves.items():

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch, Rectangle
 
 import spectral
-from analysis.figures import image_file, log_axes, psd_exponent, save_figure
+from analysis.figures import image_file, log_axes, save_figure
 from common import run
 from losses import DSM_MASKS
 from repa import DOG_SIGMAS
@@ -177,7 +177,6 @@ def main():
     for path, draw in ((args.plot, plot), (args.pipeline, pipeline)):
         if path:
             save_figure(draw(image), path, dpi=100)
-    print(f"the image's power falls as f^-{psd_exponent(image, 32):.2f}")
 
 
 if __name__ == "__main__":

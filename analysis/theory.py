@@ -33,34 +33,31 @@ def denoised_power(model, process, latents, labels=None, times=TIMES, seed=0, ba
     """
     A network against Prop. 3.1, as float64 means per coefficient by ring and time: power (R,) of
     latents; learnable (T, R) by Prop. 3.1; squared error (T, R) of the predicted clean latent;
-    sizes (R,), the number of coefficients per ring. labels (N,) or None.
+    fraction, over all times and frequencies, of the learnable that was learned. labels (N,) or None
     """
-    N, _, h, w = latents.shape
     S = spectral.dct2(latents.cpu().double()).square().mean(0)     # (C, h, w); no float64 on mps
-    ring_mean = lambda P: ring_profile(P.mean(0)[None])[0].cpu()
     learnable, errors = [], []
     for t in times:
-        learnable.append(ring_mean(spectral.learnable_power(S, float(process.alpha_bar_at(t)))))
+        learnable.append(spectral.learnable_power(S, float(process.alpha_bar_at(t))))
         error = torch.zeros_like(S)
-        for rows in torch.arange(N, device=latents.device).split(batch_size):
+        for rows in torch.arange(len(latents), device=latents.device).split(batch_size):
             z = latents[rows]                              # noise depends only on (seed, row)
             z_t = process.noisy(z, NoiseStream(seed, rows.tolist())(z.shape).to(z), t)
             time = z.new_full((len(z),), process.time(t))
             output = model(z_t, time, None if labels is None else labels[rows])
             clean = process.clean(z_t.cpu().double(), output.cpu().double(), t)
             error += spectral.dct2(clean - z.cpu()).square().sum(0)
-        errors.append(ring_mean(error / N))
-    each = torch.eye(h * w, dtype=torch.float64).view(-1, h, w)            # one-hot maps
-    sizes = (ring_profile(each) > 0).double().sum(0)
-    return SimpleNamespace(power=ring_mean(S), learnable=torch.stack(learnable),
-                           error=torch.stack(errors), sizes=sizes)
+        errors.append(error / len(latents))
+    learnable, error = torch.stack(learnable), torch.stack(errors)         # (T, C, h, w)
+    return SimpleNamespace(power=ring_profile(S[None].mean(1))[0],
+                           learnable=ring_profile(learnable.mean(1)),
+                           error=ring_profile(error.mean(1)),
+                           fraction=float((S - error).sum() / learnable.sum()))
 
 
 def fraction_learned(found):
-    """Error reduction / learnable power: per ring (R,), and over all frequencies, a float."""
-    # negative where the network is worse than predicting 0
-    saved, learnable = (found.power - found.error).sum(0), found.learnable.sum(0)
-    return saved / learnable, float((found.sizes * saved).sum() / (found.sizes * learnable).sum())
+    """Error reduction / learnable power per ring (R,); < 0: worse than predicting 0."""
+    return (found.power - found.error).sum(0) / found.learnable.sum(0)
 
 
 def held_out_latents(file, args, device):
@@ -109,10 +106,9 @@ def denoise_figure(args, device):
         row[0].set(ylabel="power per coefficient", xticks=rings[::1 + len(rings) // 10])
         for t, *lines in zip(TIMES, found.learnable.tolist(), found.error.tolist()):
             table += [(name, t, *line) for line in zip(rings, found.power.tolist(), *lines)]
-        fractions, total = fraction_learned(found)
-        faint = found.power < FAINT * found.power.max()
+        fractions, faint = fraction_learned(found), found.power < FAINT * found.power.max()
         by_ring = " ".join("-" if hidden else f"{x:.2f}" for x, hidden in zip(fractions, faint))
-        yield dict(fraction_learned=total, by_ring=by_ring), settings
+        yield dict(fraction_learned=found.fraction, by_ring=by_ring), settings
     figures.log_axes(axes[0, 0], "y")                      # shared by all panels
     figure.legend(handles=axes[0, 0].lines, loc="outside lower center", ncols=4)
     columns = ("run", "t", "ring", "power", "learnable", "denoising_error")
@@ -157,11 +153,9 @@ def wiener_half_times(power, process):
 
 
 def slope_per_octave(half, power):
-    """
-    How much later, in t, a ring of twice the frequency reaches half its power (least squares); half
-    and power (R,). Rings with almost no power are left out: their half times mean nothing.
-    """
-    strong = power[1:] >= FAINT * power.max()              # without ring 0, which holds DC
+    """How much later, in t, a ring of twice the frequency reaches half its power; both (R,)."""
+    # neither ring 0, which holds DC, nor rings with almost no power, whose half times mean nothing
+    strong = power[1:] >= FAINT * power.max()
     octave = (torch.arange(1, len(half), dtype=half.dtype) + 0.5).log2()[strong]
     octave = octave - octave.mean()                        # least-squares slope
     return -float((octave * half[1:][strong]).sum() / octave.square().sum())
@@ -255,11 +249,15 @@ def diffusability(ae, images, batch_size=100, features=None):
     plain = psnr(decoded[0], images).mean().item()
     dsm = [psnr(decoded[n], spectral.lowpass(images, n)).mean().item() for n in DSM_MASKS if n > 0]
     scales = 2 ** torch.arange(-3, 6, 0.25)                # 1/8 to 54
+    small = spectral.match_resolution(images, latents.shape[2:])
+    target = spectral.spectrum_distribution(small, gamma=1.0, remove_dc=False).mean(0).cpu()
+    with_dc = spectral.spectrum_distribution(latents, remove_dc=False).mean(0).cpu()
     values = dict(
         esm=esm_loss(images, latents).item(),              # to the gamma = 1 target, nats
         # the same for normalised latents at the best scale: log(1 + P) depends on the scale of the
         # latents, but diffusion normalises them
         esm_shape=min(esm_loss(images, scale * z).item() for scale in scales),
+        kl_from_target=figures.divergence(target, with_dc),        # in the form of Figs. 4 and 5
         alpha=figures.psd_exponent(latents),               # Scale Equivariance: small for SD-VAE
         # correlation of adjacent cells; near 1 for over-smoothed latents (REPA-E)
         neighbours=float(sum(x.mean() for x in products) / 2 / z.square().mean()),

@@ -44,16 +44,10 @@ def _rgb(h, s, v):
     return (v * (1 - s + s * np.clip(ramp, 0, 1))).astype(f32)
 
 
-def dead_leaves(size, rng, r_min=1.3, r_max=0.4, cover=1.4):
-    """
-    One dead-leaves image of shaded discs.
-    rng      numpy Generator, the only source of randomness
-    r_min    smallest radius in pixels; r_max: largest as a fraction of the side (density r^-3)
-    cover    mean number of discs over a pixel, background not counted: a fraction exp(-cover) of
-             the pixels shows the background
-    returns  (3, size, size) uint8
-    """
-    r_max = r_max * size
+def dead_leaves(size, rng):
+    """One dead-leaves image of shaded discs, (3, size, size) uint8, from a numpy Generator."""
+    r_min, r_max = 1.3, 0.4 * size                 # radii in pixels, of density r^-3
+    cover = 1.4                # mean number of discs over a pixel: exp(-cover) show the background
     ratio = (r_min / r_max) ** 2
     area = 2 * np.pi * r_min ** 2 * np.log(r_max / r_min) / (1 - ratio)  # mean area of a disc
     side = size + 2 * r_max                        # centres also fall outside the frame

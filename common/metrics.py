@@ -27,10 +27,7 @@ def to_uint8(images):
 
 
 def jpeg_round_trip(images):
-    """
-    (B, 3, H, W) uint8 saved and reloaded as PIL's default JPEG (quality 75, chroma subsampled 2x2),
-    as written by Image.save("x.jpg") and torchvision's save_image.
-    """
+    """(B, 3, H, W) uint8 through PIL's default JPEG: quality 75, chroma subsampled 2x2."""
     read = []
     for image in images.movedim(1, -1).cpu().numpy():  # (H, W, 3)
         file = io.BytesIO()
@@ -110,18 +107,6 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     traces = cov1.trace() + cov2.trace()
     distance = (mean1 - mean2).square().sum() + traces - 2 * overlap
     return 0.0 if distance <= 1e-9 * traces else float(distance)           # NaN stays NaN
-
-
-def frechet_parts(samples, reconstructions, images):
-    """
-    Autoencoder error and diffusion error, from (mean, covariance) each. Reconstructions decode
-    posterior samples, the distribution diffusion learns. FD is not the sum of the other two.
-    returns  FD,  samples to images: the (g)FID of the tables
-             rFD, reconstructions to images: 0 for a lossless autoencoder
-             dFD, samples to reconstructions: 0 for a perfect diffusion model, whatever the decoder
-    """
-    return (frechet_distance(*samples, *images), frechet_distance(*reconstructions, *images),
-            frechet_distance(*samples, *reconstructions))
 
 
 def load_inception(device):

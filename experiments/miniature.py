@@ -28,20 +28,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from analysis.figures import divergence, encode_all, figure_rows
+from analysis.figures import figure_rows
 from analysis.theory import diffusability
 from common import run
 from common.data import open_data, train_batches, val_batches
-from common.metrics import Moments, frechet_distance, frechet_parts, to_uint8
+from common.metrics import Moments, frechet_distance, to_uint8
 from common.weights import load_autoencoder
 from dit import NoiseStream
 from experiments import protocol, report
 from experiments.labelnet import PATH as LABELNET
 from experiments.labelnet import LabelNet, load_labelnet
 from experiments.protocol import AUTOENCODERS, SEEDS, TABLES, VARIANTS
-from spectral import match_resolution, spectrum_distribution
 
-ROOT = protocol.HERE.parent                                # the folder of the scripts
 LOCKS = collections.defaultdict(threading.Lock)            # several runs share an autoencoder
 
 # --------------------------------------------------------------------------------------------------
@@ -61,10 +59,7 @@ def folders(name, ae_seed, sit_seed, out):
 
 
 def commands(name, ae_seed, sit_seed, out):
-    """
-    The three commands of a run, as argument lists (folder names may contain spaces). Each resumes
-    an interrupted earlier call.
-    """
+    """The three commands of a run, as argument lists; each resumes an interrupted call."""
     autoencoder, flags = VARIANTS.get(name, (name, ""))
     ae, cache, sit = map(str, folders(name, ae_seed, sit_seed, out))
     train_ae = ["train_ae.py", "--preset", "quick", *protocol.AE.split(),
@@ -75,11 +70,6 @@ def commands(name, ae_seed, sit_seed, out):
     gen = ["evaluate.py", "gen", "--preset", "quick", "--ckpt", f"{sit}/ckpt.pt",
            *protocol.GEN.split(), "--results", f"{sit}/gen.jsonl"]
     return train_ae, train_diffusion, gen
-
-
-def from_anywhere(word):
-    """An argument of a command, with scripts and the folder experiments as absolute paths."""
-    return str(ROOT / word) if word.endswith(".py") or word == "experiments" else word
 
 
 def trained(folder, stage):
@@ -116,10 +106,9 @@ def run_one(name, ae_seed, sit_seed, out):
     def call(command, folder=None, stage=None, steps=0):
         if folder and trained(folder, stage) == steps:
             return
-        found = [from_anywhere(word) for word in command]
         one_thread = os.environ | {"OMP_NUM_THREADS": "1"}                  # runs share the cores
         with open(sit / "output.txt", "a") as file:
-            done = subprocess.run([sys.executable, *found], stdout=file, stderr=file,
+            done = subprocess.run([sys.executable, *command], stdout=file, stderr=file,
                                   env=one_thread)
         if done.returncode or folder and trained(folder, stage) < steps:
             raise ValueError(f"{sit.name}: {command[0]} did not reach its end, see "
@@ -140,7 +129,8 @@ def run_all(plan, out, jobs):
     returns  error messages, one per line
     """
     failed, pool, measure = [], concurrent.futures.ThreadPoolExecutor(jobs), None
-    todo = [each for each in plan if not result_file(*each).exists()]
+    paths = {each: protocol.RESULTS / f"{run_name(*each)}.json" for each in plan}
+    todo = [each for each in plan if not paths[each].exists()]
     print(f"{len(plan) - len(todo)} of {len(plan)} runs have a file in {protocol.RESULTS}; to "
           "repeat one, remove its file", flush=True)
     try:
@@ -153,7 +143,7 @@ def run_all(plan, out, jobs):
             except Exception as error:
                 failed.append(str(error))
                 continue
-            path, line = result_file(*futures[future]), (json.dumps(result) + "\n").encode()
+            path, line = paths[futures[future]], (json.dumps(result) + "\n").encode()
             run.write_atomic(path, lambda file, line=line: file.write(line))
             numbers = result["numbers"]
             print(f"{path.stem}: PSNR {numbers['psnr']:.2f} dB, FD {numbers['FD']:.3f}, "
@@ -165,10 +155,6 @@ def run_all(plan, out, jobs):
 
 # --------------------------------------------------------------------------------------------------
 # Measuring
-
-def result_file(*name_and_seeds):
-    return protocol.RESULTS / f"{run_name(*name_and_seeds)}.json"
-
 
 @torch.no_grad()
 def pooled_moments(net, batches):
@@ -191,19 +177,6 @@ def reconstruction(ae, images, indices):
     return to_uint8(ae.decode(posterior.sample(noise))).float() / 127.5 - 1
 
 
-def load_logs(ae, sit):
-    """
-    {stage: lines of its log.jsonl}, and the last line of gen.jsonl.
-    raises   ValueError if the autoencoder or the diffusion model is unfinished
-    """
-    read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
-    logs = dict(ae=read(ae / "log.jsonl"), diffusion=read(sit / "log.jsonl"))
-    gen = read(sit / "gen.jsonl")[-1]
-    if logs["ae"][-1]["step"] != protocol.AE_STEPS or gen["step"] != protocol.SIT_STEPS:
-        raise ValueError(f"{sit}: samples of a run that was not finished; remove its folder")
-    return logs, gen
-
-
 def loss_curve(lines):
     """[step, loss] of every fourth log line that has a loss."""
     return [[line["step"], round(line["loss"], 4)] for line in lines if "loss" in line][::4]
@@ -224,20 +197,23 @@ class Measure:
     def __call__(self, name, ae_seed, sit_seed, out):
         """The numbers, loss curves, commands and hardware of a finished run, as a dict."""
         ae, _, sit = folders(name, ae_seed, sit_seed, out)
-        logs, gen = load_logs(ae, sit)
+        read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
+        logs = dict(ae=read(ae / "log.jsonl"), diffusion=read(sit / "log.jsonl"))
+        gen = read(sit / "gen.jsonl")[-1]
         samples = np.load(sit / "samples" / "samples.npz")["arr_0"]         # (N, 32, 32, 3) uint8
         samples = torch.from_numpy(samples).movedim(-1, 1)                  # (N, 3, 32, 32)
         network = load_autoencoder(ae / "ckpt.pt")
         decoded = (reconstruction(network, images, indices.tolist())
                    for images, _, indices in val_batches(self.train_set, 100))
-        parts = frechet_parts(pooled_moments(self.net, (samples / 127.5 - 1).split(500)),
-                              pooled_moments(self.net, decoded), self.moments)
+        sampled = pooled_moments(self.net, (samples / 127.5 - 1).split(500))
+        decoded = pooled_moments(self.net, decoded)
         numbers = {key: gen[key] for key in gen if key.startswith(("SWD", "spectral"))}
-        numbers |= dict(zip(("FD", "rFD", "dFD"), parts))
+        numbers |= dict(FD=frechet_distance(*sampled, *self.moments),
+                        rFD=frechet_distance(*decoded, *self.moments),
+                        dFD=frechet_distance(*sampled, *decoded))
         pooled = lambda images: self.net.pooled(images / 127.5 - 1)
         with torch.no_grad():
             numbers |= diffusability(network, self.held_out, features=pooled)
-        numbers["kl_from_target"] = kl_from_target(network, self.held_out)
         numbers["ssim"] = logs["ae"][-1]["val_ssim"]
         return dict(
             name=name, ae_seed=ae_seed, sit_seed=sit_seed, samples=len(samples),
@@ -245,18 +221,6 @@ class Measure:
             loss_curve={stage: loss_curve(lines) for stage, lines in logs.items()},
             commands=(sit / "commands.txt").read_text().splitlines(),
             **{key: gen[key] for key in ("commit", "hardware", "torch", "time")})
-
-
-@torch.no_grad()
-def kl_from_target(ae, images):
-    """
-    KL(target || latents) in nats between spectra in the form of Figs. 4 and 5: mean shares of
-    log(1 + P) with DC kept. The target is the images (N, 3, H, W) flattened with gamma 1.
-    """
-    latents = encode_all(ae, images, 100, seed=0)
-    small = match_resolution(images, latents.shape[-2:])
-    target = spectrum_distribution(small, gamma=1.0, remove_dc=False).mean(0)
-    return divergence(target, spectrum_distribution(latents, remove_dc=False).mean(0))
 
 
 def train_labelnet(data, path=LABELNET, steps=6000, batch_size=64, seed=0):
@@ -302,9 +266,6 @@ def draw_samples(out):
     """
     results = report.load_results()
     names = [name for name in TABLES["Table 2"] if (name, 0, 0) in results]
-    if not names:
-        raise FileNotFoundError(f"{protocol.RESULTS}: no results of seed 0 yet; "
-                                "`python -m experiments.miniature run` makes them")
     _, val_set = open_data("discs", 32, val_images=10)
     images, _, indices = next(iter(val_batches(val_set, 10)))
     samples, decoded = {}, {"image": images * 0.5 + 0.5}

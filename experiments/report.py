@@ -32,6 +32,8 @@ MARKS = "<!-- miniature.py table -->", "<!-- end of miniature.py table -->"
 def load_results():
     """{(name, autoencoder seed, diffusion seed): contents of the run's result file}."""
     found = [json.loads(path.read_text()) for path in sorted(protocol.RESULTS.glob("*.json"))]
+    run.need(found, f"{protocol.RESULTS}: no results; `python -m experiments.miniature run` makes "
+             "them")
     return {(result["name"], result["ae_seed"], result["sit_seed"]): result for result in found}
 
 
@@ -45,20 +47,14 @@ def values(results, name, key, seeds=SEEDS):
 # The paired test
 
 def differences(results, key, order, a, b):
-    """
-    For the claim that run `a` is "below" or "above" run `b`: paired differences (n,) over their
-    common seeds, positive where a pair supports the claim.
-    """
+    """Paired differences (n,) over common seeds; positive: supports "a below (or above) b"."""
     of_a, of_b = values(results, a, key), values(results, b, key)
     sign = {"below": 1, "above": -1}[order]
     return np.array([sign * (of_b[seed] - of_a[seed]) for seed in of_a if seed in of_b])
 
 
 def paired_test(d):
-    """
-    For differences (n,), n >= 2: the mean, its 95% confidence interval, and the two-sided p-value
-    of Student's t-test against mean 0.
-    """
+    """Mean of differences (n,), n >= 2, its 95% interval, and the p-value of Student's t-test."""
     test = stats.ttest_1samp(d, 0.0)
     low, high = test.confidence_interval(1 - ALPHA)
     return float(d.mean()), (float(low), float(high)), float(test.pvalue)
@@ -105,11 +101,7 @@ def claims_table(groups, results):
 
 
 def spread(results, key="FD"):
-    """
-    Sources of the spread between seeds, as markdown table lines: the standard deviations between
-    autoencoders and between diffusion seeds, by one-way analysis of variance over those runs of
-    SPREAD whose autoencoders have two diffusion models.
-    """
+    """S.d. between autoencoders and between diffusion seeds: one-way analysis of variance."""
     lines = [table_row("run", "autoencoders", "s.d. by diffusion's seed",
                        "s.d. by the autoencoder's seed"), "|---|---|---|---|"]
     for name in SPREAD:
@@ -156,14 +148,8 @@ def run_tables(results):
 
 
 def write_pages():
-    """
-    Write the short table (the primary family and three more groups of claims) between the marks in
-    README.md beside this file, and the long tables to TABLES.md.
-    """
+    """Write the short table between the marks in README.md, and the long ones to TABLES.md."""
     results = load_results()
-    if not results:
-        raise FileNotFoundError(f"{protocol.RESULTS}: no results yet; "
-                                "`python -m experiments.miniature run` makes them")
     groups = [PRIMARY, *(group for group in EXPLORATORY if group[0] in protocol.HEADLINE)]
     path = protocol.HERE / "README.md"
     before, rest = path.read_text().split(MARKS[0])
@@ -188,7 +174,7 @@ def write_pages():
              "## Which number of an autoencoder predicts FD", "", *correlations(results)]
     text = "\n".join(lines) + "\n"
     run.write_atomic(protocol.HERE / "TABLES.md", lambda file: file.write(text.encode()))
-    print("\n".join(claims_table(groups, results)))
+    print(short)
 
 
 def rank_correlation(x, y):
@@ -214,8 +200,6 @@ def correlations(results):
     """Rank correlations with FD as markdown table lines, largest first."""
     lines = [table_row("number", "rank correlation with FD, 95% interval", "runs"), "|---|---|---|"]
     pairs = predictions(results)
-    if len(pairs["iFD"][0]) < 4:
-        return [*lines, table_row("all", "not enough runs", str(len(pairs["iFD"][0])))]
     found = {key: rank_correlation(*pair) for key, pair in pairs.items()}
     for key, (rho, low, high) in sorted(found.items(), key=lambda item: -abs(item[1][0])):
         lines.append(table_row(PREDICTORS[key], f"{rho:+.2f} ({low:+.2f} to {high:+.2f})",
@@ -245,8 +229,6 @@ def scatter():
     """Draw figures/scatter.png: FD of runs without alignment against two of PREDICTORS."""
     results = load_results()
     pairs = predictions(results)
-    run.need(len(pairs["iFD"][0]) > 3, f"{protocol.RESULTS}: a correlation needs four runs or "
-             "more; `python -m experiments.miniature run` makes them")
     names = [name for name in AUTOENCODERS if values(results, name, "FD")]
     figure, axes = subplots(1, 2, (10, 4.2), sharey=True)
     for ax, key in zip(axes[0], SHOWN):

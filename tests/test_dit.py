@@ -337,9 +337,9 @@ def test_ddpm_levels():
 def test_ddim_inverts():
     """Up and down along one eps is the identity."""
     ddpm, (x, eps) = DDPM("sd"), torch.randn(2, 2, *SHAPE, dtype=torch.float64)
-    up, a = ddpm.step(x, eps, 0, 700), ddpm.alpha_bar[700]
+    up, a = ddpm.noisy(x, eps, 0.7), ddpm.alpha_bar[700]
     torch.testing.assert_close(up, a.sqrt() * x + (1 - a).sqrt() * eps)
-    torch.testing.assert_close(ddpm.step(up, eps, 700, 0), x)
+    torch.testing.assert_close(ddpm.clean(up, eps, 0.7), x)
 
 
 @pytest.mark.parametrize("kind, process", [(SiT, Interpolant()), (UViT, DDPM("sd"))])

@@ -107,7 +107,7 @@ EVERY = {   # name: the loss of a and b, their shapes on a grid of h x w, whethe
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("h, w", [(5, 7), (1, 1)])
 def test_every_loss_is_a_finite_float32_mean_over_items(name, h, w):
-    """Of zeros, denormals and large numbers, in bf16, under autocast; of no item 0."""
+    """Of zeros, denormals and large numbers, in bf16, under autocast."""
     loss, *shapes, both = EVERY[name]
     sides = dict(h=h, w=w, H=8 * h, W=8 * w, T=h * w)
     shapes = [[sides.get(side, side) for side in shape] for shape in shapes]
@@ -125,10 +125,6 @@ def test_every_loss_is_a_finite_float32_mean_over_items(name, h, w):
         if magnitude <= 1:                                 # zeros in a spectrum of 1e4 are rounding
             items = torch.stack([loss(a[i:i + 1], b[i:i + 1]) for i in range(3)])
             close(items.mean(), value, rtol=1e-4, atol=1e-5)
-    nothing = a[:0].detach().requires_grad_()
-    value = loss(nothing, b[:0])
-    value.backward()
-    assert value == 0 and nothing.grad.shape == nothing.shape
 
 
 # ---- pairs
@@ -182,7 +178,6 @@ def test_discriminator_architecture():
     assert sum(p.numel() for p in disc.parameters()) == expected
     disc(torch.full((1, 3, 32, 32), math.nan))             # of a step that is skipped: no trace
     assert all(value.isfinite().all() for value in disc.state_dict().values())
-    disc.load_state_dict(disc.state_dict() | {"main.3.running_mean": torch.zeros(128)})
     for i in (3, 6, 9):
         disc.main[i] = nn.Identity()                       # BatchNorm sees the whole image
     x = torch.randn(1, 3, 96, 128, requires_grad=True)
