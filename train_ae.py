@@ -13,7 +13,6 @@ rate is never rescaled. Numbering as in arXiv:2603.14645 v1.
 import argparse
 import dataclasses
 import random
-import sys
 import time
 from functools import partial
 
@@ -25,8 +24,9 @@ from analysis.figures import figure_rows, pca_rgb
 from common import run
 from common.builtin import SETS
 from common.data import images_hash, open_data, train_batches, val_batches
-from common.metrics import psnr, ssim
+from common.metrics import Moments, psnr, ssim
 from common.weights import autoencoder_hash, load_autoencoder
+from dit import NoiseStream
 from losses import DSM_MASKS, SCALES, PatchDiscriminator, PerceptualLoss
 from repa import load_encoder
 from spectral import fit_power_law, lowpass, match_resolution, power_spectrum, radial_profile
@@ -142,9 +142,9 @@ def check(args, config):
 
 
 def open_model(args):
-    """Config and initial weights of the --init file; without --init, --model's config and None."""
+    """The autoencoder to train: of the --init file, or a new one of --model."""
     if not args.init:
-        return CONFIGS[args.model], None
+        return AutoencoderKL(CONFIGS[args.model])
     ae = load_autoencoder(args.init)
     names = [name for name, config in CONFIGS.items() if config == ae.config]
     default = PRESETS[args.preset].get("model", "f16d16")
@@ -152,7 +152,7 @@ def open_model(args):
              f"{names[0] if names else ae.config}; leave --model out")
     args.model = names[0] if names else "of --init"
     args.init = autoencoder_hash(ae)                       # --resume accepts the file at any path
-    return ae.config, ae.state_dict()
+    return ae.train()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -248,18 +248,15 @@ def validate(ae, batches, args, autocast):
              of the latents' PSD, alpha_image, latent_std: RMS over channels}, prefixed with val_
     """
     ae.eval()
-    C = ae.config.latent_channels
-    totals = torch.zeros(5 + 16 + 16 + 3 * C, dtype=torch.float64)
+    totals = torch.zeros(5 + 16 + 16, dtype=torch.float64)
+    moments = Moments(ae.config.latent_channels)           # mean and covariance of the channels
     for images, _, indices in batches:
         with autocast:                                     # networks only; metrics in float32
             posterior = ae.encode(images)
             recon = ae.decode(posterior.mode())
         recon = recon.float()
-        noise = []
-        for i in indices.tolist():                         # same noise for image i on any rank
-            generator = torch.Generator().manual_seed(run.step_seed(args.seed, i))
-            noise.append(torch.randn(posterior.mean.shape[1:], generator=generator))
-        latents = posterior.sample(torch.stack(noise).to(images.device))
+        noise = NoiseStream(args.seed, indices.tolist())(posterior.mean.shape)
+        latents = posterior.sample(noise.to(images.device))        # the same on any rank
         l1 = (recon - images).abs().flatten(1).mean(1)
         # per image, since esm_loss averages over its batch
         esm = torch.stack([losses.esm_loss(x[None], z[None], args.gamma)
@@ -267,13 +264,11 @@ def validate(ae, batches, args, autocast):
         scores = [torch.ones_like(l1), psnr(recon, images), ssim(recon, images), l1, esm]
         profiles = [radial_profile(power_spectrum(x)).cpu().double().sum(0)          # (16,) each
                     for x in (match_resolution(images, latents.shape[-2:]), latents)]
-        cells = latents.cpu().double().movedim(1, -1).reshape(-1, C)       # no float64 on mps
-        moments = torch.full_like(cells[0], len(cells)), cells.sum(0), cells.square().sum(0)
-        totals += torch.cat([torch.stack(scores).cpu().double().sum(1), *profiles, *moments])
-    totals = run.all_sum(totals)
-    scores, image_psd, latent_psd, count, first, second = totals.split([5, 16, 16, C, C, C])
-    mean = first / count
-    ae.set_latent_stats(mean, (second / count - mean ** 2).clamp_min(1e-12).sqrt())
+        totals += torch.cat([torch.stack(scores).cpu().double().sum(1), *profiles])
+        moments.add(latents.movedim(1, -1).flatten(0, 2))          # (b*h*w, C)
+    scores, image_psd, latent_psd = run.all_sum(totals).split([5, 16, 16])
+    _, mean, covariance = moments.mean_cov()
+    ae.set_latent_stats(mean, covariance.diag().clamp_min(1e-12).sqrt())
     ae.train()
     report = dict(zip(("val_psnr", "val_ssim", "val_l1", "val_esm"),
                       (scores[1:] / scores[0]).tolist()))
@@ -285,8 +280,7 @@ def validate(ae, batches, args, autocast):
 @torch.no_grad()
 def draw_reconstructions(ae, val_set, path, device):
     """Plot held-out images and DSM's claim: a low-passed latent decodes to the low-passed image."""
-    images = torch.stack([val_set[i][0] for i in range(min(8, len(val_set)))])
-    images = images.to(device) / 127.5 - 1                 # (8, 3, H, W) in [-1, 1]
+    images, _, _ = next(val_batches(val_set, 8, device=device))    # (8, 3, H, W) in [-1, 1]
     latents = ae.encode(images).mode()
     rows = {"image": images, "reconstruction": ae.decode(latents),
             "latent (PCA)": pca_rgb(latents) * 2 - 1}
@@ -294,16 +288,6 @@ def draw_reconstructions(ae, val_set, path, device):
         rows["low-pass n=10"] = lowpass(images, 10)
         rows["decoded from\nlow-pass latent"] = ae.decode(lowpass(latents, 10))
     figure_rows({label: row.float() * 0.5 + 0.5 for label, row in rows.items()}, path)
-
-
-def print_config(args, ae, train_set, val_set, world, device):
-    """Print model, data and run settings."""
-    parameters = sum(p.numel() for p in ae.parameters())
-    d, side = ae.config.latent_channels, args.image_size // ae.config.reduction
-    run.print0(f"{args.model}: {parameters:,} parameters, {args.image_size} px -> {d} x {side} x "
-               f"{side}; reg {' '.join(args.reg)}; {len(train_set):,} training and "
-               f"{len(val_set):,} held-out images ({args.data or 'built-in'})")
-    run.print_run(args, world, device)
 
 
 def summary(step, report, usage):
@@ -321,20 +305,16 @@ def main():
     args = get_args()
     rank, world, device = run.init_distributed(args.device)
     run.check_run_flags(args, world)
-    config, initial = open_model(args)
+    torch.manual_seed(args.seed)                           # for the initial weights only
+    ae = open_model(args).to(device)
+    config = ae.config
     check(args, config)
     autocast = run.device_choices(args, device, fixed_size=not {"eq", "se"} & set(args.reg))
     train_set, val_set = open_data(args.data, args.image_size, args.val_images, args.seed)
     identity = dict(images=run.same_on_all_nodes("--data", lambda: images_hash(train_set)))
-    checkpoint = run.open_run(args, "ae", identity)
-    start_step = checkpoint["step"] if checkpoint else 0
-    torch.manual_seed(args.seed)                           # for the initial weights only
-    ae = AutoencoderKL(config).to(device)
-    if initial:
-        ae.load_state_dict(initial)
-    disc = teacher = projection = None
-    if args.gan_weight > 0 and args.gan_start < args.steps:
-        disc = PatchDiscriminator().to(device)
+    checkpoint, start_step = run.open_run(args, "ae", identity)
+    disc = PatchDiscriminator().to(device) if args.gan_weight > 0 else None
+    teacher = projection = None
     with run.local_rank_zero_first():                      # one download per node
         lpips = PerceptualLoss().to(device) if args.lpips_weight > 0 else None
         if {"vf", "uae"} & set(args.reg):
@@ -347,13 +327,15 @@ def main():
     parts = dict(model=ae, optimizer=optimizer, projection=projection, disc=disc,
                  disc_optimizer=disc_optimizer)            # saved in every checkpoint
     parts = {name: part for name, part in parts.items() if part is not None}
-    if checkpoint:                                         # no disc if its --steps <= --gan_start
-        run.restore(checkpoint, {
-            name: part for name, part in parts.items() if name in checkpoint or "disc" not in name})
+    if checkpoint:
+        run.restore(checkpoint, parts)
     track = run.open_tracker(args, start_step)             # can fail, so before Log deletes a run
     log = run.Log(f"{args.out}/log.jsonl", start_step, checkpoint and checkpoint["means"], track)
     del checkpoint                                         # gigabytes at paper scale
-    print_config(args, ae, train_set, val_set, world, device)
+    run.print0(f"{args.model}: {sum(p.numel() for p in ae.parameters()):,} parameters; reg "
+               f"{' '.join(args.reg)}; {len(train_set):,} training and {len(val_set):,} held-out "
+               f"images of {args.image_size} px ({args.data or 'built-in'})")
+    run.print_run(args, world, device)
     ae_ddp, disc_ddp, projection_ddp = run.ddp(ae), run.ddp(disc), run.ddp(projection)
     trained = [network for network in (ae_ddp, disc_ddp, projection_ddp) if network]
     progress = run.progress_bar(args, start_step)
@@ -375,8 +357,8 @@ def main():
                                               device=device), args, autocast)
             log.write(step, **report)
             save(step)
+            run.print0(summary(step, report, usage))
             if rank == 0:
-                progress.write(summary(step, report, usage), file=sys.stdout)
                 draw_reconstructions(ae, val_set, f"{args.out}/reconstructions.png", device)
                 log.track(step, usage | dict(figure=f"{args.out}/reconstructions.png"))
         if step == args.steps:

@@ -13,15 +13,14 @@ The defaults train U-ViT on CelebA 256. A run writes ckpt.pt, log.jsonl and samp
 Numbering as in arXiv:2603.14645 v1.
 """
 import argparse
+import copy
 import os
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from analysis.fid import sample_labels
 from analysis.figures import image_grid
@@ -86,8 +85,8 @@ def get_args():
     add("--repa_depth", type=int, default=4, help="block whose output is aligned, from 1")
     add("--dog_sigma1", type=float, default=DOG_SIGMAS[0], help="dog: narrow Gaussian, in tokens")
     add("--dog_sigma2", type=float, default=DOG_SIGMAS[1], help="dog: wide Gaussian, in tokens")
-    add("--norm_std", type=float, help="irepa: fraction of the target's mean that is subtracted "
-        "(Table 6) (default: 0.6; others ignore it)")
+    add("--norm_std", type=float, default=0.6, help="irepa: fraction of the target's mean that is "
+        "subtracted (Table 6)")
     # optimisation
     add("--steps", type=int, default=300_000, help="optimiser steps")
     add("--batch_size", type=int, default=256, help="latents per step, over all processes")
@@ -109,8 +108,6 @@ def get_args():
         run.need(not (several and args.resume and not args.out), "--resume: there are several "
                  f"autoencoders of --preset {args.preset}; name the run's --ae")
         args.ae = run.newest("ae", args.preset, "--ae")
-    if args.norm_std is None:
-        args.norm_std = 0.6 if args.repa == "irepa" else 1.0
     repa = "" if args.repa == "none" else f"-{args.repa}"
     name = run.run_name(args.ae)
     if name.startswith("ckpt_"):                           # one of several of a run
@@ -145,10 +142,8 @@ def open_latents(args, ae, train_set, identity, rank, world, device):
     exists = run.broadcast_from_rank0(folder.exists)       # rank 0 creates it
     if not exists:
         run.need_one_node(f"--cache {folder}")
-        with tqdm(total=len(train_set), unit="img", desc="encoding",
-                  disable=rank > 0 or not sys.stderr.isatty()) as progress:
-            build_cache(folder, key, ae, train_set, args.encode_batch, rank, world, args.workers,
-                        device, progress=lambda n: progress.update(n * world))
+        build_cache(folder, key, ae, train_set, args.encode_batch, rank, world, args.workers,
+                    device)
     cache = LatentCache(folder, key)
     ae.set_latent_stats(cache.mean, cache.std)
     run.print0(f"{'read' if exists else 'wrote'} {folder}: {len(cache):,} latents and mirrors, "
@@ -169,18 +164,9 @@ def alignment_networks(args, model, size, device):
     return encoder, projector.to(device)
 
 
-def summary(step, means, usage):
-    """Loss, speed and memory in one line; usage: see run.usage."""
-    return (f"step {step}: loss {means.get('loss', np.nan):.4f}, {usage['images_per_s']:.1f} "
-            f"images/s, {usage['memory_GB']:.1f} GB")
-
-
 @torch.no_grad()
 def sample_grid(args, model, classes, process, ae, autocast, device, count=16):
-    """
-    The first samples of --seed, decoded: (count, 3, H, W) in [0, 1], cycling through `classes`,
-    those that have an image.
-    """
+    """The first samples of --seed, decoded: (count, 3, H, W) in [0, 1], cycling through classes."""
     y = sample_labels(range(count), classes).to(device) if model.num_classes else None
     with autocast:
         z = process.sample(model, (count, model.in_channels, *model.input_size), y=y, cfg=args.cfg,
@@ -204,25 +190,23 @@ def main():
     run.need_outside(args.out, data)
     identity = dict(autoencoder=run.same_on_all_ranks("--ae", autoencoder_hash(ae)),
                     images=run.same_on_all_nodes("--data", lambda: images_hash(train_set)))
-    checkpoint = run.open_run(args, "diffusion", identity)
-    start_step = checkpoint["step"] if checkpoint else 0
+    checkpoint, start_step = run.open_run(args, "diffusion", identity)
 
     classes = len(train_set.classes) if args.num_classes == -1 else args.num_classes
     run.need(args.cfg == 1 or classes, f"--cfg {args.cfg}: an unconditional model has no null "
              "class, which guidance needs; leave --cfg at 1")
     model_args = dict(input_size=size // f, in_channels=ae.config.latent_channels,
                       num_classes=classes)
-    build = partial(MODELS[args.model], **model_args)
     torch.manual_seed(args.seed)                           # for the initial weights only
-    model, uvit, encoder, projector = build().to(device), args.model.startswith("UViT"), None, None
+    model, uvit = MODELS[args.model](**model_args).to(device), args.model.startswith("UViT")
+    encoder = projector = None
     process = DDPM(args.schedule) if uvit else Interpolant()
     if args.repa != "none":
         encoder, projector = alignment_networks(args, model, size, device)
     optimizer = torch.optim.AdamW(
         [*model.parameters(), *(projector.parameters() if projector else ())], lr=args.lr,
         betas=(0.99 if uvit else 0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
-    ema = run.EMA(model, args.ema, args.ema_warmup == "on")
-    ema_model = build().to(device).eval().requires_grad_(False)    # the EMA weights, for sampling
+    ema = copy.deepcopy(model).eval().requires_grad_(False)        # EMA of the weights, to sample
     cache = open_latents(args, ae, train_set, identity, rank, world, device)
     run.need(not classes or cache.labels.max() < classes,
              f"--num_classes {classes}: the data has labels up to {cache.labels.max()}")
@@ -248,10 +232,6 @@ def main():
     trained = [network for network in (model_ddp, projector_ddp) if network]
     stream = (args.batch_size, start_step, args.seed, rank, world)
     latent_batches = cache.batches(*stream, device, args.mirror == "on")
-    image_batches = iter(())                               # with --repa: images in the same order
-    if encoder:
-        image_batches = train_batches(take(train_set, cache.rows), *stream, args.workers, device,
-                                      args.mirror == "on", strict=True)
     progress = run.progress_bar(args, start_step)
 
     def save(step):
@@ -264,8 +244,10 @@ def main():
         if rank == 0:
             run.save_checkpoint(f"{args.out}/ckpt.pt", state, args.keep_every)
 
-    latent_batches, image_batches = (run.save_on_error(batches, start_step, save)
-                                     for batches in (latent_batches, image_batches))
+    if encoder:                                            # images in the order of the latents
+        image_batches = train_batches(take(train_set, cache.rows), *stream, args.workers, device,
+                                      args.mirror == "on", strict=True)
+        image_batches = run.save_on_error(image_batches, start_step, save)
     interrupt, start_time = run.Interrupt(), time.perf_counter()
     for step in range(start_step, args.steps + 1):
         if interrupt.asked(step):
@@ -274,8 +256,7 @@ def main():
         if step == args.steps or step % args.eval_every == 0:
             save(step)
             if rank == 0:
-                ema_model.load_state_dict(ema.shadow)
-                image_grid(sample_grid(args, ema_model, seen, process, ae, autocast, device),
+                image_grid(sample_grid(args, ema, seen, process, ae, autocast, device),
                              f"{args.out}/samples.png")
                 log.track(step, dict(samples=f"{args.out}/samples.png"))
         if step == args.steps:
@@ -317,15 +298,17 @@ def main():
         lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
         norm = run.optimizer_step(optimizer, lr, args.clip_grad, log.finite(step))
         log.add(step, dict(grad_norm=norm))
-        ema.update(step)
+        decay = min(args.ema, (1 + step) / (10 + step)) if args.ema_warmup == "on" else args.ema
+        run.update_ema(ema, model, decay)
         progress.update(1)
         if step % args.log_every == 0:
             means = log.write(step)
             progress.set_postfix(means)
             usage = run.usage((step + 1 - start_step) * args.batch_size, start_time, device)
             log.track(step, usage)
-            if rank == 0 and step % (10 * args.log_every) == 0:
-                progress.write(summary(step, means, usage), sys.stdout)
+            if step % (10 * args.log_every) == 0:
+                run.print0(f"step {step}: loss {means.get('loss', float('nan')):.4f}, "
+                           f"{usage['images_per_s']:.1f} images/s, {usage['memory_GB']:.1f} GB")
     progress.close()
 
 

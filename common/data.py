@@ -193,10 +193,7 @@ def _common_folder(names):
 
 
 def _hold_out(names):
-    """
-    Rows of the training images (ascending) and of the held-out images: 10%, or about 5,000 if
-    n > 50,000. A hash of each path decides, so adding or removing an image does not move others.
-    """
+    """Rows of training images (ascending) and of held-out ones, by a hash of each path alone."""
     n, start = len(names), len(_common_folder(names))
     stems = (os.fsencode(splitext(name[start:])[0]) for name in names)         # as for packed sets
     hashes = (int(hashlib.sha256(stem).hexdigest()[:12], 16) for stem in stems)

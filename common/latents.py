@@ -13,19 +13,18 @@ autoencoder and images that it was made from. 42 GB for ImageNet at f16d16.
 """
 import concurrent.futures
 import contextlib
-import glob
 import io
 import itertools
 import json
 import math
 import os
 import shutil
-import uuid
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from common.data import read_bytes, stream_entries, val_batches
 from common.run import all_sum, barrier, broadcast_from_rank0, file_lock, need, reason
@@ -39,15 +38,12 @@ def _checksums(moments, blocks):
 
 
 def create_array(what, path, dtype, shape):
-    """
-    Create a .npy of zeros for memory-mapped writing, with its disk space allocated up front: on a
-    full disk a mapped write kills the process. On failure, OSError starting with `what`; no file.
-    """
+    """Create a .npy of zeros to memory-map. On failure, OSError starting with `what`; no file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
         if hasattr(os, "posix_fallocate"):                 # not on Windows or macOS
-            with open(path, "r+b") as file:
+            with open(path, "r+b") as file:                # a mapped write to a full disk kills
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     except OSError as error:
         path.unlink(missing_ok=True)
@@ -56,7 +52,7 @@ def create_array(what, path, dtype, shape):
                       "disk") from None
 
 
-def _encode(folder, ae, batches, moments, labels, readable, progress):
+def _encode(folder, ae, batches, moments, labels, readable):
     """Fill the arrays; return (3, C) float64: count, sum of z and of z^2 over all positions."""
     C = ae.config.latent_channels
     total = torch.zeros(3, C, dtype=torch.float64)
@@ -76,40 +72,37 @@ def _encode(folder, ae, batches, moments, labels, readable, progress):
             total += torch.stack([torch.ones_like(mean).sum(0), mean.sum(0), second])
         labels[rows] = classes.cpu().numpy()
         readable[rows] = True
-        progress(len(images))
     return total
 
 
 @torch.no_grad()
 def build_cache(folder, identity, ae, dataset, batch_size, rank=0, world=1, workers=0,
-                device="cpu", progress=lambda n: None):
+                device="cpu"):
     """
     Encode a dataset outside autocast and write the cache, all ranks together. If another run is
     already writing it, wait for that one instead.
     identity    dict of plain values that LatentCache will compare
     batch_size  images per encoder call, summed over ranks
-    progress    called on every rank with the number of images in each batch
     """
     folder, n, side = Path(folder), len(dataset), dataset.size // ae.config.reduction
     shape = (n, 2, 2 * ae.config.latent_channels, side, side)
     layout = dict(moments=(np.float16, shape), labels=(np.int64, (n,)), readable=(bool, (n,)))
-    unique = broadcast_from_rank0(lambda: uuid.uuid4().hex[:8])
-    partial = folder.with_name(f".{folder.name}.{unique}.tmp")
+    partial = folder.with_name(f".{folder.name}.tmp")      # only the holder of the lock writes it
     with contextlib.ExitStack() as cleanup:
         if rank == 0:
             cleanup.enter_context(file_lock(folder.with_name(f".{folder.name}.lock")))
             cleanup.callback(shutil.rmtree, partial, ignore_errors=True)
-            for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
-                shutil.rmtree(left, ignore_errors=True)    # left by killed processes
         if broadcast_from_rank0(folder.exists):
             return
         if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)     # left by a killed process
             for name, (dtype, size) in layout.items():
                 create_array(f"--cache {folder}", partial / f"{name}.npy", dtype, size)
         barrier()
         arrays = {name: np.load(partial / f"{name}.npy", mmap_mode="r+") for name in layout}
         batches = val_batches(dataset, batch_size, rank, world, workers, device)
-        total = _encode(folder, ae, batches, **arrays, progress=progress)
+        batches = tqdm(batches, "encoding", math.ceil(n / batch_size), disable=rank > 0 or None)
+        total = _encode(folder, ae, batches, **arrays)
         count, first, second = all_sum(total)
         for array in arrays.values():
             array.flush()
@@ -140,18 +133,16 @@ class LatentCache:
 
     def __init__(self, folder, identity):
         try:
-            meta = json.loads(read_bytes(Path(folder) / "cache.json"))
-            differs = [f"{key} {meta.get(key)!r}, not {value!r}"
-                       for key, value in identity.items() if meta.get(key) != value]
-            if not differs:
-                self._open(Path(folder), meta)
+            self._open(Path(folder), identity)
         except Exception as error:         # a damaged file can raise any exception
-            raise ValueError(f"--cache {folder}: not a readable latent cache ({reason(error)}); "
-                             "remove it, or name another folder") from None
-        need(not differs, f"--cache {folder}: was made from {'; '.join(differs)}; name another "
-             "folder")
+            raise ValueError(f"--cache {folder}: not this run's latent cache ({reason(error)}); "
+                             "name another folder, or remove it") from None
 
-    def _open(self, folder, meta):
+    def _open(self, folder, identity):
+        meta = json.loads(read_bytes(folder / "cache.json"))
+        differs = [f"{key} {meta.get(key)!r}, not {value!r}"
+                   for key, value in identity.items() if meta.get(key) != value]
+        need(not differs, f"it was made from {'; '.join(differs)}")
         self.mean, self.std = torch.tensor(meta["mean"]), torch.tensor(meta["std"])
         small = {name: read_bytes(folder / f"{name}.npy") for name in ("labels", "rows")}
         self.labels, self.rows = (np.load(io.BytesIO(content)) for content in small.values())

@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import functools
 import gc
-import io
 import itertools
 import json
 import os
@@ -44,10 +43,7 @@ DEVICES = "cpu", "cuda", "mps"
 # Processes: under torchrun one per GPU (NCCL) or several on CPUs (gloo); otherwise a single one
 
 def init_distributed(kind=None):
-    """
-    Join torchrun's process group, if any. kind: one of DEVICES, or None (CUDA if there is a GPU).
-    returns  (rank, world, torch.device); CUDA tensors are communicated by NCCL, CPU tensors by gloo
-    """
+    """Join torchrun's process group, if any; returns (rank, world, device). kind: --device."""
     usable = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     need(usable[kind or "cpu"], f"--device {kind}: PyTorch sees no such device")
     torch.backends.cudnn.allow_tf32 = False            # float32 means float32
@@ -83,9 +79,13 @@ def printable(text):
 
 
 def print0(text):
-    """Print a line on rank 0."""
+    """Print a line on rank 0, above progress bars."""
     if get_rank() == 0:
-        print(printable(text), flush=True)
+        try:
+            tqdm.write(printable(text))
+            sys.stdout.flush()
+        except OSError:                                # a closed pipe or terminal ends no run
+            sys.stdout = open(os.devnull, "w")
 
 
 def barrier():
@@ -153,8 +153,8 @@ def need_one_node(what):
 
 def ddp(network, static_graph=False):
     """
-    Wrap a network in DistributedDataParallel; without torchrun, or for None, return it unchanged.
-    static_graph: tell DDP that every step runs the same graph, and backward only once.
+    Wrap a network in DistributedDataParallel; without torchrun, or for None, return it as is.
+    static_graph: every step runs the same graph, and backward only once.
     """
     if network is None or not dist.is_initialized():
         return network
@@ -202,11 +202,7 @@ def default_dtype(device):
 
 
 def device_choices(args, device, fixed_size=True):
-    """
-    Settings that depend on the device: defaults of --dtype and --compile, cuDNN's modes. Fills in
-    args; returns the autocast context. fixed_size: all images have one size, so that cuDNN can
-    benchmark its algorithms once.
-    """
+    """Fill in --dtype and --compile, set cuDNN's modes; returns the autocast context."""
     cuda = device.type == "cuda"
     need(device.type != "mps" or args.dtype != "bf16" and args.compile != "on",
          "--device mps: supports neither --dtype bf16 nor --compile on")
@@ -216,7 +212,7 @@ def device_choices(args, device, fixed_size=True):
         args.compile = "off"
         print0("--compile on: found no C++ compiler (g++ or CXX), so nothing is compiled")
     torch.backends.cudnn.allow_tf32 = args.dtype == "bf16"     # LPIPS, encoding: outside autocast
-    torch.backends.cudnn.benchmark = cuda and fixed_size
+    torch.backends.cudnn.benchmark = cuda and fixed_size       # it compares algorithms per size
     if args.compile == "on":
         print0("compiling the networks in the first step takes minutes; --compile off avoids it")
     return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
@@ -232,7 +228,7 @@ def print_run(args, world, device):
 def progress_bar(args, start_step):
     """Progress bar over the steps of a run, on rank 0, if stderr is a terminal."""
     return tqdm(total=args.steps, initial=start_step, unit="img", unit_scale=args.batch_size,
-                disable=get_rank() > 0 or not (sys.stderr and sys.stderr.isatty()))
+                disable=get_rank() > 0 or None)        # None: only in a terminal
 
 
 def step_seed(seed, step):
@@ -256,49 +252,23 @@ def checkpoint_activations(network, kinds):
 
 
 def optimizer_step(optimizer, lr, clip_grad, finite):
-    """
-    Clip the gradients to norm clip_grad (0 = off), step, zero the gradients; returns the norm. If
-    the loss (bool tensor `finite`) or the norm is not finite, the step is skipped: weights, moments
-    and step count do not change. Fused AdamW decides this on the device, by GradScaler's found_inf
-    flag, so the host does not wait.
-    """
+    """Clip gradients to norm clip_grad (0 = off), step if finite, zero them; returns the norm."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or float("inf"))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    good = finite & norm.isfinite()
-    optimizer.found_inf = 1.0 - good.float()
+    good = finite & norm.isfinite()                    # else weights, moments, step count stay
+    optimizer.found_inf = 1.0 - good.float()           # read on the device: the host never waits
     if norm.device.type != "mps" or good:              # the mps kernel does not read found_inf
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-class EMA:
-    """
-    Exponential moving average of a model's parameters and buffers, float32.
-    warmup   use decay min(decay, (1 + t) / (10 + t)) at update t: forgets the initial weights early
-    """
-
-    def __init__(self, model, decay=0.9999, warmup=True):
-        self.decay, self.warmup = decay, warmup
-        current = model.state_dict()                   # the model's own tensors, not copies
-        self.shadow = {k: v.detach().clone() for k, v in current.items()}
-        floats = [k for k, v in current.items() if v.is_floating_point()]
-        self.pairs = [self.shadow[k] for k in floats], [current[k] for k in floats]
-
-    def state_dict(self):
-        return self.shadow
-
-    def load_state_dict(self, state):
-        for name, value in self.shadow.items():
-            value.copy_(state[name])
-
-    @torch.no_grad()
-    def update(self, step):
-        """step: number of optimiser steps before this one, 0, 1, ..."""
-        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        torch._foreach_lerp_(*self.pairs, 1 - decay)
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model, in place: two networks of one architecture."""
+    torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], 1 - decay)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -322,16 +292,10 @@ def write_atomic(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def finite(state):
-    """Whether all tensors in nested dicts are finite."""
-    if isinstance(state, dict):
-        return all(map(finite, state.values()))
-    return not torch.is_tensor(state) or bool(state.isfinite().all())
-
-
 def save_checkpoint(path, state, keep_every=-1):
     """Save a dict of tensors and plain values to path; keep_every: also to <name>_<step>.pt."""
-    if not finite(state):                              # must not replace a good checkpoint
+    tensors = filter(torch.is_tensor, torch.utils._pytree.tree_leaves(state))
+    if not all(tensor.isfinite().all() for tensor in tensors):     # must not replace a good one
         print(f"step {state['step']}: weights or moments are not finite, so {path} is not replaced",
               file=sys.stderr, flush=True)
         return
@@ -385,8 +349,6 @@ def read_weights(path):
 
 def load_checkpoint(path, stage):
     """Load a checkpoint of this project to the CPU, as a dict. stage: "ae" or "diffusion"."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint")
     checkpoint = read_weights(path)
     found = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
     need(found == stage, f"{path}: holds stage {found!r}, expected stage {stage!r}")
@@ -424,7 +386,7 @@ MAY_CHANGE = ("out resume overwrite preset device dtype compile grad_checkpoint 
 
 def open_run(args, stage, identity):
     """
-    The checkpoint from which --resume continues the run in --out, or None for a fresh start.
+    The checkpoint from which --resume continues the run in --out and its step; or None and 0.
     identity  {"images": hash, ...}: content hashes of the inputs that the run depends on
     raises    ValueError if it would replace a run, or if flags contradict it, naming all of them
     """
@@ -447,17 +409,12 @@ def open_run(args, stage, identity):
         need(not other, f"--resume: {' and '.join(other)}: not what {path} was trained on")
         need(step <= args.steps, f"--steps {args.steps}: {args.out} has {step} steps behind it")
         print0(f"resuming {args.out} at step {step}")
-    steps = all_gather(step)                           # each node reads its own disk
-    need(len(set(steps)) == 1, f"--resume: the ranks find {args.out} at steps {steps}; give every "
-         "node the same checkpoint, or put --out on a disk that all can read")
-    return checkpoint
+    same_on_all_ranks(f"--resume: the step of {path}", step)           # each reads its own disk
+    return checkpoint, step
 
 
 def restore(checkpoint, parts):
-    """
-    Load checkpoint[name] into each of parts, {name: module, optimiser or EMA}. Call it after
-    channels_last is applied to the modules.
-    """
+    """Load checkpoint[name] into each of parts, {name: module or optimiser}."""
     for name, part in parts.items():
         part.load_state_dict(checkpoint[name])
         # Give the moments the memory layout of their parameters. A file keeps the strides it was
@@ -559,10 +516,7 @@ class Log:
         return values
 
     def state(self):
-        """
-        Reduce the added terms over the processes. Returns the sums since the last line of means,
-        for `write` and for checkpoints. Steps with NaN or Inf get a line of their own.
-        """
+        """Sum the added terms over the processes; the counts, for `write` and for checkpoints."""
         if not self.pending:
             return self.counts
         values = torch.stack([value for *_, value in self.pending])                     # (n,)
@@ -580,7 +534,7 @@ class Log:
             names = sorted(filter(bad.get, bad))
             for name in bad:                           # discriminator steps have their own terms
                 streaks[name] = streaks.get(name, 0) + 1 if bad[name] else 0
-            if names:
+            if names:                                  # a line of its own
                 self.counts["skipped"] += 1
                 self.write(step, not_finite=names, skipped=self.counts["skipped"])
             need(max(streaks.values()) < 10, f"step {step}: {', '.join(names)} not finite, 10 "
@@ -590,10 +544,7 @@ class Log:
 
 
 def open_tracker(args, start_step):
-    """
-    --track: a function of (step, {name: number or image path}), which does nothing on ranks above 0
-    and without --track. A run that is resumed at start_step continues its curves.
-    """
+    """--track as a function of (step, {name: number or image path}), which may do nothing."""
     if not args.track or get_rank() > 0:
         return lambda step, values: None
     try:
@@ -727,30 +678,9 @@ def reason(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-class Output(io.TextIOWrapper):
-    """A standard stream that survives a closed pipe or terminal; log.jsonl has everything."""
-
-    def write(self, text):
-        with contextlib.suppress(OSError):
-            super().write(text)
-            super().flush()
-
-    def flush(self):
-        with contextlib.suppress(OSError):
-            super().flush()
-
-
 @contextlib.contextmanager
 def one_line_errors():
-    """
-    Wraps main: a ValueError from this project's code, or an OSError about a file, is a user error:
-    one line, exit code 2. Any other error from a library is a bug and keeps its traceback.
-    """
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream and stream is getattr(sys, f"__{name}__"):       # not a notebook's
-            wrapped = Output(stream.detach(), stream.encoding, "backslashreplace")
-            setattr(sys, name, wrapped)
+    """Wraps main: a user's error is one line, exit code 2; a bug keeps its traceback."""
     try:
         yield
         if dist.is_initialized():                      # not after an error: barrier would hang
@@ -760,7 +690,7 @@ def one_line_errors():
     except (ValueError, OSError) as error:
         source = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         library = "site-packages" in source.parts or ROOT not in source.parents
-        if library and not getattr(error, "filename", None):
+        if library and not getattr(error, "filename", None):       # a bug, and not about a file
             raise
         if get_rank() > 0:
             time.sleep(5)                              # rank 0 usually prints the same error,

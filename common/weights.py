@@ -118,16 +118,14 @@ def diffusers_name(key, levels):
 
 
 def read_settings(file):
-    """
-    (norm groups, latent mean, latent std) from the config.json beside diffusers' weights. diffusers
-    normalises latents as (z - latents_mean or shift_factor) / latents_std * scaling_factor.
-    """
+    """(norm groups, latent mean, latent std) from the config.json beside diffusers' weights."""
     path = file.parent / "config.json"
     if not path.exists():
         warnings.warn(f"{file}: no config.json beside it: norms are taken to have 32 groups, "
                       "latents mean 0 and std 1", stacklevel=3)
         return 32, 0.0, 1.0
     given = {k: v for k, v in json.loads(path.read_text()).items() if v is not None}
+    # diffusers: (z - latents_mean or shift_factor) / latents_std * scaling_factor
     mean = given.get("latents_mean", given.get("shift_factor", 0.0))
     std = torch.tensor(given.get("latents_std", 1.0)) / given.get("scaling_factor", 0.18215)
     return given.get("norm_num_groups", 32), mean, std          # diffusers' defaults
@@ -157,16 +155,10 @@ def load_autoencoder(path):
     data = run.read_weights(file)
     stage = data.get("stage") if isinstance(data, dict) else None
     run.need(stage in (None, "ae"), f"{file}: is of stage {stage!r}, not from train_ae.py")
-    if stage:
-        with torch.random.fork_rng(devices=[]):         # draws initial weights, then replaces them
-            ae = AutoencoderKL(AEConfig(**data["ae_config"]))
-        fill(ae, file, data["model"])
-        ae.trained = data["args"] | dict(images=data.get("images"))
-        return ae.eval()
-    weights = find_network(file, data, "encoder.conv_in.weight")
+    weights = data["model"] if stage else find_network(file, data, "encoder.conv_in.weight")
     diffusers = any(name.startswith("encoder.down_blocks.") for name in weights)
     groups, mean, std = read_settings(file) if diffusers else (32, 0.0, 1.0)
-    config = infer_config(weights, groups)
+    config = AEConfig(**data["ae_config"]) if stage else infer_config(weights, groups)
     with torch.device("meta"):                          # no random draws
         ae = AutoencoderKL(config).to_empty(device="cpu")
     ae.set_latent_stats(mean, std)
@@ -183,7 +175,7 @@ def load_autoencoder(path):
     optional = ("latent_", "quant_conv.", "post_quant_conv.")
     weights = {k: w for k, w in ae.state_dict().items() if k.startswith(optional)} | weights
     fill(ae, file, weights)
-    ae.trained = {}
+    ae.trained = data["args"] | dict(images=data.get("images")) if stage else {}
     return ae.eval()
 
 
@@ -280,9 +272,8 @@ def checkpoint_files(args):
         if args.every:                                  # except step 0, the untrained network
             kept = found[0].parent.glob("ckpt_[1-9]*.pt")
             found = sorted(kept, key=lambda file: int(file.stem.removeprefix("ckpt_")))
-        if not found or not found[0].is_file():
-            raise FileNotFoundError(f"--ckpt {place}: no checkpoint there, or for --every none of "
-                                    "train_diffusion.py --keep_every")
+        run.need(found and found[0].is_file(), f"--ckpt {place}: no checkpoint there, or for "
+                 "--every none of train_diffusion.py --keep_every")
         files += map(str, found)
     return list(dict.fromkeys(files))
 

@@ -163,7 +163,7 @@ def test_validation_and_the_cache_without_float64(device):
         with pytest.raises(AssertionError, match="in float64"):
             images.double()
         train_ae.validate(ae, batches, args, contextlib.nullcontext())
-        _encode("cache", ae, batches, *arrays, progress=lambda n: None)
+        _encode("cache", ae, batches, *arrays)
 
 
 def test_mps_is_float32_and_not_compiled():

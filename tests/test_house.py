@@ -17,12 +17,12 @@ from conftest import ROOT
 # weights 280, metrics 190; analysis 850; tests 6,500), of which only the last is reached: these
 # limits keep what is.
 BUDGETS = {
-    "spectral.py": 374, "losses.py": 282, "vae.py": 320, "dit.py": 481, "repa.py": 230,
-    "train_ae.py": 464, "train_diffusion.py": 333, "evaluate.py": 357,
-    "common/run.py": 758, "common/data.py": 523, "common/builtin.py": 143,
-    "common/latents.py": 194, "common/weights.py": 335, "common/metrics.py": 213}
-ROOMS = {"product": 6177, "analysis": 1170, "experiments": 797, "tests": 6499,
-         "tests/benchmark.py": 300}
+    "spectral.py": 346, "losses.py": 265, "vae.py": 320, "dit.py": 475, "repa.py": 231,
+    "train_ae.py": 446, "train_diffusion.py": 317, "evaluate.py": 358,
+    "common/run.py": 701, "common/data.py": 522, "common/builtin.py": 137,
+    "common/latents.py": 185, "common/weights.py": 328, "common/metrics.py": 198}
+ROOMS = {"product": 5986, "analysis": 1157, "experiments": 740, "tests": 6554,
+         "tests/benchmark.py": 296}
 IDEAS, TRAINERS = list(BUDGETS)[:5], list(BUDGETS)[5:7]
 length = lambda node: node.end_lineno - node.lineno + 1
 BLOCKS = (ast.With, ast.For, ast.If, ast.While, ast.Try)

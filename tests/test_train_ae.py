@@ -17,6 +17,7 @@ from common import run
 from common.metrics import psnr, ssim
 from common.weights import load_autoencoder
 from conftest import args_of, copy_at, equal_runs, long_but, plant_vgg, read_lines, run_main
+from dit import NoiseStream
 from spectral import fit_power_law, match_resolution, power_spectrum, radial_profile
 from vae import CONFIGS, AutoencoderKL
 
@@ -159,8 +160,7 @@ def test_validation_by_hand():
     images = torch.rand(3, 3, 32, 48) * 2 - 1
     batches = [(images[:2], None, torch.tensor([5, 6])), (images[2:], None, torch.tensor([7]))]
     found = train_ae.validate(ae, batches, args, contextlib.nullcontext())
-    q, seeded = ae.encode(images), lambda i: torch.Generator().manual_seed(run.step_seed(3, i))
-    eps = torch.stack([torch.randn(4, 16, 24, generator=seeded(i)) for i in (5, 6, 7)])
+    q, eps = ae.encode(images), NoiseStream(3, (5, 6, 7))((3, 4, 16, 24))
     z, recon = q.mean + (q.logvar / 2).exp() * eps, ae.decode(q.mean)
     alpha = lambda x: fit_power_law(radial_profile(power_spectrum(x)).mean(0))
     std = z.movedim(1, 0).flatten(1).std(1, correction=0)
