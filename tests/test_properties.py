@@ -31,9 +31,12 @@ LAYOUTS = (
 )
 
 
-def tensors(dims, magnitudes=MAGNITUDES, fills=FILLS):
-    """Tensors with these dimensions, a letter each."""
+def tensors(dims, request, magnitudes=MAGNITUDES, fills=FILLS):
+    """Tensors with these dimensions, a letter each; without --long float32 alone on most grids."""
     for grid, fill, magnitude, dtype in itertools.product(GRIDS, fills, magnitudes, DTYPES):
+        every = grid is GRIDS[0] or request.config.getoption("--long")
+        if not every and dtype != torch.float32:
+            continue
         shape = [grid[letter] for letter in dims]
         if magnitude == math.inf:
             magnitude = (1e36 / math.prod(shape[1:])) ** 0.5
@@ -88,10 +91,10 @@ def close(a, b, scale):
 
 
 @every_map
-def test_map_is_finite_float32_of_the_stated_shape(name):
+def test_map_is_finite_float32_of_the_stated_shape(name, request):
     """Finite in, finite out, float64 stays; autocast changes nothing, nothing changes x."""
     dims, function, shape = MAPS[name]
-    for x in tensors(dims):
+    for x in tensors(dims, request):
         before, y = x.clone(), function(x)
         assert torch.equal(x, before)
         assert y.shape == shape(*x.shape) and y.isfinite().all()
@@ -108,10 +111,10 @@ def test_map_is_finite_float32_of_the_stated_shape(name):
 
 @pytest.mark.filterwarnings("ignore:std")  # torch's, over a batch of 0
 @every_map
-def test_map_sees_neither_layout_nor_batch(name):
+def test_map_sees_neither_layout_nor_batch(name, request):
     """Neither layout nor neighbours change an item's result; a batch of no item has none."""
     dims, function, shape = MAPS[name]
-    for x in tensors(dims, magnitudes=(1.0, 1e-3, 1e4, math.inf), fills=FILLS[:2]):
+    for x in tensors(dims, request, magnitudes=(1.0, 1e-3, 1e4, math.inf), fills=FILLS[:2]):
         y = function(x)
         scale = max(1, x.double().flatten(1).norm(dim=1).max(), y.abs().max())
         close(y, torch.cat([function(x[i:i + 1]) for i in range(len(x))]), scale)

@@ -12,7 +12,7 @@ from common.data import open_data
 from common.weights import load_diffusion
 from conftest import run_main, table
 from dit import DDPM, Interpolant, NoiseStream
-from spectral import dct2, idct2, radial_profile, wiener_gain
+from spectral import dct2, idct2, match_resolution, radial_profile, wiener_gain
 from test_train_diffusion import flags_of
 from vae import AEConfig, AutoencoderKL, Posterior
 
@@ -139,11 +139,20 @@ def test_watching_changes_no_sample(process):
     assert torch.equal(kept[-1], plain)
 
 
-def test_diffusability_without_the_scale():
-    """Latents three times as large have other divergences, and the same everything else."""
+def test_diffusability_with_and_without_the_scale():
+    """
+    KL from the target in the form of Figs. 4 and 5, DC kept. Latents three times as large have
+    other divergences, and the same everything else.
+    """
     ae = AutoencoderKL(AEConfig((1, 2), C, ch=8, num_res_blocks=1, norm_groups=2)).eval()
     images = F.interpolate(torch.randn(4, 3, 8, 8), size=(32, 48), mode="bilinear")
     before = theory.diffusability(ae, images)
+    share = lambda x, factor: torch.log1p(radial_profile(dct2(x).square().mean(1)) * factor)
+    target = share(match_resolution(images, (16, 24)), torch.arange(1.0, 17))
+    found = share(figures.encode_all(ae, images, 100, seed=0), 1)
+    target, found = ((x / x.sum(1, keepdim=True)).mean(0) for x in (target, found))
+    expected = (target * (target / found).log()).sum()
+    assert before["kl_from_target"] == pytest.approx(float(expected), rel=1e-3)
     with torch.no_grad():
         for parameter in (ae.quant_conv.weight, ae.quant_conv.bias):
             parameter[:C] *= 3
@@ -156,12 +165,20 @@ def test_diffusability_without_the_scale():
 
 
 def test_diffusability_of_a_perfect_pair():
-    """The latent is the image; cells correlate by 0 in noise, 1 in constants, -1 in a board."""
+    """
+    The latent is the image: no distance of midpoints if each image is there twice. Cells correlate
+    by 0 in noise, 1 in constants, -1 in a board.
+    """
     ae = SimpleNamespace(encode=lambda x: Posterior(x, torch.full_like(x, -30.0)),
                          decode=lambda z: z)
     found = theory.diffusability(ae, torch.rand(50, 3, 16, 24) * 2 - 1)
     assert found["psnr"] == 100 and found["dsm"] > 50 and found["high_band"] > 60
     assert abs(found["neighbours"]) < 0.02
+    features = lambda x: torch.stack([x.float().mean((1, 2, 3)), x.float().std((1, 2, 3))], 1)
+    images = torch.rand(6, 3, 8, 16) * 2 - 1
+    once, twice = (theory.diffusability(ae, x, 5, features)["iFD"] for x in (
+        images, images.repeat(2, 1, 1, 1)))
+    assert once > 1 and twice == pytest.approx(0, abs=1e-3)
     constant = torch.randn(500, 3, 1, 1).expand(-1, -1, 8, 16)
     assert theory.diffusability(ae, constant)["neighbours"] == pytest.approx(1, abs=1e-4)
     board = (-1.0) ** (torch.arange(8)[:, None] + torch.arange(16))
@@ -191,7 +208,6 @@ def test_commands_write_figure_and_table(material, runs, main, monkeypatch):
     rows = table("out/trajectory.csv")
     assert [line["sampler"] for line in lines] == ["em", "ddim"]
     assert all(math.isfinite(line["slope"]) for line in lines)
-    assert {row["run"] for row in rows} == {"sit", "uvit"}
     assert len(rows) == 8 * (6 + 6)                        # rings; steps and the sample itself
     assert {float(row["t"]) for row in rows} >= {0.0, 1.0}
     line, = main("diffusability", "--ae", material / "ae" / "ckpt.pt", "--image_size", 32)
@@ -227,13 +243,3 @@ def test_halfway_to_the_nearest_neighbour():
     torch.testing.assert_close(halfway.norm(dim=1), torch.full((5,), 3.0))
     torch.testing.assert_close(halfway[0], 3 * F.normalize(z[0] + z[1], dim=0))
     torch.testing.assert_close(halfway[1], halfway[0])
-
-
-def test_interpolation_distance():
-    """A lossless autoencoder: 0 for pairs of equal images, else the distance of the midpoints."""
-    ae = SimpleNamespace(decode=lambda z: z)
-    features = lambda x: torch.stack([x.float().mean((1, 2, 3)), x.float().std((1, 2, 3))], 1)
-    images = torch.rand(6, 3, 8, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    pairs = images.repeat(2, 1, 1, 1)
-    distance = lambda x: theory.interpolation_distance(ae, x, x, features, 5)
-    assert distance(pairs) == pytest.approx(0, abs=1e-3) and distance(images) > 1
