@@ -114,7 +114,7 @@ def dsm_pair(images, latents, n, block=8):
     Decoding Spectrum Matching (Alg. 2): image and latent low-passed by the same triangular mask.
     n        anti-diagonals removed, one n for the whole batch, from DSM_MASKS; 0 changes nothing
     returns  the pair, shapes unchanged
-    raises   ValueError if a side of either is not a multiple of block, or n is out of range
+    raises   ValueError if n is out of range, or n > 0 and a side is not a multiple of block
     """
     return lowpass(images.float(), n, block), lowpass(latents.float(), n, block)
 

@@ -127,7 +127,7 @@ def lowpass(x, n, block=8):
     x        (B, C, H, W) image or latent, any range; H and W multiples of block
     n        0 .. 2*block-1, see triangle_mask; 2*block-2 keeps each tile's mean
     returns  (B, C, H, W) float32, a projection: a second pass changes nothing; may leave [-1, 1]
-    raises   ValueError if a side is not a multiple of block
+    raises   ValueError if a side is not a multiple of block, unless n = 0
     """
     if n == 0:                           # keeps everything, exactly
         return x
